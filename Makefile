@@ -1,0 +1,60 @@
+# `make demo` and `make test` are the README's two commands. Both make .venv on a fresh machine,
+# install the package with what it needs, build the native extension, and run; a second call
+# reuses all of it.
+
+PYTHON ?= python3
+NEULIG_FAST_BUILD ?= auto
+export NEULIG_FAST_BUILD
+
+VENV := .venv
+PY := $(VENV)/bin/python
+INSTALLED := $(VENV)/installed-$(NEULIG_FAST_BUILD)
+SOURCES := pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*/*)
+# A GPU machine often has no network but a Python with torch: use that one.
+GPU_PYTHON ?= $(shell $(PYTHON) -c 'import torch' 2>/dev/null && echo $(PYTHON) || echo $(PY))
+
+.PHONY: demo test check fmt build aot test-gpu bench clean
+
+demo: $(INSTALLED)
+	$(VENV)/bin/neulig-fast demo
+
+test: $(INSTALLED)
+	$(PY) -m pytest
+
+check: $(INSTALLED)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(VENV)/bin/clang-format --dry-run --Werror $$(git ls-files 'csrc/**')
+
+fmt: $(INSTALLED)
+	$(PY) -m ruff check --fix-only .
+	$(PY) -m ruff format .
+	$(VENV)/bin/clang-format -i $$(git ls-files 'csrc/**')
+
+build: $(INSTALLED)
+	$(PY) setup.py build_ext --inplace
+
+aot: $(INSTALLED)
+	$(PY) tools/aot.py
+
+test-gpu:
+	$(GPU_PYTHON) setup.py build_ext --inplace
+	$(GPU_PYTHON) -m pytest tests/test_house.py tests/test_blend.py tests/test_blend_weight_grad.py \
+	    tests/test_offset_gram.py tests/test_kernels.py
+
+bench: $(INSTALLED)
+	$(PY) -m benchmarks
+
+$(VENV)/torch-ready: constraints.txt tools/make_venv.py
+	$(PYTHON) tools/make_venv.py $(VENV)
+	touch $@
+
+# One stamp per kind of build, so that another NEULIG_FAST_BUILD installs afresh.
+$(INSTALLED): $(VENV)/torch-ready $(SOURCES)
+	rm -f neulig_fast/_C*.so neulig_fast/_build_info.json $(VENV)/installed-*
+	$(PY) -m pip install --quiet --constraint $(VENV)/constraints.txt --no-build-isolation -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info neulig_fast/_C*.so neulig_fast/_build_info.json runs

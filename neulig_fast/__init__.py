@@ -1,0 +1,29 @@
+"""neulig_fast: merge fine-tuned networks so that the merge performs like their ensemble."""
+
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from ._backends import read_environment, show_backends, use_backend
+from ._registry import NeuligFastWarning
+from .ops import blend, blend_weight_grad, offset_gram
+
+try:
+    __version__ = version("neulig-fast")
+except PackageNotFoundError:  # a source tree that was never installed
+    __version__ = "0+source"
+
+_ROOT = Path(__file__).resolve().parent.parent
+if not (_ROOT / "neulig_fast" / "kernels").exists() and (_ROOT / "kernels/__init__.py").exists():
+    # A source tree: kernels/ stands beside the package and is mapped into it when installed.
+    __path__.append(str(_ROOT))
+
+read_environment()
+
+__all__ = [
+    "NeuligFastWarning",
+    "blend",
+    "blend_weight_grad",
+    "offset_gram",
+    "show_backends",
+    "use_backend",
+]

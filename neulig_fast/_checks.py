@@ -1,0 +1,37 @@
+"""One way to say what was expected and what came, with every mismatch in one error."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+import torch
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def raise_all(subject: str, faults: Iterable[str], error: type[Exception] = ValueError) -> None:
+    """Raise ``error`` naming every fault, one per line when there are several; else return."""
+    faults = list(faults)
+    if len(faults) == 1:
+        raise error(f"{subject}: {faults[0]}")
+    if faults:
+        raise error(f"{subject}: {len(faults)} problems\n  - " + "\n  - ".join(faults))
+
+
+def shape(tensor: torch.Tensor) -> str:
+    """``(2, 3)``: how a shape is written in every message."""
+    return (
+        "(" + ", ".join(str(int(n)) for n in tensor.shape) + ("," if tensor.ndim == 1 else "") + ")"
+    )
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """``"; did you mean 'epochs'?"``, or nothing when no known word is close."""
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type sums are formed in: fp64 for fp64, else fp32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

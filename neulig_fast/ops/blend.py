@@ -1,0 +1,198 @@
+"""blend: weighted sums of experts' parameters.
+
+    theta[k, p] = sum_i weights[k, s(p), i] * params[i, p]
+
+where s(p) is the segment that column p belongs to. This is the merge step of every linear method:
+theta_w = sum_i w_i theta_i (NeuLig, arXiv 2503.01268), model soups, task arithmetic, layer-wise
+coefficients.
+
+Numerics: terms are formed and added in expert order, a multiplication and then an addition, in
+fp32 (fp64 for fp64 params), and rounded once at the end; every backend, thread count and tiling
+gives the same bits. A non-finite parameter passes through even where its weight is zero.
+
+Traffic: N * P values read once and K * P written once, whatever K. 2 * N * K * P flops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .. import _checks
+from .._registry import Op
+from . import _segments
+
+if TYPE_CHECKING:
+    from ..segments import Segments
+
+MAX_FAST_EXPERTS = 64
+_FORMS = "(N,) or (K, N), with segments (S, N) or (K, S, N)"
+
+
+def blend(
+    weights: torch.Tensor,
+    params: torch.Tensor,
+    segments: torch.Tensor | Sequence[int] | Segments | None = None,
+) -> torch.Tensor:
+    """Blend N rows of parameters into one row, or into K rows with K sets of weights.
+
+    Args:
+        weights: (N,) or (K, N); with ``segments`` (S, N) or (K, S, N). Any float dtype.
+        params: (N, P), one row per expert: fp32, bf16, fp16 or fp64. Rows may be strided.
+        segments: boundaries of S column ranges, (S + 1,) int64 ascending from 0 to P on the
+            device of ``params`` (or a sequence of ints, or ``ExpertPool.segments``).
+
+    Returns:
+        (P,) or (K, P), in the dtype of ``params``. Differentiable in ``weights`` and ``params``.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit, all of them listed.
+    """
+    bounds = _segments.boundaries(segments, params)
+    _checks.raise_all("blend", _faults(weights, params, bounds))
+    return torch.ops.neulig_fast.blend.default(weights, params, bounds)
+
+
+def _faults(
+    weights: torch.Tensor, params: torch.Tensor, segments: torch.Tensor | None
+) -> list[str]:
+    if params.ndim != 2 or params.shape[0] < 1:
+        return [f"params must be (N, P) with N >= 1, got {_checks.shape(params)}"]
+    found = _segments.faults(segments, params)
+    if params.dtype not in _checks.FLOAT_DTYPES:
+        found.append(f"params must be fp32, bf16, fp16 or fp64, got {params.dtype}")
+    if not weights.is_floating_point():
+        found.append(f"weights must be floating point, got {weights.dtype}")
+    if weights.device != params.device:
+        found.append(f"weights must be on {params.device} like params, got {weights.device}")
+    tail = (params.shape[0],) if segments is None else (segments.numel() - 1, params.shape[0])
+    if weights.ndim not in (len(tail), len(tail) + 1) or weights.shape[-len(tail) :] != tail:
+        sizes = f"N = {params.shape[0]}" + ("" if segments is None else f", S = {tail[0]}")
+        found.append(f"weights must be {_FORMS}, here {sizes}; got {_checks.shape(weights)}")
+    return found
+
+
+def blend_reference(
+    weights: torch.Tensor, params: torch.Tensor, segments: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The formula in plain PyTorch."""
+    w = weights.to(_checks.accumulation_dtype(params.dtype))
+    if segments is None:
+        return _weighted_sum(w, params)
+    pieces = [
+        _weighted_sum(w[..., s, :], params[:, start:stop])
+        for s, (start, stop) in enumerate(_segments.slices(segments))
+    ]
+    return torch.cat(pieces, -1) if pieces else params.new_empty((*w.shape[:-2], 0))
+
+
+def _weighted_sum(w: torch.Tensor, theta: torch.Tensor) -> torch.Tensor:
+    total = w[..., 0, None] * theta[0].to(w.dtype)
+    for i in range(1, theta.shape[0]):
+        total = total + w[..., i, None] * theta[i].to(w.dtype)
+    return total.to(theta.dtype)
+
+
+def blend_fake(
+    weights: torch.Tensor, params: torch.Tensor, segments: torch.Tensor | None = None
+) -> torch.Tensor:
+    torch._check(params.ndim == 2, lambda: f"blend: params must be (N, P), got {params.shape}")
+    leading = weights.shape[: -1 if segments is None else -2]
+    torch._check(len(leading) <= 1, lambda: f"blend: weights must be {_FORMS}")
+    return params.new_empty((*leading, params.shape[1]))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    weights, params, segments = ctx.saved_tensors
+    # One row of gradient, not N rows of parameters: autograd may hand over an expanded scalar.
+    grad = grad.contiguous()
+    grad_weights = grad_params = None
+    if ctx.needs_input_grad[0]:
+        op = torch.ops.neulig_fast.blend_weight_grad.default
+        grad_weights = op(grad, params, segments).to(weights.dtype)
+    if ctx.needs_input_grad[1]:
+        grad_params = blend_transposed(weights, grad, segments)
+    return grad_weights, grad_params, None
+
+
+def blend_transposed(
+    weights: torch.Tensor, rows: torch.Tensor, segments: torch.Tensor | None
+) -> torch.Tensor:
+    """(N, P) from rows (P,) or (K, P): out[i, p] = sum_k weights[k, s(p), i] * rows[k, p].
+
+    A blend of the K rows with the weights transposed: (N, K) or (N, S, K).
+    """
+    if rows.ndim == 1:
+        weights, rows = weights.unsqueeze(0), rows.unsqueeze(0)
+    return torch.ops.neulig_fast.blend.default(
+        weights.movedim(0, -1).movedim(-2, 0), rows, segments
+    )
+
+
+def _samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
+    generator = torch.Generator().manual_seed(20)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).to(device, dtype)
+
+    def bounds(*values: int) -> torch.Tensor:
+        return torch.tensor(values, device=device)
+
+    yield normal(3), normal(3, 17), None
+    yield normal(2, 5), normal(5, 1025), None
+    yield normal(1), normal(1, 33), None
+    yield normal(3), normal(3, 0), None
+    yield normal(4), normal(4, 300)[:, 7:136], None
+    yield normal(3, 2), normal(2, 200), bounds(0, 1, 130, 200)
+    yield normal(3, 4, 11), normal(11, 96), bounds(0, 32, 32, 65, 96)
+
+
+def _check(
+    weights: torch.Tensor, params: torch.Tensor, segments: torch.Tensor | None = None
+) -> None:
+    _segments.check_values("blend", segments, params.shape[1])
+
+
+def _prepare(
+    weights: torch.Tensor, params: torch.Tensor, segments: torch.Tensor | None = None
+) -> tuple[Any, ...]:
+    accumulate = _checks.accumulation_dtype(params.dtype)
+    return weights.to(accumulate).contiguous(), params, segments
+
+
+def _why_not(
+    weights: torch.Tensor, params: torch.Tensor, segments: torch.Tensor | None = None
+) -> str | None:
+    return why_not_arena(params)
+
+
+def why_not_arena(params: torch.Tensor) -> str | None:
+    """What every fast backend over the arena asks of its (N, P) argument."""
+    if params.shape[1] > 1 and params.stride(1) != 1:
+        return f"params' columns are not contiguous (stride {params.stride(1)})"
+    if params.shape[0] > MAX_FAST_EXPERTS:
+        return f"{params.shape[0]} experts, more than {MAX_FAST_EXPERTS}"
+    return None
+
+
+OP = Op(
+    "blend",
+    "(Tensor weights, Tensor params, Tensor? segments=None) -> Tensor",
+    reference=blend_reference,
+    fake=blend_fake,
+    order={"cpu": ("cpu", "torch"), "cuda": ("cuda", "triton", "torch")},
+    samples=_samples,
+    check=_check,
+    autograd=(_setup_context, _backward),
+    differentiable=("weights", "params"),
+    elementwise=True,
+)
+OP.add_native("cpu", prepare=_prepare, why_not=_why_not)
+OP.add_native("cuda", prepare=_prepare, why_not=_why_not)
+OP.add_triton(prepare=_prepare, why_not=_why_not)

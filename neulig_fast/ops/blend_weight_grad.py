@@ -1,0 +1,165 @@
+"""blend_weight_grad: the gradient of a blend with respect to its weights.
+
+    g[k, s, i] = sum over p in segment s of grad[k, p] * params[i, p]
+
+All N * K dot products of N experts with K incoming rows, per segment. It is also the inner
+product of task vectors with a direction (layer-wise merging coefficients, AdaMerging).
+
+Numerics: products in fp32 (fp64 for fp64 params); sums over blocks of columns in a fixed order,
+block totals in fp64, so that one backend gives the same bits on every run and thread count.
+Across backends results agree within the tolerance rule.
+
+Traffic: (N + K) * P values read once. 2 * N * K * P flops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .. import _checks
+from .._registry import Op
+from . import _segments
+from .blend import blend_transposed, why_not_arena
+
+if TYPE_CHECKING:
+    from ..segments import Segments
+
+
+def blend_weight_grad(
+    grad: torch.Tensor,
+    params: torch.Tensor,
+    segments: torch.Tensor | Sequence[int] | Segments | None = None,
+) -> torch.Tensor:
+    """Dot products of every row of ``grad`` with every expert, per segment.
+
+    Args:
+        grad: (P,) or (K, P), in the dtype of ``params``.
+        params: (N, P), one row per expert: fp32, bf16, fp16 or fp64. Rows may be strided.
+        segments: as in :func:`neulig_fast.blend`.
+
+    Returns:
+        (N,) or (K, N); with ``segments`` (S, N) or (K, S, N). fp32, or fp64 for fp64 params.
+        Differentiable in both arguments.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit, all of them listed.
+    """
+    bounds = _segments.boundaries(segments, params)
+    _checks.raise_all("blend_weight_grad", _faults(grad, params, bounds))
+    return torch.ops.neulig_fast.blend_weight_grad.default(grad, params, bounds)
+
+
+def _faults(grad: torch.Tensor, params: torch.Tensor, segments: torch.Tensor | None) -> list[str]:
+    if params.ndim != 2 or params.shape[0] < 1:
+        return [f"params must be (N, P) with N >= 1, got {_checks.shape(params)}"]
+    found = _segments.faults(segments, params)
+    if params.dtype not in _checks.FLOAT_DTYPES:
+        found.append(f"params must be fp32, bf16, fp16 or fp64, got {params.dtype}")
+    if grad.dtype != params.dtype or grad.device != params.device:
+        found.append(
+            f"grad must be {params.dtype} on {params.device} like params, "
+            f"got {grad.dtype} on {grad.device}"
+        )
+    if grad.ndim not in (1, 2) or grad.shape[-1] != params.shape[1]:
+        found.append(
+            f"grad must be (P,) or (K, P), here P = {params.shape[1]}; got {_checks.shape(grad)}"
+        )
+    return found
+
+
+def blend_weight_grad_reference(
+    grad: torch.Tensor, params: torch.Tensor, segments: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The formula in plain PyTorch, one expert at a time."""
+    if segments is None:
+        return _dots(grad, params)
+    pieces = [_dots(grad[..., a:b], params[:, a:b]) for a, b in _segments.slices(segments)]
+    if not pieces:
+        accumulate = _checks.accumulation_dtype(params.dtype)
+        return params.new_empty((*grad.shape[:-1], 0, params.shape[0]), dtype=accumulate)
+    return torch.stack(pieces, -2)
+
+
+def _dots(grad: torch.Tensor, theta: torch.Tensor) -> torch.Tensor:
+    g = grad.to(_checks.accumulation_dtype(theta.dtype))
+    return torch.stack([(g * row.to(g.dtype)).sum(-1) for row in theta], -1)
+
+
+def blend_weight_grad_fake(
+    grad: torch.Tensor, params: torch.Tensor, segments: torch.Tensor | None = None
+) -> torch.Tensor:
+    torch._check(
+        params.ndim == 2, lambda: f"blend_weight_grad: params must be (N, P), got {params.shape}"
+    )
+    middle = () if segments is None else (segments.shape[0] - 1,)
+    accumulate = _checks.accumulation_dtype(params.dtype)
+    return params.new_empty((*grad.shape[:-1], *middle, params.shape[0]), dtype=accumulate)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: Any, grad_dots: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    # The op is bilinear, so both of its derivatives are blends with the incoming gradient.
+    grad, params, segments = ctx.saved_tensors
+    grad_grad = grad_params = None
+    if ctx.needs_input_grad[0]:
+        grad_grad = torch.ops.neulig_fast.blend.default(grad_dots, params, segments)
+    if ctx.needs_input_grad[1]:
+        grad_params = blend_transposed(grad_dots, grad, segments)
+    return grad_grad, grad_params, None
+
+
+def _samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
+    generator = torch.Generator().manual_seed(21)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).to(device, dtype)
+
+    def bounds(*values: int) -> torch.Tensor:
+        return torch.tensor(values, device=device)
+
+    yield normal(17), normal(3, 17), None
+    yield normal(2, 1025), normal(5, 1025), None
+    yield normal(33), normal(1, 33), None
+    yield normal(0), normal(3, 0), None
+    yield normal(129), normal(4, 300)[:, 7:136], None
+    yield normal(200), normal(2, 200), bounds(0, 1, 130, 200)
+    yield normal(3, 96), normal(11, 96), bounds(0, 32, 32, 65, 96)
+
+
+def _check(grad: torch.Tensor, params: torch.Tensor, segments: torch.Tensor | None = None) -> None:
+    _segments.check_values("blend_weight_grad", segments, params.shape[1])
+
+
+def _prepare(
+    grad: torch.Tensor, params: torch.Tensor, segments: torch.Tensor | None = None
+) -> tuple[Any, ...]:
+    return grad.contiguous(), params, segments
+
+
+def _why_not(
+    grad: torch.Tensor, params: torch.Tensor, segments: torch.Tensor | None = None
+) -> str | None:
+    return why_not_arena(params)
+
+
+OP = Op(
+    "blend_weight_grad",
+    "(Tensor grad, Tensor params, Tensor? segments=None) -> Tensor",
+    reference=blend_weight_grad_reference,
+    fake=blend_weight_grad_fake,
+    order={"cpu": ("cpu", "torch"), "cuda": ("cuda", "triton", "torch")},
+    samples=_samples,
+    check=_check,
+    autograd=(_setup_context, _backward),
+    differentiable=("grad", "params"),
+    terms=lambda grad, params, segments=None: max(1, params.shape[1]),
+)
+OP.add_native("cpu", prepare=_prepare, why_not=_why_not)
+OP.add_native("cuda", prepare=_prepare, why_not=_why_not)
+OP.add_triton(prepare=_prepare, why_not=_why_not)

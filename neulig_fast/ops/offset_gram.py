@@ -1,0 +1,122 @@
+"""offset_gram: sums and Gram matrix of the experts' offsets from their mean.
+
+    xi_i = theta_i - mean_j theta_j,   sums[s, i] = sum_p xi_i[p],
+    gram[s, i, j] = sum_p xi_i[p] * xi_j[p]       (p over the columns of segment s)
+
+From these follow every alignment term of NeuLig (arXiv 2503.01268): the published scalar sums, the
+exact weighted-offset constraint w' G w, and the variance of a merge w' D w / 2.
+
+Numerics: offsets are formed before they are multiplied, because centring theta theta' afterwards
+loses about six digits when the offsets are small beside the parameters. Blocks of columns in
+fp32 (fp64 for fp64 params), totals in fp64.
+
+Traffic: N * P values read once. About N * N * P flops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .. import _checks
+from .._registry import Op
+from . import _segments
+
+if TYPE_CHECKING:
+    from ..segments import Segments
+
+# Wide enough to hide the Python loop, small enough that fp32 sums keep their digits and that N
+# offset rows of a block are megabytes.
+_BLOCK = 1 << 16
+
+
+def offset_gram(
+    params: torch.Tensor, segments: torch.Tensor | Sequence[int] | Segments | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sums and Gram matrices of the offsets of N experts from their mean, per segment.
+
+    Args:
+        params: (N, P), one row per expert: fp32, bf16, fp16 or fp64.
+        segments: as in :func:`neulig_fast.blend`; None is one segment.
+
+    Returns:
+        sums (S, N) and gram (S, N, N), both fp64. Every row of a Gram matrix sums to zero up to
+        rounding. Not differentiable: the experts are frozen.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit, all of them listed.
+    """
+    bounds = _segments.boundaries(segments, params)
+    found = _segments.faults(bounds, params)
+    if params.ndim != 2 or params.shape[0] < 1:
+        found.append(f"params must be (N, P) with N >= 1, got {_checks.shape(params)}")
+    if params.dtype not in _checks.FLOAT_DTYPES:
+        found.append(f"params must be fp32, bf16, fp16 or fp64, got {params.dtype}")
+    _checks.raise_all("offset_gram", found)
+    return torch.ops.neulig_fast.offset_gram.default(params, bounds)
+
+
+def offset_gram_reference(
+    params: torch.Tensor, segments: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The formula in plain PyTorch, a block of columns at a time."""
+    n, width = params.shape
+    ranges = [(0, width)] if segments is None else _segments.slices(segments)
+    sums = params.new_zeros((len(ranges), n), dtype=torch.float64)
+    gram = params.new_zeros((len(ranges), n, n), dtype=torch.float64)
+    for s, (start, stop) in enumerate(ranges):
+        for left in range(start, stop, _BLOCK):
+            theta = params[:, left : min(left + _BLOCK, stop)]
+            theta = theta.to(_checks.accumulation_dtype(theta.dtype))
+            xi = theta - theta.mean(0)
+            sums[s] += xi.sum(1)
+            gram[s] += xi @ xi.T
+    return sums, gram
+
+
+def offset_gram_fake(
+    params: torch.Tensor, segments: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    torch._check(
+        params.ndim == 2, lambda: f"offset_gram: params must be (N, P), got {params.shape}"
+    )
+    count, n = 1 if segments is None else segments.shape[0] - 1, params.shape[0]
+    return (
+        params.new_empty((count, n), dtype=torch.float64),
+        params.new_empty((count, n, n), dtype=torch.float64),
+    )
+
+
+def _samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
+    generator = torch.Generator().manual_seed(22)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).to(device, dtype)
+
+    yield normal(3, 17), None
+    yield normal(1, 40), None
+    yield normal(2, 0), None
+    yield normal(5, 1025)[:, 3:], torch.tensor([0, 0, 77, 1022], device=device)
+
+
+def _check(params: torch.Tensor, segments: torch.Tensor | None = None) -> None:
+    _segments.check_values("offset_gram", segments, params.shape[1])
+
+
+OP = Op(
+    "offset_gram",
+    "(Tensor params, Tensor? segments=None) -> (Tensor, Tensor)",
+    reference=offset_gram_reference,
+    fake=offset_gram_fake,
+    order={"cpu": ("torch",), "cuda": ("torch",)},
+    samples=_samples,
+    check=_check,
+    terms=lambda params, segments=None: max(1, params.shape[1]),
+    not_offered={
+        "cuda": "reference only in this release",
+        "triton": "reference only in this release",
+        "cpu": "reference only in this release",
+    },
+)

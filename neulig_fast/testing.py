@@ -1,0 +1,101 @@
+"""What tests and benchmarks share: the tolerance rule and the walk over ops, backends, samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from ._registry import BACKENDS, OPS, Op
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def cast(args: tuple[Any, ...], dtype: torch.dtype) -> tuple[Any, ...]:
+    """``args`` with every floating-point tensor in ``dtype``."""
+    return tuple(
+        a.to(dtype) if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args
+    )
+
+
+def outputs(result: Any) -> tuple[torch.Tensor, ...]:
+    """The tensors an op returned, as a tuple."""
+    return (result,) if isinstance(result, torch.Tensor) else tuple(result)
+
+
+def allowed_error(working: torch.Tensor, oracle: torch.Tensor, terms: int = 1) -> float:
+    """The largest error a backend may have against ``oracle`` (fp64).
+
+    Twice the error of the plain-PyTorch reference at the working dtype, plus 4 eps * scale, times
+    sqrt(terms) for a reduction over ``terms`` terms.
+    """
+    if oracle.numel() == 0:
+        return 0.0
+    scale = float(oracle.abs().max())
+    floor = 4 * torch.finfo(working.dtype).eps * scale * terms**0.5
+    return 2 * float((working.double() - oracle).abs().max()) + floor
+
+
+def assert_within_rule(
+    actual: torch.Tensor, working: torch.Tensor, oracle: torch.Tensor, terms: int = 1
+) -> None:
+    """AssertionError unless ``actual`` obeys the tolerance rule against the fp64 ``oracle``.
+
+    Non-finite entries must be the same in both; the rule holds for the others.
+    """
+    if actual.shape != oracle.shape or actual.dtype != working.dtype:
+        raise AssertionError(
+            f"expected {tuple(oracle.shape)} {working.dtype}, "
+            f"got {tuple(actual.shape)} {actual.dtype}"
+        )
+    actual, working, oracle = actual.detach().cpu(), working.detach().cpu(), oracle.detach().cpu()
+    finite = oracle.isfinite()
+    if not torch.equal(actual.isfinite(), finite):
+        raise AssertionError("non-finite entries differ from the oracle's")
+    zero = torch.zeros((), dtype=torch.float64)
+    oracle = torch.where(finite, oracle, zero)
+    working = torch.where(finite, working, zero.to(working.dtype))
+    error = torch.where(finite, (actual.double() - oracle).abs(), zero)
+    worst = float(error.max()) if error.numel() else 0.0
+    allowed = allowed_error(working, oracle, terms)
+    if not worst <= allowed:
+        raise AssertionError(f"error {worst:.3e} is over the allowed {allowed:.3e}")
+
+
+def assert_op_close(op: Op, actual: Any, args: tuple[Any, ...]) -> None:
+    """The tolerance rule for every output of ``op`` on ``args``, against its fp64 reference."""
+    working = outputs(op.reference(*args))
+    oracle = outputs(op.reference(*cast(args, torch.float64)))
+    for got, at_dtype, exact in zip(outputs(actual), working, oracle, strict=True):
+        assert_within_rule(got, at_dtype, exact.double(), op.terms(*args))
+
+
+def backends_here(device: str) -> Iterator[tuple[Op, str]]:
+    """Every (op, backend) that can run on ``device`` on this machine, the reference included."""
+    for op in OPS.values():
+        for backend in BACKENDS:
+            if op.why_not(backend, device) is None:
+                yield op, backend
+
+
+def count_samples(op: Op, dtype: torch.dtype) -> int:
+    """How many argument tuples ``op.samples`` yields."""
+    return sum(1 for _ in op.samples("cpu", dtype))
+
+
+def differentiable_call(
+    op: Op, args: tuple[Any, ...]
+) -> tuple[Callable[..., Any], list[torch.Tensor]]:
+    """``f`` and its differentiable inputs such that ``f(*inputs)`` is ``op`` on ``args``."""
+    slots = [i for i, name in enumerate(op.arguments) if name in op.differentiable]
+    slots = [i for i in slots if args[i] is not None]
+    inputs = [args[i].detach().clone().requires_grad_() for i in slots]
+
+    def call(*tensors: torch.Tensor) -> Any:
+        full = list(args)
+        for slot, tensor in zip(slots, tensors, strict=True):
+            full[slot] = tensor
+        return getattr(torch.ops.neulig_fast, op.name).default(*full)
+
+    return call, inputs

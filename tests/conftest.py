@@ -1,0 +1,20 @@
+"""Settings of the whole suite. The environment is set before torch or triton is imported."""
+
+import os
+
+# Waiting threads yield: a spinning pool starves the other core of a small machine.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import importlib.util
+
+import torch
+
+if not torch.cuda.is_available() and importlib.util.find_spec("triton") is not None:
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
