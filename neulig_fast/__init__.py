@@ -5,7 +5,10 @@ from pathlib import Path
 
 from ._backends import read_environment, show_backends, use_backend
 from ._registry import NeuligFastWarning
-from .ops import blend, blend_weight_grad, offset_gram
+from .neulig import Head, NeuLig, Report, zero_shot_head
+from .offsets import OffsetStats
+from .ops import NeuLigLoss, blend, blend_weight_grad, neulig_loss, offset_gram
+from .pool import ExpertPool
 
 try:
     __version__ = version("neulig-fast")
@@ -20,10 +23,18 @@ if not (_ROOT / "neulig_fast" / "kernels").exists() and (_ROOT / "kernels/__init
 read_environment()
 
 __all__ = [
+    "ExpertPool",
+    "Head",
+    "NeuLig",
+    "NeuLigLoss",
     "NeuligFastWarning",
+    "OffsetStats",
+    "Report",
     "blend",
     "blend_weight_grad",
+    "neulig_loss",
     "offset_gram",
     "show_backends",
     "use_backend",
+    "zero_shot_head",
 ]

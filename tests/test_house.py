@@ -131,8 +131,10 @@ def test_gradients_match_the_references(device, name, backend):
         expected = torch.autograd.grad(
             testing.outputs(op.reference(*with_inputs(op, args, inputs))), inputs, seeds
         )
+        # A gradient may sum over anything the op reads, whatever the op itself sums over.
+        terms = max(t.numel() for t in (*inputs, *seeds))
         for a, b in zip(got, expected, strict=True):
-            testing.assert_within_rule(a, b, b, op.terms(*args))
+            testing.assert_within_rule(a, b, b, terms)
 
 
 def with_inputs(op, args, inputs):

@@ -2,6 +2,7 @@
 
 from .blend import blend
 from .blend_weight_grad import blend_weight_grad
+from .neulig_loss import NeuLigLoss, neulig_loss
 from .offset_gram import offset_gram
 
-__all__ = ["blend", "blend_weight_grad", "offset_gram"]
+__all__ = ["NeuLigLoss", "blend", "blend_weight_grad", "neulig_loss", "offset_gram"]

@@ -22,12 +22,11 @@ import torch
 
 from .. import _checks
 from .._registry import Op
-from . import _segments
+from . import _arena
 
 if TYPE_CHECKING:
     from ..segments import Segments
 
-MAX_FAST_EXPERTS = 64
 _FORMS = "(N,) or (K, N), with segments (S, N) or (K, S, N)"
 
 
@@ -50,7 +49,7 @@ def blend(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, all of them listed.
     """
-    bounds = _segments.boundaries(segments, params)
+    bounds = _arena.boundaries(segments, params)
     _checks.raise_all("blend", _faults(weights, params, bounds))
     return torch.ops.neulig_fast.blend.default(weights, params, bounds)
 
@@ -58,19 +57,17 @@ def blend(
 def _faults(
     weights: torch.Tensor, params: torch.Tensor, segments: torch.Tensor | None
 ) -> list[str]:
-    if params.ndim != 2 or params.shape[0] < 1:
-        return [f"params must be (N, P) with N >= 1, got {_checks.shape(params)}"]
-    found = _segments.faults(segments, params)
-    if params.dtype not in _checks.FLOAT_DTYPES:
-        found.append(f"params must be fp32, bf16, fp16 or fp64, got {params.dtype}")
+    found = _arena.faults(params, segments)
     if not weights.is_floating_point():
         found.append(f"weights must be floating point, got {weights.dtype}")
     if weights.device != params.device:
         found.append(f"weights must be on {params.device} like params, got {weights.device}")
-    tail = (params.shape[0],) if segments is None else (segments.numel() - 1, params.shape[0])
-    if weights.ndim not in (len(tail), len(tail) + 1) or weights.shape[-len(tail) :] != tail:
-        sizes = f"N = {params.shape[0]}" + ("" if segments is None else f", S = {tail[0]}")
-        found.append(f"weights must be {_FORMS}, here {sizes}; got {_checks.shape(weights)}")
+    if params.ndim == 2:
+        n, s = params.shape[0], 0 if segments is None else segments.numel() - 1
+        tail = (n,) if segments is None else (s, n)
+        if weights.ndim not in (len(tail), len(tail) + 1) or weights.shape[-len(tail) :] != tail:
+            sizes = f"N = {n}" if segments is None else f"N = {n}, S = {s}"
+            found.append(f"weights must be {_FORMS}, here {sizes}; got {_checks.shape(weights)}")
     return found
 
 
@@ -83,7 +80,7 @@ def blend_reference(
         return _weighted_sum(w, params)
     pieces = [
         _weighted_sum(w[..., s, :], params[:, start:stop])
-        for s, (start, stop) in enumerate(_segments.slices(segments))
+        for s, (start, stop) in enumerate(_arena.slices(segments))
     ]
     return torch.cat(pieces, -1) if pieces else params.new_empty((*w.shape[:-2], 0))
 
@@ -136,49 +133,26 @@ def blend_transposed(
 
 
 def _samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
-    generator = torch.Generator().manual_seed(20)
-
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator).to(device, dtype)
-
-    def bounds(*values: int) -> torch.Tensor:
-        return torch.tensor(values, device=device)
-
-    yield normal(3), normal(3, 17), None
-    yield normal(2, 5), normal(5, 1025), None
-    yield normal(1), normal(1, 33), None
-    yield normal(3), normal(3, 0), None
-    yield normal(4), normal(4, 300)[:, 7:136], None
-    yield normal(3, 2), normal(2, 200), bounds(0, 1, 130, 200)
-    yield normal(3, 4, 11), normal(11, 96), bounds(0, 32, 32, 65, 96)
-
-
-def _check(
-    weights: torch.Tensor, params: torch.Tensor, segments: torch.Tensor | None = None
-) -> None:
-    _segments.check_values("blend", segments, params.shape[1])
+    draw = _arena.Draw(device, dtype, seed=20)
+    yield draw.normal(3), draw.normal(3, 17), None
+    yield draw.normal(2, 5), draw.normal(5, 1025), None
+    yield draw.normal(1), draw.normal(1, 33), None
+    yield draw.normal(3), draw.normal(3, 0), None
+    yield draw.normal(4), draw.normal(4, 300)[:, 7:136], None
+    yield draw.normal(3, 2), draw.normal(2, 200), draw.bounds(0, 1, 130, 200)
+    yield draw.normal(3, 4, 11), draw.normal(11, 96), draw.bounds(0, 32, 32, 65, 96)
 
 
 def _prepare(
     weights: torch.Tensor, params: torch.Tensor, segments: torch.Tensor | None = None
 ) -> tuple[Any, ...]:
-    accumulate = _checks.accumulation_dtype(params.dtype)
-    return weights.to(accumulate).contiguous(), params, segments
+    return weights.to(_checks.accumulation_dtype(params.dtype)).contiguous(), params, segments
 
 
 def _why_not(
     weights: torch.Tensor, params: torch.Tensor, segments: torch.Tensor | None = None
 ) -> str | None:
-    return why_not_arena(params)
-
-
-def why_not_arena(params: torch.Tensor) -> str | None:
-    """What every fast backend over the arena asks of its (N, P) argument."""
-    if params.shape[1] > 1 and params.stride(1) != 1:
-        return f"params' columns are not contiguous (stride {params.stride(1)})"
-    if params.shape[0] > MAX_FAST_EXPERTS:
-        return f"{params.shape[0]} experts, more than {MAX_FAST_EXPERTS}"
-    return None
+    return _arena.why_not(params)
 
 
 OP = Op(
@@ -188,7 +162,7 @@ OP = Op(
     fake=blend_fake,
     order={"cpu": ("cpu", "torch"), "cuda": ("cuda", "triton", "torch")},
     samples=_samples,
-    check=_check,
+    check=lambda weights, params, segments=None: _arena.check_values("blend", params, segments),
     autograd=(_setup_context, _backward),
     differentiable=("weights", "params"),
     elementwise=True,

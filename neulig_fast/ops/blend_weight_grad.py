@@ -21,8 +21,8 @@ import torch
 
 from .. import _checks
 from .._registry import Op
-from . import _segments
-from .blend import blend_transposed, why_not_arena
+from . import _arena
+from .blend import blend_transposed
 
 if TYPE_CHECKING:
     from ..segments import Segments
@@ -47,23 +47,19 @@ def blend_weight_grad(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, all of them listed.
     """
-    bounds = _segments.boundaries(segments, params)
+    bounds = _arena.boundaries(segments, params)
     _checks.raise_all("blend_weight_grad", _faults(grad, params, bounds))
     return torch.ops.neulig_fast.blend_weight_grad.default(grad, params, bounds)
 
 
 def _faults(grad: torch.Tensor, params: torch.Tensor, segments: torch.Tensor | None) -> list[str]:
-    if params.ndim != 2 or params.shape[0] < 1:
-        return [f"params must be (N, P) with N >= 1, got {_checks.shape(params)}"]
-    found = _segments.faults(segments, params)
-    if params.dtype not in _checks.FLOAT_DTYPES:
-        found.append(f"params must be fp32, bf16, fp16 or fp64, got {params.dtype}")
+    found = _arena.faults(params, segments)
     if grad.dtype != params.dtype or grad.device != params.device:
         found.append(
             f"grad must be {params.dtype} on {params.device} like params, "
             f"got {grad.dtype} on {grad.device}"
         )
-    if grad.ndim not in (1, 2) or grad.shape[-1] != params.shape[1]:
+    if params.ndim == 2 and (grad.ndim not in (1, 2) or grad.shape[-1] != params.shape[1]):
         found.append(
             f"grad must be (P,) or (K, P), here P = {params.shape[1]}; got {_checks.shape(grad)}"
         )
@@ -76,7 +72,7 @@ def blend_weight_grad_reference(
     """The formula in plain PyTorch, one expert at a time."""
     if segments is None:
         return _dots(grad, params)
-    pieces = [_dots(grad[..., a:b], params[:, a:b]) for a, b in _segments.slices(segments)]
+    pieces = [_dots(grad[..., a:b], params[:, a:b]) for a, b in _arena.slices(segments)]
     if not pieces:
         accumulate = _checks.accumulation_dtype(params.dtype)
         return params.new_empty((*grad.shape[:-1], 0, params.shape[0]), dtype=accumulate)
@@ -115,25 +111,14 @@ def _backward(ctx: Any, grad_dots: torch.Tensor) -> tuple[torch.Tensor | None, .
 
 
 def _samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
-    generator = torch.Generator().manual_seed(21)
-
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator).to(device, dtype)
-
-    def bounds(*values: int) -> torch.Tensor:
-        return torch.tensor(values, device=device)
-
-    yield normal(17), normal(3, 17), None
-    yield normal(2, 1025), normal(5, 1025), None
-    yield normal(33), normal(1, 33), None
-    yield normal(0), normal(3, 0), None
-    yield normal(129), normal(4, 300)[:, 7:136], None
-    yield normal(200), normal(2, 200), bounds(0, 1, 130, 200)
-    yield normal(3, 96), normal(11, 96), bounds(0, 32, 32, 65, 96)
-
-
-def _check(grad: torch.Tensor, params: torch.Tensor, segments: torch.Tensor | None = None) -> None:
-    _segments.check_values("blend_weight_grad", segments, params.shape[1])
+    draw = _arena.Draw(device, dtype, seed=21)
+    yield draw.normal(17), draw.normal(3, 17), None
+    yield draw.normal(2, 1025), draw.normal(5, 1025), None
+    yield draw.normal(33), draw.normal(1, 33), None
+    yield draw.normal(0), draw.normal(3, 0), None
+    yield draw.normal(129), draw.normal(4, 300)[:, 7:136], None
+    yield draw.normal(200), draw.normal(2, 200), draw.bounds(0, 1, 130, 200)
+    yield draw.normal(3, 96), draw.normal(11, 96), draw.bounds(0, 32, 32, 65, 96)
 
 
 def _prepare(
@@ -145,7 +130,7 @@ def _prepare(
 def _why_not(
     grad: torch.Tensor, params: torch.Tensor, segments: torch.Tensor | None = None
 ) -> str | None:
-    return why_not_arena(params)
+    return _arena.why_not(params)
 
 
 OP = Op(
@@ -155,7 +140,9 @@ OP = Op(
     fake=blend_weight_grad_fake,
     order={"cpu": ("cpu", "torch"), "cuda": ("cuda", "triton", "torch")},
     samples=_samples,
-    check=_check,
+    check=lambda grad, params, segments=None: _arena.check_values(
+        "blend_weight_grad", params, segments
+    ),
     autograd=(_setup_context, _backward),
     differentiable=("grad", "params"),
     terms=lambda grad, params, segments=None: max(1, params.shape[1]),

@@ -22,7 +22,7 @@ import torch
 
 from .. import _checks
 from .._registry import Op
-from . import _segments
+from . import _arena
 
 if TYPE_CHECKING:
     from ..segments import Segments
@@ -48,13 +48,8 @@ def offset_gram(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, all of them listed.
     """
-    bounds = _segments.boundaries(segments, params)
-    found = _segments.faults(bounds, params)
-    if params.ndim != 2 or params.shape[0] < 1:
-        found.append(f"params must be (N, P) with N >= 1, got {_checks.shape(params)}")
-    if params.dtype not in _checks.FLOAT_DTYPES:
-        found.append(f"params must be fp32, bf16, fp16 or fp64, got {params.dtype}")
-    _checks.raise_all("offset_gram", found)
+    bounds = _arena.boundaries(segments, params)
+    _checks.raise_all("offset_gram", _arena.faults(params, bounds))
     return torch.ops.neulig_fast.offset_gram.default(params, bounds)
 
 
@@ -63,7 +58,7 @@ def offset_gram_reference(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The formula in plain PyTorch, a block of columns at a time."""
     n, width = params.shape
-    ranges = [(0, width)] if segments is None else _segments.slices(segments)
+    ranges = [(0, width)] if segments is None else _arena.slices(segments)
     sums = params.new_zeros((len(ranges), n), dtype=torch.float64)
     gram = params.new_zeros((len(ranges), n, n), dtype=torch.float64)
     for s, (start, stop) in enumerate(ranges):
@@ -90,19 +85,11 @@ def offset_gram_fake(
 
 
 def _samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
-    generator = torch.Generator().manual_seed(22)
-
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator).to(device, dtype)
-
-    yield normal(3, 17), None
-    yield normal(1, 40), None
-    yield normal(2, 0), None
-    yield normal(5, 1025)[:, 3:], torch.tensor([0, 0, 77, 1022], device=device)
-
-
-def _check(params: torch.Tensor, segments: torch.Tensor | None = None) -> None:
-    _segments.check_values("offset_gram", segments, params.shape[1])
+    draw = _arena.Draw(device, dtype, seed=22)
+    yield draw.normal(3, 17), None
+    yield draw.normal(1, 40), None
+    yield draw.normal(2, 0), None
+    yield draw.normal(5, 1025)[:, 3:], draw.bounds(0, 0, 77, 1022)
 
 
 OP = Op(
@@ -112,11 +99,7 @@ OP = Op(
     fake=offset_gram_fake,
     order={"cpu": ("torch",), "cuda": ("torch",)},
     samples=_samples,
-    check=_check,
+    check=lambda params, segments=None: _arena.check_values("offset_gram", params, segments),
     terms=lambda params, segments=None: max(1, params.shape[1]),
-    not_offered={
-        "cuda": "reference only in this release",
-        "triton": "reference only in this release",
-        "cpu": "reference only in this release",
-    },
+    not_offered=dict.fromkeys(("cuda", "triton", "cpu"), "reference only in this release"),
 )

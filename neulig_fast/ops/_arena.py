@@ -1,0 +1,89 @@
+"""What the ops over the arena share: params (N, P) and column segments.
+
+Segments are an int64 tensor of boundaries, (S + 1,), ascending from 0 to P: segment s covers the
+columns [segments[s], segments[s + 1]).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import torch
+
+from .. import _checks
+
+if TYPE_CHECKING:
+    from ..segments import Segments
+
+MAX_FAST_EXPERTS = 64
+
+
+def boundaries(
+    segments: torch.Tensor | Sequence[int] | Segments | None, params: torch.Tensor
+) -> torch.Tensor | None:
+    """``segments`` in any accepted form as boundaries on the device of ``params``."""
+    if segments is None or isinstance(segments, torch.Tensor):
+        return segments
+    if hasattr(segments, "bounds_on"):
+        return segments.bounds_on(params.device)
+    return torch.tensor(list(segments), dtype=torch.int64, device=params.device)
+
+
+def faults(params: torch.Tensor, segments: torch.Tensor | None) -> list[str]:
+    """What is wrong with the form of ``params`` and ``segments``: rank, dtype, device."""
+    found = []
+    if params.ndim != 2 or params.shape[0] < 1:
+        found.append(f"params must be (N, P) with N >= 1, got {_checks.shape(params)}")
+    if params.dtype not in _checks.FLOAT_DTYPES:
+        found.append(f"params must be fp32, bf16, fp16 or fp64, got {params.dtype}")
+    if segments is None:
+        return found
+    if segments.ndim != 1 or segments.shape[0] < 1:
+        found.append(f"segments must be (S + 1,) boundaries, got {_checks.shape(segments)}")
+    if segments.dtype != torch.int64:
+        found.append(f"segments must be int64, got {segments.dtype}")
+    if segments.device != params.device:
+        found.append(f"segments must be on {params.device} like params, got {segments.device}")
+    return found
+
+
+def check_values(op: str, params: torch.Tensor, segments: torch.Tensor | None) -> None:
+    """ValueError unless the boundaries ascend from 0 to P. Reads values: for the CPU only."""
+    if segments is None:
+        return
+    bounds, width = segments.tolist(), params.shape[1]
+    if bounds[0] != 0 or bounds[-1] != width or any(a > b for a, b in pairwise(bounds)):
+        shown = ", ".join(map(str, bounds[:8])) + (", ..." if len(bounds) > 8 else "")
+        raise ValueError(f"{op}: segments must ascend from 0 to P = {width}, got [{shown}]")
+
+
+def slices(segments: torch.Tensor) -> list[tuple[int, int]]:
+    """``[(start, stop), ...]`` of every segment."""
+    return list(pairwise(segments.tolist()))
+
+
+def why_not(params: torch.Tensor) -> str | None:
+    """What every fast backend over the arena asks of ``params``; None when it has it."""
+    if params.shape[1] > 1 and params.stride(1) != 1:
+        return f"params' columns are not contiguous (stride {params.stride(1)})"
+    if params.shape[0] > MAX_FAST_EXPERTS:
+        return f"{params.shape[0]} experts, more than {MAX_FAST_EXPERTS}"
+    return None
+
+
+class Draw:
+    """Seeded sample tensors on one device."""
+
+    def __init__(self, device: torch.device | str, dtype: torch.dtype, seed: int) -> None:
+        self.device, self.dtype = device, dtype
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def normal(self, *shape: int) -> torch.Tensor:
+        """Standard normal values, drawn on the CPU so that every device sees the same."""
+        return torch.randn(*shape, generator=self.generator).to(self.device, self.dtype)
+
+    def bounds(self, *values: int) -> torch.Tensor:
+        """Segment boundaries."""
+        return torch.tensor(values, device=self.device)

@@ -1,0 +1,213 @@
+"""NeuLig's training loss for one batch of cached features.
+
+For sample b with expert features z_bi (i = 1..N), u_b = [z_b1 … z_bN] and frozen head (H, h)::
+
+    a_b = W u_b + c,  w_b = softmax(a_b)                        the CoopVec
+    e_b = Σ_i w_bi z_bi,  y_b = H e_b/‖e_b‖ + h                 (no division unless normalize)
+    boosting    supervised  L_b = -(1/B) Σ_b log softmax(y_b)[t_b]
+                entropy     L_b = -(1/B) Σ_b Σ_c p_bc log(p_bc + 1e-6),  p = softmax(y)
+    alignment   L_a = (1/(λB)) Σ_b v_b' A v_b,  v_b = w_b       (centered: w_b - mean_b w_b)
+    loss = L_b + L_a
+
+features (B, N, D); portland_weight (N, N·D); portland_bias (N,); head_weight (C, D); head_bias
+(C,) or None; targets (B,) int64, or None for entropy; alignment (N, N), the matrix A (s s' in the
+paper). Any float dtypes; everything is computed and returned in fp32, in fp64 for fp64 features.
+NeuLig (arXiv 2503.01268), sections 3 and 4 of the specification.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .._checks import FLOAT_DTYPES, accumulation_dtype, raise_all, shape
+from .._registry import Op
+from .neulig_loss_backward import ENTROPY_EPSILON, ensemble_logits
+
+BOOSTING = ("supervised", "entropy")
+
+
+class NeuLigLoss(NamedTuple):
+    """Scalars ``loss`` = ``boosting`` + ``alignment``, and the ``coopvec`` (B, N) of the batch."""
+
+    loss: Tensor
+    boosting: Tensor
+    alignment: Tensor
+    coopvec: Tensor
+
+
+def neulig_loss(
+    features: Tensor,
+    portland_weight: Tensor,
+    portland_bias: Tensor,
+    head_weight: Tensor,
+    head_bias: Tensor | None,
+    targets: Tensor | None,
+    alignment: Tensor,
+    *,
+    boosting: str = "supervised",
+    scaling: float = 100.0,
+    normalize: bool = True,
+    centered: bool = False,
+) -> NeuLigLoss:
+    """The loss above; differentiable with respect to every float tensor, once.
+
+    Raises:
+        ValueError: shapes, dtypes or settings that do not fit, all of them named; on the CPU also
+            targets outside [0, C).
+    """
+    tensors = (features, portland_weight, portland_bias, head_weight, head_bias, targets, alignment)
+    raise_all("neulig_loss", _faults(*tensors, boosting, scaling))
+    outputs = torch.ops.neulig_fast.neulig_loss.default(
+        *tensors, boosting, float(scaling), normalize, centered
+    )
+    return NeuLigLoss(*outputs)
+
+
+def _faults(z, W, c, H, h, t, A, boosting: str, scaling: float) -> Iterator[str]:
+    if z.ndim != 3 or H.ndim != 2 or 0 in z.shape or 0 in H.shape:
+        yield f"features must be (B, N, D) and head_weight (C, D), got {shape(z)} and {shape(H)}"
+        return
+    (B, N, D), C = z.shape, H.shape[0]
+    expected = (
+        ("portland_weight", "(N, N*D)", W, (N, N * D)),
+        ("portland_bias", "(N,)", c, (N,)),
+        ("head_weight", "(C, D)", H, (C, D)),
+        ("head_bias", "(C,)", h, (C,)),
+        ("targets", "(B,)", t, (B,)),
+        ("alignment", "(N, N)", A, (N, N)),
+    )
+    for name, words, tensor, wanted in expected:
+        if tensor is not None and tensor.shape != wanted:
+            yield f"{name} must be {words} = {wanted}, got {shape(tensor)}"
+        if tensor is not None and name != "targets" and tensor.dtype not in FLOAT_DTYPES:
+            yield f"{name} must be a float tensor, got {tensor.dtype}"
+    if z.dtype not in FLOAT_DTYPES:
+        yield f"features must be a float tensor, got {z.dtype}"
+    if boosting not in BOOSTING:
+        yield f"boosting must be one of {', '.join(BOOSTING)}, got {boosting!r}"
+    if t is None and boosting == "supervised":
+        yield "targets are needed for boosting='supervised'"
+    if t is not None and t.dtype != torch.int64:
+        yield f"targets must be int64, got {t.dtype}"
+    if not scaling > 0:
+        yield f"scaling must be positive, got {scaling}"
+
+
+def _check_targets(*args: Any) -> None:
+    """The values of ``targets``: an error that names them instead of a read out of bounds."""
+    targets, classes = args[5], args[3].shape[0]
+    if targets is None or args[7] != "supervised":
+        return
+    low, high = torch.aminmax(targets)
+    if low < 0 or high >= classes:
+        wrong = targets[(targets < 0) | (targets >= classes)].unique().tolist()
+        raise ValueError(f"neulig_loss: targets must be in [0, {classes}), got {wrong[:8]}")
+
+
+def neulig_loss_reference(
+    features: Tensor,
+    portland_weight: Tensor,
+    portland_bias: Tensor,
+    head_weight: Tensor,
+    head_bias: Tensor | None,
+    targets: Tensor | None,
+    alignment: Tensor,
+    boosting: str,
+    scaling: float,
+    normalize: bool,
+    centered: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The module's formula, in the paper's notation."""
+    acc = accumulation_dtype(features.dtype)
+    z, W, c, H, A = (
+        t.to(acc) for t in (features, portland_weight, portland_bias, head_weight, alignment)
+    )
+    h = None if head_bias is None else head_bias.to(acc)
+
+    w = torch.softmax(torch.addmm(c, z.flatten(1), W.T), dim=1)
+    _, _, y = ensemble_logits(w, z, H, h, normalize)
+    if boosting == "supervised":
+        L_b = torch.nn.functional.cross_entropy(y, targets)
+    else:
+        p = torch.softmax(y, dim=1)
+        L_b = -(p * (p + ENTROPY_EPSILON).log()).sum(1).mean()
+    v = w - w.mean(0) if centered else w
+    L_a = ((v @ A) * v).sum(1).mean() / scaling
+    return L_b + L_a, L_b, L_a, w
+
+
+def _fake(features, portland_weight, portland_bias, head_weight, head_bias, targets, alignment,
+          boosting, scaling, normalize, centered):  # fmt: skip
+    torch._check(features.ndim == 3, lambda: "neulig_loss: features must be (B, N, D)")
+    B, N, D = features.shape
+    torch._check(portland_weight.shape == (N, N * D), lambda: "neulig_loss: portland_weight")
+    acc = accumulation_dtype(features.dtype)
+    scalars = [features.new_empty((), dtype=acc) for _ in range(3)]
+    return (*scalars, features.new_empty((B, N), dtype=acc))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(output[3], *inputs[:7])
+    ctx.settings = inputs[7:]
+
+
+def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+    w, *inputs = ctx.saved_tensors
+    z, W, _c, H, h, t, A = inputs
+    needs = [ctx.needs_input_grad[k] for k in (0, 1, 2, 3, 4, 6)]
+    gradients = torch.ops.neulig_fast.neulig_loss_backward.default(
+        *grads, w, z, W, H, h, t, A, *ctx.settings, needs
+    )
+    by_input = dict(zip((0, 1, 2, 3, 4, 6), gradients, strict=True))
+    return (
+        tuple(
+            by_input[k].to(x.dtype) if ctx.needs_input_grad[k] else None
+            for k, x in enumerate(inputs)
+        )
+        + (None,) * 4
+    )
+
+
+def _samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[tuple]:
+    g = torch.Generator().manual_seed(3)
+
+    def draw(*sizes: int) -> Tensor:
+        return torch.randn(*sizes, generator=g, dtype=torch.float64).to(device, dtype)
+
+    for B, N, D, C, boosting, normalize, centered in (
+        (4, 3, 5, 6, "supervised", True, False),
+        (17, 5, 9, 10, "entropy", True, False),
+        (7, 2, 17, 3, "supervised", False, True),
+        (3, 4, 8, 1, "supervised", True, True),
+        (1, 1, 3, 4, "entropy", False, False),
+    ):
+        z = draw(B, N, 2 * D)[..., ::2] if B == 7 else draw(B, N, D)  # once with strides
+        t = torch.arange(B, device=device) % C if boosting == "supervised" else None
+        h = draw(C) if N % 2 else None
+        A = draw(N, N)
+        yield (
+            z, draw(N, N * D) / D, draw(N), draw(C, D), h, t, A @ A.T,
+            boosting, 10.0, normalize, centered,
+        )  # fmt: skip
+
+
+OP = Op(
+    "neulig_loss",
+    "(Tensor features, Tensor portland_weight, Tensor portland_bias, Tensor head_weight, "
+    "Tensor? head_bias, Tensor? targets, Tensor alignment, str boosting, float scaling, "
+    "bool normalize, bool centered) -> (Tensor, Tensor, Tensor, Tensor)",
+    reference=neulig_loss_reference,
+    fake=_fake,
+    order={"cpu": ("torch",), "cuda": ("torch",)},
+    samples=_samples,
+    check=_check_targets,
+    autograd=(_setup_context, _backward),
+    differentiable=("features", "portland_weight", "portland_bias", "head_weight", "head_bias",
+                    "alignment"),
+    terms=lambda *args: args[0].shape[1] * args[0].shape[2],
+    not_offered=dict.fromkeys(("cpu", "triton", "cuda"), "not written yet"),
+)  # fmt: skip
