@@ -1,0 +1,127 @@
+// Element types, the type they are summed in, and vectors of them. No torch headers.
+//
+// bf16 and fp16 are converted with integer arithmetic, in vectors, at every instruction level:
+// gcc 12 leaves _Float16 conversions scalar (39 ms instead of 1.9 ms for 4 M elements).
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "common/cpu_level.h"
+
+namespace neulig_fast {
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Half {
+  uint16_t bits;
+};
+
+template <typename T>
+struct AccOf {
+  using type = float;
+};
+template <>
+struct AccOf<double> {
+  using type = double;
+};
+template <typename T>
+using Acc = typename AccOf<T>::type;
+
+template <typename E, int kLanes>
+struct VecOf {
+  typedef E type __attribute__((vector_size(sizeof(E) * kLanes)));
+};
+template <typename E, int kLanes>
+using Vec = typename VecOf<E, kLanes>::type;
+
+template <typename V>
+NF_INLINE V load_bits(const void* p) {
+  V v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+// load<kLanes>(p): kLanes elements from any address, in the type they are summed in (exact).
+template <int kLanes>
+NF_INLINE Vec<float, kLanes> load(const float* p) {
+  return load_bits<Vec<float, kLanes>>(p);
+}
+
+template <int kLanes>
+NF_INLINE Vec<double, kLanes> load(const double* p) {
+  return load_bits<Vec<double, kLanes>>(p);
+}
+
+template <int kLanes>
+NF_INLINE Vec<uint32_t, kLanes> load_u16(const void* p) {
+  return __builtin_convertvector((load_bits<Vec<uint16_t, kLanes>>(p)), Vec<uint32_t, kLanes>);
+}
+
+template <int kLanes>
+NF_INLINE Vec<float, kLanes> load(const BFloat16* p) {
+  return (Vec<float, kLanes>)(load_u16<kLanes>(p) << 16);
+}
+
+// Two branches that need no denormal fp32 arithmetic: rebias the exponent (normal, inf, NaN), or let
+// a subtraction of 0.5 normalise the mantissa (zero, subnormal).
+template <int kLanes>
+NF_INLINE Vec<float, kLanes> load(const Half* p) {
+  using F = Vec<float, kLanes>;
+  using U = Vec<uint32_t, kLanes>;
+  const U word = load_u16<kLanes>(p) << 16;
+  const U sign = word & 0x80000000u;
+  const U twice = word + word;
+  const U normal = (U)((F)((twice >> 4) + (0xE0u << 23)) * 0x1.0p-112f);
+  const U subnormal = (U)((F)((twice >> 17) | (126u << 23)) - 0.5f);
+  const U small = (U)(twice < (1u << 27));
+  return (F)(sign | (subnormal & small) | (normal & ~small));
+}
+
+// store<kLanes>(p, v): rounds to nearest even to p's type and writes; NaN stays NaN.
+template <int kLanes>
+NF_INLINE void store(float* p, Vec<float, kLanes> v) {
+  std::memcpy(p, &v, sizeof v);
+}
+
+template <int kLanes>
+NF_INLINE void store(double* p, Vec<double, kLanes> v) {
+  std::memcpy(p, &v, sizeof v);
+}
+
+template <int kLanes>
+NF_INLINE void store_u16(void* p, Vec<uint32_t, kLanes> v) {
+  const auto narrow = __builtin_convertvector(v, Vec<uint16_t, kLanes>);
+  std::memcpy(p, &narrow, sizeof narrow);
+}
+
+template <int kLanes>
+NF_INLINE void store(BFloat16* p, Vec<float, kLanes> v) {
+  using U = Vec<uint32_t, kLanes>;
+  const U bits = (U)v;
+  const U nan = (U)(v != v);
+  const U rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+  store_u16<kLanes>(p, (rounded & ~nan) | (nan & 0x7FC0u));
+}
+
+// Scaling up and down turns too large values into inf; adding the value to a power of two of its own
+// exponent, 13 bits coarser, rounds the mantissa in place.
+template <int kLanes>
+NF_INLINE void store(Half* p, Vec<float, kLanes> v) {
+  using F = Vec<float, kLanes>;
+  using U = Vec<uint32_t, kLanes>;
+  const U bits = (U)v;
+  const U sign = (bits >> 16) & 0x8000u;
+  const U twice = bits + bits;
+  const F magnitude = ((F)(bits & 0x7FFFFFFFu) * 0x1.0p+112f) * 0x1.0p-110f;
+  const U exponent = twice & 0xFF000000u;
+  const U tiny = (U)(exponent < 0x71000000u);
+  const U bias = (exponent & ~tiny) | (tiny & 0x71000000u);
+  const U sum = (U)((F)((bias >> 1) + 0x07800000u) + magnitude);
+  const U rounded = ((sum >> 13) & 0x7C00u) + (sum & 0x0FFFu);
+  const U nan = (U)(twice > 0xFF000000u);
+  store_u16<kLanes>(p, sign | (rounded & ~nan) | (nan & 0x7E00u));
+}
+
+}  // namespace neulig_fast
