@@ -1,0 +1,124 @@
+"""Triton or its absence, and how kernels are launched: the one place that chooses block sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+class _Absent:
+    """Stands in for triton: kernel modules can be imported, and a launch says what is missing."""
+
+    def __getattr__(self, name: str) -> Any:
+        return _Absent()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return _Absent()
+
+    def __getitem__(self, grid: Any) -> Any:
+        raise RuntimeError(MISSING)
+
+
+triton: Any
+tl: Any
+MISSING: str | None = None
+try:
+    import triton
+    import triton.language as tl
+except ImportError as error:  # CPU wheels of torch come without triton
+    triton, tl = _Absent(), _Absent()
+    MISSING = f"triton cannot be imported: {error}"
+
+# Decided, like what @triton.jit makes of a kernel, when this package is imported.
+INTERPRETED = MISSING is None and bool(triton.knobs.runtime.interpret)
+
+MAX_EXPERTS = 64
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Columns and warps of a program, and how many rows (experts, gradients) it holds at once."""
+
+    block: int
+    num_warps: int
+    held: int
+
+
+def config(op: str, dtype: torch.dtype, experts: int, outputs: int) -> Config:
+    """The configuration of ``op`` for N experts and K outputs: a pure function of its arguments.
+
+    Raises:
+        ValueError: an op that has no kernel here.
+    """
+    registers = 2 if dtype == torch.float64 else 1  # per value
+    if op == "blend":
+        return _blend(registers, experts, outputs)
+    if op == "blend_weight_grad":
+        held = 4 if outputs > 2 else outputs
+        return Config(block=(1024 if held == 4 else 2048) // registers, num_warps=4, held=held)
+    raise ValueError(f"config: {op!r} has no kernel")
+
+
+def _blend(registers: int, experts: int, outputs: int) -> Config:
+    """Two 16-byte loads per thread and expert in fp32 and fp64, one in the 2-byte types.
+
+    With one output, experts beyond eight stream by in eights. With several, all experts of a column
+    are held, so that each is read once: the more experts, the fewer columns per thread, for at most
+    128 registers of values.
+    """
+    columns = 8 // registers
+    held = (experts - 1) % 8 + 1
+    if outputs > 1:
+        held = experts
+        while experts * columns * registers > 128:
+            columns //= 2
+    return Config(block=128 * columns, num_warps=4, held=held)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel, how many programs of it, its arguments, its constants and compiler options."""
+
+    kernel: Any
+    programs: int
+    arguments: tuple[Any, ...]
+    options: Mapping[str, Any]
+
+
+def run(params: torch.Tensor, launches: Iterable[Launch]) -> None:
+    """Launch one after the other on the device of ``params`` and its current stream."""
+    with torch.cuda.device_of(params):
+        for launch in launches:
+            launch.kernel[(launch.programs,)](*launch.arguments, **launch.options)
+
+
+def why_not_arena(params: torch.Tensor, segments: torch.Tensor | None) -> str | None:
+    """Why a kernel cannot read ``params`` (N, P) with ``segments`` (S + 1,); None when it can."""
+    if MISSING is not None:
+        return MISSING
+    if params.device.type != "cuda" and not INTERPRETED:
+        return f"params are on {params.device.type}, and TRITON_INTERPRET=1 is not set"
+    if params.dtype not in DTYPES:
+        return f"params are {params.dtype}, not fp32, bf16, fp16 or fp64"
+    if params.shape[0] > MAX_EXPERTS:
+        return f"{params.shape[0]} experts, more than {MAX_EXPERTS}"
+    if params.shape[1] > 1 and params.stride(1) != 1:
+        return f"params' columns are not contiguous (stride {params.stride(1)})"
+    if segments is not None and segments.numel() < 2 and params.shape[1] > 0:
+        return f"segments have no segment for {params.shape[1]} columns"
+    return None
+
+
+def require(op: str, reason: str | None) -> None:
+    """ValueError if there is a reason why ``op`` cannot run."""
+    if reason is not None:
+        raise ValueError(f"{op}: {reason}")
+
+
+def alignment(stride: int) -> int:
+    """The largest power of two up to 16 that divides ``stride``: what wide accesses may rely on."""
+    return min(stride & -stride, 16) if stride else 16
