@@ -1,0 +1,160 @@
+"""Statistics of the experts' offsets from their mean: what the alignment penalties are made of.
+
+theta_i is expert i's parameters, theta-bar their mean, xi_i = theta_i - theta-bar the offsets. Per
+group of tensors (the whole model, a layer, one tensor):
+
+    sums  S_i  = sum_p xi_i[p]                 gram  G_ij = <xi_i, xi_j>
+    distances  D_ij = ||theta_i - theta_j||^2 = G_ii + G_jj - 2 G_ij
+
+NeuLig (arXiv 2503.01268), sections 1 and 4 of the method.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from . import _checks
+
+
+@dataclass(frozen=True, eq=False)
+class OffsetStats:
+    """Sums and Gram matrices of N experts' offsets, fp64 on the CPU.
+
+    Args:
+        sums: (N,) for the whole model, (L, N) for L groups.
+        gram: (N, N) for the whole model, (L, N, N) for L groups. Made exactly symmetric: a BLAS
+            may give G_ij and G_ji different last bits.
+        labels: names of the L groups, in order; empty for the whole model.
+
+    Raises:
+        ValueError: shapes that do not fit each other or the labels.
+    """
+
+    sums: torch.Tensor
+    gram: torch.Tensor
+    labels: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sums", self.sums.detach().to("cpu", torch.float64))
+        object.__setattr__(self, "gram", self.gram.detach().to("cpu", torch.float64))
+        object.__setattr__(self, "labels", tuple(self.labels))
+        leading = (len(self.labels),) if self.labels or self.sums.ndim == 2 else ()
+        n = self.sums.shape[-1] if self.sums.ndim else 0
+        found = []
+        if n < 1 or tuple(self.sums.shape) != (*leading, n):
+            found.append(
+                "sums must be (N,), or (L, N) with L labels, "
+                f"got {_checks.shape(self.sums)} and {len(self.labels)} labels"
+            )
+        if tuple(self.gram.shape) != (*self.sums.shape, n):
+            found.append(
+                f"gram must be (N, N), or (L, N, N) with L labels, got {_checks.shape(self.gram)} "
+                f"for sums {_checks.shape(self.sums)}"
+            )
+        _checks.raise_all("OffsetStats", found)
+        object.__setattr__(self, "gram", (self.gram + self.gram.mT) / 2)
+
+    @classmethod
+    def grouped(cls, sums: torch.Tensor, gram: torch.Tensor, labels: Sequence[str]) -> OffsetStats:
+        """Add rows with the same label: (S, N), (S, N, N) and S labels become L groups.
+
+        Groups are ordered by first appearance; rows are added in order, in fp64.
+        """
+        groups = {label: i for i, label in enumerate(dict.fromkeys(labels))}
+        index = torch.tensor([groups[label] for label in labels], dtype=torch.int64)
+
+        def add(rows: torch.Tensor) -> torch.Tensor:
+            rows = rows.to("cpu", torch.float64)
+            return rows.new_zeros((len(groups), *rows.shape[1:])).index_add_(0, index, rows)
+
+        return cls(add(sums), add(gram), tuple(groups))
+
+    def __repr__(self) -> str:
+        groups = f"{len(self.labels)} groups" if self.sums.ndim == 2 else "whole model"
+        return f"OffsetStats({self.num_experts} experts, {groups})"
+
+    @property
+    def num_experts(self) -> int:
+        """N."""
+        return int(self.sums.shape[-1])
+
+    def total(self, weights: torch.Tensor | Sequence[float] | None = None) -> OffsetStats:
+        """Whole-model statistics: the groups added up, each times its weight.
+
+        Args:
+            weights: (L,), one per group; None is all ones. ``1 / trace`` of every group's Gram
+                matrix keeps large layers from dominating, 0 leaves a group out.
+
+        Raises:
+            ValueError: not one weight per group.
+        """
+        if self.sums.ndim == 1 and weights is None:
+            return self
+        sums, gram = self._by_group()
+        scale = torch.ones(len(sums)) if weights is None else torch.as_tensor(weights)
+        if scale.shape != (len(sums),):
+            raise ValueError(
+                f"OffsetStats.total: weights must be ({len(sums)},), got {_checks.shape(scale)}"
+            )
+        scale = scale.to("cpu", torch.float64)
+        return OffsetStats((scale[:, None] * sums).sum(0), (scale[:, None, None] * gram).sum(0))
+
+    def _by_group(self) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.sums.ndim == 1:
+            return self.sums.unsqueeze(0), self.gram.unsqueeze(0)
+        return self.sums, self.gram
+
+    @property
+    def total_gram(self) -> torch.Tensor:
+        """(N, N): G of the whole model."""
+        return self.total().gram
+
+    @property
+    def zscores(self) -> torch.Tensor:
+        """(N,): s_i = (S_i - mean S) / std S of the whole-model sums, divisor N - 1.
+
+        With N = 1, or all N sums identical to the last bit, the ratio is 0 / 0 and s is defined as
+        0. Sums that differ only by rounding are not identical: s then has unit variance like any
+        other, and N = 2 always gives +-1 / sqrt(2) (section 4.2).
+        """
+        sums = self.total().sums
+        shifted = sums - sums[0]  # exact for close sums, whose mean would round to one of them
+        largest = shifted.abs().max()
+        if bool(largest == 0):
+            return torch.zeros_like(sums)
+        shifted = shifted / largest  # squares of tiny differences would underflow
+        return (shifted - shifted.mean()) / shifted.std()
+
+    @property
+    def distances(self) -> torch.Tensor:
+        """D_ij = ||theta_i - theta_j||^2, the shape of :attr:`gram`; never negative."""
+        diagonal = self.gram.diagonal(dim1=-2, dim2=-1)
+        squared = diagonal.unsqueeze(-1) + diagonal.unsqueeze(-2) - 2 * self.gram
+        return squared.clamp_min(0)
+
+    def gram_normalized(self) -> torch.Tensor:
+        """G (N - 1) / tr G per group, which has the trace of s s' (section 4.3).
+
+        Zeros for a group whose experts coincide: trace 0, or, because rounding of the mean can
+        leave equal offsets behind, all distances 0.
+        """
+        trace = self.gram.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
+        spread = self.distances.amax((-2, -1), keepdim=True)
+        same = (trace == 0) | (spread == 0)
+        scaled = self.gram * ((self.num_experts - 1) / trace.masked_fill(same, 1.0))
+        return scaled.masked_fill(same, 0.0)
+
+    def variance_matrix(self) -> torch.Tensor:
+        """D / 2 over the mean off-diagonal entry of D, per group.
+
+        w' A w is then the variance sum_i w_i ||theta_i - theta_w||^2 of a merge in units of the
+        experts' mean squared distance (sections 2.1 and 4.5): 0 for a one-hot w, (N - 1) / (2 N)
+        for the uniform one. Zeros for a group whose experts coincide, and for N = 1.
+        """
+        n = self.num_experts
+        mean = self.distances.sum((-2, -1), keepdim=True) / max(1, n * (n - 1))
+        same = mean == 0
+        return (0.5 * self.distances / mean.masked_fill(same, 1.0)).masked_fill(same, 0.0)
