@@ -1,0 +1,67 @@
+"""The file of an unfinished fit: safetensors, with settings and progress as JSON in its header."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+from torch import Tensor
+
+from .._checks import raise_all
+from ..state_files import write_safetensors
+
+_FORMAT = "neulig_fast.fit.1"
+
+
+class Checkpoint:
+    """Where a fit saves itself.
+
+    Args:
+        path: of the file; need not exist.
+        settings: JSON values that determine the fit to the bit, data included (as hashes).
+    """
+
+    def __init__(self, path: str | Path, settings: Mapping[str, Any]) -> None:
+        self.path = Path(path)
+        self.settings = json.loads(json.dumps(settings))
+
+    def write(self, tensors: Mapping[str, Tensor], progress: Mapping[str, float]) -> None:
+        """Replace the file; the old one stays whole until the new one is."""
+        metadata = {
+            "format": _FORMAT,
+            "settings": json.dumps(self.settings),
+            "progress": json.dumps(progress),
+        }
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_safetensors(self.path, tensors, metadata)
+
+    def read(self) -> tuple[dict[str, Tensor], dict[str, float]] | None:
+        """Tensors and progress; None when there is no file yet.
+
+        Raises:
+            ValueError: not such a file, damaged, or of a fit with other settings, each difference
+                listed.
+        """
+        if not self.path.exists():
+            return None
+        try:
+            with safetensors.safe_open(self.path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (safetensors.SafetensorError, OSError) as error:
+            raise ValueError(f"checkpoint {self.path} cannot be read: {error}") from error
+        if metadata.get("format") != _FORMAT:
+            raise ValueError(f"checkpoint {self.path} is not the checkpoint of a fit")
+        saved = json.loads(metadata["settings"])
+        subject = f"checkpoint {self.path} belongs to another fit"
+        raise_all(subject, _differences(saved, self.settings))
+        return tensors, json.loads(metadata["progress"])
+
+
+def _differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    for key in sorted(saved.keys() | now.keys()):
+        if saved.get(key) != now.get(key):
+            yield f"{key} was {saved.get(key)!r}, is {now.get(key)!r}"

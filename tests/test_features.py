@@ -1,0 +1,299 @@
+"""The feature cache: each image once, addressed by content, in memory and on disk."""
+
+import copy
+
+import open_clip
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+
+from neulig_fast import ExpertPool
+from neulig_fast.neulig import features as features_module
+from neulig_fast.neulig.features import FeatureCache
+
+
+class Encoder(nn.Module):
+    """(B, 2, 3) -> (B, 5), counting the images it has seen."""
+
+    seen = 0
+
+    def __init__(self, act=torch.tanh, tokens=False):
+        super().__init__()
+        self.linear, self.norm = nn.Linear(6, 5), nn.BatchNorm1d(5)
+        self.act, self.tokens = act, tokens
+
+    def forward(self, images):
+        Encoder.seen += len(images)
+        pooled = self.norm(self.act(self.linear(images.flatten(1))))
+        return (pooled, images) if self.tokens else pooled
+
+
+def experts(count=3, **options):
+    torch.manual_seed(1)
+    made = [Encoder(**options) for _ in range(count)]
+    for expert in made:
+        expert.norm.running_mean.normal_()
+    return made
+
+
+@pytest.fixture
+def pool():
+    return ExpertPool(experts(), names=["a", "b", "c"])
+
+
+@pytest.fixture
+def images():
+    return torch.randn(7, 2, 3)
+
+
+def direct(pool, images):
+    """Every expert run on its own, as a module with its weights loaded."""
+    rows = []
+    for i in range(pool.num_experts):
+        module = copy.deepcopy(pool.template)
+        module.load_state_dict(pool.state_dict(i))
+        with torch.no_grad():
+            out = module.eval()(images)
+        rows.append(out[0] if isinstance(out, tuple) else out)
+    return torch.stack(rows, 1)
+
+
+@pytest.mark.parametrize("tokens", [False, True], ids=["features", "tuple"])
+def test_features_are_those_of_the_experts(images, tokens):
+    pool = ExpertPool(experts(tokens=tokens))
+    got = FeatureCache(pool).features(images)
+    assert torch.equal(got, direct(pool, images)) and not got.requires_grad
+    assert got.abs().max() > 0.1
+
+
+def vit(**options):
+    return open_clip.transformer.VisionTransformer(
+        image_size=32, patch_size=16, width=16, layers=2, heads=2, mlp_ratio=2.0, output_dim=12,
+        **options,
+    )  # fmt: skip
+
+
+def resnet():
+    return open_clip.modified_resnet.ModifiedResNet(
+        layers=(1, 1, 1, 1), output_dim=12, heads=4, image_size=32, width=8
+    )
+
+
+@pytest.mark.parametrize("make", [vit, lambda: vit(output_tokens=True), resnet])
+def test_open_clip_towers_run_as_they_are(make):
+    torch.manual_seed(3)
+    pool = ExpertPool([make() for _ in range(2)])
+    images = torch.randn(3, 3, 32, 32)
+    got = FeatureCache(pool, widths={"task": pool.template.output_dim}).features(images)
+    assert torch.allclose(got, direct(pool, images), atol=1e-5)
+
+
+def test_each_expert_sees_each_image_once(pool, images):
+    cache = FeatureCache(pool)
+    Encoder.seen = 0
+    first = cache.features(images)
+    batch = torch.cat([images[3:], images[:3], images[:1]])  # other order, one twice
+    again = cache.features(batch)
+    assert torch.equal(again, torch.cat([first[3:], first[:3], first[:1]]))
+    assert Encoder.seen == 3 * 7 and cache.computed == len(cache) == 7
+    cache.features(torch.cat([images, images + 1, images + 1]))
+    assert Encoder.seen == 3 * 14 and len(cache) == 14
+
+
+def test_a_training_template_is_put_in_eval_mode(pool, images):
+    expected = direct(pool, images)
+    pool.template.train()
+    assert torch.equal(FeatureCache(pool).features(images), expected)
+
+
+def test_shape_and_dtype_are_part_of_an_images_key(pool):
+    cache = FeatureCache(pool)
+    cache.features(torch.zeros(1, 2, 3))
+    for other in (torch.zeros(1, 3, 2), torch.zeros(1, 2, 3, dtype=torch.float64)):
+        before = cache.computed
+        cache.features(other)
+        assert cache.computed == before + 1
+
+
+def test_the_cache_grows_without_moving_rows(pool):
+    cache = FeatureCache(pool)
+    batches = [torch.randn(size, 2, 3) for size in (1, 2, 30, 4, 100)]
+    for batch in batches:
+        cache.features(batch)
+    everything = cache.features(torch.cat(batches))
+    assert torch.allclose(everything, direct(pool, torch.cat(batches)), atol=1e-6)
+    assert cache.computed == 137
+
+
+# -- collect ---------------------------------------------------------------------------------------
+
+
+def loader(images, labels, size=3):
+    return list(zip(images.split(size), labels.split(size), strict=True))
+
+
+def test_collect_keeps_the_loaders_order(pool, images):
+    labels = torch.tensor([0, 1, 2, 0, 1, 2, 3])
+    calls = []
+    got = FeatureCache(pool).collect(
+        loader(images, labels), num_classes=4, advance=lambda: calls.append(1)
+    )
+    assert torch.allclose(got.features, direct(pool, images), atol=1e-6)
+    assert torch.equal(got.labels, labels) and len(calls) == 3 and got.views == 1
+    assert len({bytes(key.tolist()) for key in got.keys}) == 7
+
+
+def test_collect_of_several_views_passes_over_the_loader_again(pool, images):
+    class Augmenting:
+        def __init__(self):
+            self.passes = 0
+
+        def __iter__(self):
+            self.passes += 1
+            return iter(loader(images + self.passes, torch.zeros(7).long()))
+
+    got = FeatureCache(pool).collect(Augmenting(), num_classes=1, views=3)
+    assert got.features.shape == (21, 3, 5) and got.views == 3
+    expected = direct(pool, torch.cat([images + k for k in (1, 2, 3)]))
+    assert torch.allclose(got.features, expected, atol=1e-6)
+
+
+def test_labels_are_not_needed_when_they_are_not_used(pool, images):
+    cache = FeatureCache(pool)
+    assert cache.collect(images.split(2)).labels is None
+    assert cache.collect([(images, torch.full((7,), 99))]).labels is None
+    assert cache.computed == 7
+
+
+@pytest.mark.parametrize(
+    "batches, error, message",
+    [
+        ([], ValueError, "letters: the loader is empty"),
+        ([torch.zeros(2, 2, 3)], TypeError, r"letters: batch 0 must be \(images, labels\)"),
+        ([(torch.zeros(2, 2, 3),)], TypeError, r"must be \(images, labels\)"),
+        (
+            [(torch.zeros(2, 2, 3), torch.tensor([0, 4]))],
+            ValueError,
+            r"letters: batch 0: labels must be in \[0, 4\), got \[4\]",
+        ),
+        ([(torch.zeros(2, 2, 3), [-1, 0])], ValueError, r"in \[0, 4\), got \[-1\]"),
+        ([(torch.zeros(2, 2, 3), torch.zeros(3).long())], ValueError, "2 images but 3 labels"),
+        ([(torch.zeros(2, 2, 3), torch.zeros(2))], TypeError, r"must be \(B,\) integers"),
+        ([(torch.zeros(0, 2, 3), torch.zeros(0).long())], ValueError, "non-empty batch"),
+    ],
+)
+def test_batches_that_are_refused(pool, batches, error, message):
+    with pytest.raises(error, match=message):
+        FeatureCache(pool).collect(batches, name="letters", num_classes=4)
+
+
+def test_a_loader_that_can_be_read_only_once_is_found_out(pool, images):
+    once = iter(loader(images, torch.zeros(7).long()))
+    with pytest.raises(ValueError, match=r"passes of \[7, 0\]"):
+        FeatureCache(pool).collect(once, num_classes=1, views=2)
+
+
+# -- what is refused -------------------------------------------------------------------------------
+
+
+def test_features_that_are_not_finite_name_the_expert():
+    pool = ExpertPool([Exploder(0), Exploder(1)], names=["calm", "loud"])
+    images = torch.tensor([[1.0] * 6, [2.0] * 6, [0.0] * 6])
+    with pytest.raises(ValueError, match="expert 'loud' gives non-finite features for 2 of 3"):
+        FeatureCache(pool).features(images)
+
+
+class Exploder(nn.Module):
+    def __init__(self, power):
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((6, 5), 3e38 if power else 1.0))
+
+    def forward(self, images):
+        return images @ self.weight
+
+
+def test_encoders_of_another_kind_are_refused(pool, images):
+    class Tokens(Encoder):
+        def forward(self, images):
+            return images
+
+    class Clip(Encoder):
+        def encode_image(self, images):
+            return self(images)
+
+    with pytest.raises(ValueError, match=r"must map \(7, 2, 3\) to \(7, D\), got \(7, 2, 3\)"):
+        FeatureCache(ExpertPool([Tokens()])).features(images)
+    with pytest.raises(ValueError, match="whole CLIP models"):
+        FeatureCache(ExpertPool([Clip()])).features(images)
+    with pytest.raises(ValueError, match="no template"):
+        FeatureCache(ExpertPool([Encoder().state_dict()])).features(images)
+
+
+def test_heads_of_another_width_are_named_at_the_first_features(pool, images):
+    cache = FeatureCache(pool, widths={"digits": 5, "letters": 6, "shapes": 7})
+    with pytest.raises(ValueError, match=r"2 problems(.|\n)*'letters' is for D = 6, .* D = 5"):
+        cache.features(images)
+
+
+# -- on disk ---------------------------------------------------------------------------------------
+
+
+def test_a_second_process_computes_nothing(pool, images, tmp_path):
+    labels = torch.zeros(7).long()
+    first = FeatureCache(pool, tmp_path).collect(loader(images, labels), num_classes=1)
+    again = FeatureCache(ExpertPool(experts()), tmp_path)
+    got = again.collect(loader(images.flip(0), labels), num_classes=1)
+    assert again.computed == 0 and torch.equal(got.features, first.features.flip(0))
+    again.collect(loader(torch.cat([images, images + 1]), torch.zeros(14).long()), num_classes=1)
+    assert again.computed == 7
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 2
+    assert len(FeatureCache(pool, tmp_path)) == 14
+
+
+def test_other_weights_or_another_encoder_share_nothing(images, tmp_path):
+    FeatureCache(ExpertPool(experts()), tmp_path).collect([images])
+    changed = experts()
+    changed[2].linear.weight.data[0, 0] += 1e-3
+    for other in (changed, experts(act=torch.relu), experts(count=2)):
+        assert len(FeatureCache(ExpertPool(other), tmp_path)) == 0
+    assert len(FeatureCache(ExpertPool(experts()), tmp_path)) == 7
+
+
+def test_what_was_computed_before_an_error_is_kept(pool, images, tmp_path):
+    def breaks_off():
+        yield images[:3], torch.zeros(3).long()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        FeatureCache(pool, tmp_path).collect(breaks_off(), num_classes=1)
+    assert len(FeatureCache(pool, tmp_path)) == 3
+
+
+def test_long_collections_are_written_in_pieces(pool, images, tmp_path, monkeypatch):
+    monkeypatch.setattr(features_module, "_FLUSH_BYTES", 2 * 3 * 5 * 4)  # two images
+    cache = FeatureCache(pool, tmp_path)
+    cache.collect(images.split(2))
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 4
+    assert len(FeatureCache(pool, tmp_path)) == 7
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "foreign", "not a shard"])
+def test_a_damaged_or_foreign_file_is_named(pool, images, tmp_path, damage):
+    FeatureCache(pool, tmp_path).collect([images])
+    (path,) = tmp_path.rglob("*.safetensors")
+    content = bytearray(path.read_bytes())
+    if damage == "truncated":
+        path.write_bytes(content[:-1])
+    elif damage == "flipped":
+        content[-1] ^= 1
+        path.write_bytes(content)
+    elif damage == "foreign":
+        other = FeatureCache(ExpertPool(experts(count=2)), tmp_path / "other")
+        other.collect([images])
+        (foreign,) = (tmp_path / "other").rglob("*.safetensors")
+        path.write_bytes(foreign.read_bytes())
+    else:
+        safetensors.torch.save_file({"x": torch.zeros(1)}, path)
+    with pytest.raises(ValueError, match=rf"features: .*{path.name}.*delete it"):
+        FeatureCache(pool, tmp_path)
