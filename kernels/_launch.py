@@ -58,8 +58,8 @@ def config(op: str, dtype: torch.dtype, experts: int, outputs: int) -> Config:
     if op == "blend":
         return _blend(registers, experts, outputs)
     if op == "blend_weight_grad":
-        held = 4 if outputs > 2 else outputs
-        return Config(block=(1024 if held == 4 else 2048) // registers, num_warps=4, held=held)
+        block = 2048 if outputs <= 2 else 1024
+        return Config(block=block // registers, num_warps=4, held=min(outputs, 4))
     raise ValueError(f"config: {op!r} has no kernel")
 
 

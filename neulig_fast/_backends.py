@@ -39,7 +39,7 @@ class use_backend(contextlib.ContextDecorator):
     """
 
     def __init__(self, backend: str | None = None, /, **by_op: str) -> None:
-        choices: dict[str | None, str] = {**by_op}
+        choices: dict[str | None, str] = dict(by_op.items())
         if backend is not None:
             choices[None] = backend
         self._choices = _validated(choices, "use_backend")

@@ -44,7 +44,10 @@ def _load() -> tuple[ModuleType | None, str]:
 
 
 def has(op: str, key: str) -> bool:
-    """Whether `neulig_fast_C::<op>` has a native kernel for the dispatch key "CPU" or "CUDA"."""
+    """Whether `neulig_fast_C::<op>` has a native kernel for the dispatch key "CPU" or "CUDA".
+
+    RuntimeError when no such operator was defined: a misspelt name is no missing kernel.
+    """
     module, _ = _load()
     if module is None:
         return False

@@ -232,9 +232,10 @@ class Op:
         reasons = {backend: self.why_not(backend, device) for backend in BACKENDS}
         if device == "cuda" and _no_device("cuda"):
             return BackendStatus(self.name, device, None, reasons, self.forced())
-        candidates = (self.forced(),) if self.forced() else self.order[device]
+        forced = self.forced()
+        candidates = self.order[device] if forced is None else (forced,)
         runs = next((b for b in candidates if reasons[b] is None), None)
-        return BackendStatus(self.name, device, runs, reasons, self.forced())
+        return BackendStatus(self.name, device, runs, reasons, forced)
 
 
 def _no_device(device: str) -> str | None:

@@ -7,7 +7,8 @@ From these follow every alignment term of NeuLig (arXiv 2503.01268): the publish
 exact weighted-offset constraint w' G w, and the variance of a merge w' D w / 2.
 
 Numerics: offsets are formed before they are multiplied, because centring theta theta' afterwards
-loses about six digits when the offsets are small beside the parameters. Blocks of columns in
+loses about six digits when the offsets are small beside the parameters; they are formed from
+differences to expert 0, which are exact when experts are close, so equal experts give zeros. Blocks of columns in
 fp32 (fp64 for fp64 params), totals in fp64.
 
 Traffic: N * P values read once. About N * N * P flops.
@@ -65,10 +66,12 @@ def offset_gram_reference(
         for left in range(start, stop, _BLOCK):
             theta = params[:, left : min(left + _BLOCK, stop)]
             theta = theta.to(_checks.accumulation_dtype(theta.dtype))
-            xi = theta - theta.mean(0)
+            # Differences of near-equal numbers are exact, so the mean is taken of those.
+            from_first = theta - theta[0]
+            xi = from_first - from_first.mean(0)
             sums[s] += xi.sum(1)
             gram[s] += xi @ xi.T
-    return sums, gram
+    return sums, (gram + gram.mT) / 2  # a BLAS product need not be symmetric to the bit
 
 
 def offset_gram_fake(
