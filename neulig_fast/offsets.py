@@ -6,7 +6,7 @@ group of tensors (the whole model, a layer, one tensor):
     sums  S_i  = sum_p xi_i[p]                 gram  G_ij = <xi_i, xi_j>
     distances  D_ij = ||theta_i - theta_j||^2 = G_ii + G_jj - 2 G_ij
 
-NeuLig (arXiv 2503.01268), sections 1 and 4 of the method.
+NeuLig (arXiv 2503.01268); docs/neulig.md, 1 and 4.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ class OffsetStats:
 
         With N = 1, or all N sums identical to the last bit, the ratio is 0 / 0 and s is defined as
         0. Sums that differ only by rounding are not identical: s then has unit variance like any
-        other, and N = 2 always gives +-1 / sqrt(2) (section 4.2).
+        other, and N = 2 always gives +-1 / sqrt(2).
         """
         sums = self.total().sums
         shifted = sums - sums[0]  # exact for close sums, whose mean would round to one of them
@@ -136,7 +136,7 @@ class OffsetStats:
         return squared.clamp_min(0)
 
     def gram_normalized(self) -> torch.Tensor:
-        """G (N - 1) / tr G per group, which has the trace of s s' (section 4.3).
+        """G (N - 1) / tr G per group, which has the trace of s s'.
 
         Zeros for a group whose experts coincide: trace 0, or, because rounding of the mean can
         leave equal offsets behind, all distances 0.
@@ -151,7 +151,7 @@ class OffsetStats:
         """D / 2 over the mean off-diagonal entry of D, per group.
 
         w' A w is then the variance sum_i w_i ||theta_i - theta_w||^2 of a merge in units of the
-        experts' mean squared distance (sections 2.1 and 4.5): 0 for a one-hot w, (N - 1) / (2 N)
+        experts' mean squared distance (docs/neulig.md, 2): 0 for a one-hot w, (N - 1) / (2 N)
         for the uniform one. Zeros for a group whose experts coincide, and for N = 1.
         """
         n = self.num_experts

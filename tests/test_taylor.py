@@ -1,6 +1,6 @@
 """The theory on a real encoder: how merged and ensembled features part as experts move apart.
 
-Experts theta_i = mean + t * xi_i with sum xi_i = 0. NeuLig (arXiv 2503.01268), sec. 2: the gap of
+Experts theta_i = mean + t * xi_i with sum xi_i = 0. docs/neulig.md, 2: the gap of
 the own blend is O(t^2), and O(t^3) once its second-order term is subtracted; the gap of another
 blend is O(t), and O(t^2) once its first-order term is subtracted.
 """
@@ -72,7 +72,7 @@ class Family:
     def curvature(self, b, v):
         """H_f[v, v] at the mean, (D,): central difference of J v along v.
 
-        jvp of jvp would be exact, but is off by some per cent through torch 2.11's layer norm.
+        jvp of jvp through this encoder disagrees with differences of values, torch 2.11.
         """
         h = 1e-4
         ends = ({k: p + step * v[k] for k, p in self.mean.items()} for step in (h, -h))

@@ -1,4 +1,4 @@
-"""What a merged model does with BatchNorm and other buffers (NeuLig, arXiv 2503.01268, sec. 8.4).
+"""What a merged model does with BatchNorm and other buffers (docs/neulig.md, 7).
 
 Running statistics are not parameters of a smooth loss, so blending them linearly is one choice
 among four:

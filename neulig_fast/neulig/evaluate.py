@@ -3,7 +3,7 @@
 Deterministic: eval mode, the loaders' own order, nothing shuffled and nothing augmented. Each
 frozen expert sees each image once (``engine.features``); the CoopVecs of a batch are computed once
 and handed to every mode. Accuracy is 100 * correct / samples per task, and the mean is the
-unweighted mean over tasks (NeuLig, arXiv 2503.01268, sec. 8.2, 8.4).
+unweighted mean over tasks.
 """
 
 from __future__ import annotations

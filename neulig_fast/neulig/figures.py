@@ -63,8 +63,8 @@ def accuracy(report: Report) -> Figure:
     from .report import ROWS
 
     rows, columns = report.rows()[::-1], [*report.tasks, "mean"]
-    across = min(len(columns), PANELS_PER_LINE)
-    down = -(-len(columns) // across)
+    down = -(-len(columns) // PANELS_PER_LINE)
+    across = -(-len(columns) // down)
     height = 0.34 * len(rows) + 0.7
     figure = Figure(figsize=(2.2 + 1.75 * across, 0.7 + height * down), layout="constrained")
     axes = figure.subplots(down, across, sharey=True, sharex=True, squeeze=False).ravel()
@@ -137,9 +137,15 @@ def coopvecs(report: Report) -> Figure:
     for y, task in enumerate(report.tasks):
         if task in own:
             x = names.index(own[task]) - 0.5
-            frame = Rectangle((x, y - 0.5), 1, 1, fill=False, ec=ORANGE, lw=2.2, zorder=3)
+            frame = Rectangle(
+                (x, y - 0.5), 1, 1, fill=False, ec=ORANGE, lw=2.2, zorder=3, clip_on=False
+            )
             axis.add_patch(frame)
-    axis.set_xticks(range(len(names)), names, rotation=25 if max(map(len, names)) > 9 else 0)
+    axis.set_xticks(range(len(names)), names)
+    if max(map(len, names)) > 9:
+        axis.tick_params(axis="x", labelrotation=25)
+        for label in axis.get_xticklabels():
+            label.set(ha="right", rotation_mode="anchor")
     axis.set_yticks(range(len(report.tasks)), report.tasks)
     axis.set_xlabel("weight of expert" + (" (frame: the task's own)" if own else ""))
     axis.set_ylabel("images of task")

@@ -92,7 +92,7 @@ def zero_shot_head(
 
     For every class: encode every template's text with the text tower, normalise each embedding,
     average over templates, normalise the average, multiply by exp(logit_scale). NeuLig
-    (arXiv 2503.01268), section 5 of the specification.
+    (arXiv 2503.01268); docs/neulig.md, 5.
 
     Args:
         clip_model: has ``encode_text`` and ``logit_scale``; runs in eval mode, in batches of 256

@@ -1,4 +1,4 @@
-"""Which weights a merged model gets: the modes of merging (NeuLig, arXiv 2503.01268, sec. 8.4).
+"""Which weights a merged model gets: the modes of merging (NeuLig, arXiv 2503.01268).
 
 ==================  =========================================  ==================================
 mode                merge vector for sample b                  merged models

@@ -14,8 +14,8 @@ none         0              no        1      nothing
 
 Ĝ = G (N-1)/tr G; D̂ = D divided by its mean off-diagonal, D_ij = ‖θ_i - θ_j‖². Where the experts
 do not differ (N = 1, or identical ones) and, for ``offset_sum``, where their sums do not, A is
-zero. With N = 2, s = ±1/√2 whatever the experts are. NeuLig (arXiv 2503.01268), sections 4.2 to
-4.5 of the specification.
+zero. With N = 2, s = ±1/√2 whatever the experts are. NeuLig (arXiv 2503.01268);
+docs/neulig.md, 4.
 """
 
 from __future__ import annotations

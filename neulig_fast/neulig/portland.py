@@ -9,7 +9,7 @@ from .._checks import shape
 
 
 class Portland(nn.Module):
-    """a = W [z_1 … z_N] + c, CoopVec w = softmax(a). NeuLig (arXiv 2503.01268), section 3.
+    """a = W [z_1 … z_N] + c, CoopVec w = softmax(a). NeuLig (arXiv 2503.01268).
 
     ``weight`` (N, N·D) and ``bias`` (N,) start uniform in ±1/√(N·D), drawn from a generator of
     their own: the global one is neither read nor moved.

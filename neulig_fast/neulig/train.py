@@ -2,7 +2,7 @@
 
 Adam at lr 1e-3 with default betas. One round is one step per task, in the tasks' order; an epoch
 is as many rounds as the task with the fewest batches has, so larger tasks are sub-sampled afresh
-in every epoch (NeuLig, arXiv 2503.01268, section 8.1 of the specification).
+in every epoch (NeuLig, arXiv 2503.01268).
 
 Reproducible to the bit: the order of a task's rows is drawn from (seed, epoch, task), the start
 values from the seed, nothing from the global generator. With a checkpoint, a fit that was killed

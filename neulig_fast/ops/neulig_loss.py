@@ -12,7 +12,7 @@ For sample b with expert features z_bi (i = 1..N), u_b = [z_b1 … z_bN] and fro
 features (B, N, D); portland_weight (N, N·D); portland_bias (N,); head_weight (C, D); head_bias
 (C,) or None; targets (B,) int64, or None for entropy; alignment (N, N), the matrix A (s s' in the
 paper). Any float dtypes; everything is computed and returned in fp32, in fp64 for fp64 features.
-NeuLig (arXiv 2503.01268), sections 3 and 4 of the specification.
+NeuLig (arXiv 2503.01268); docs/neulig.md, 3 and 4.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ k_a = g_loss + g_alignment and g_w (of the CoopVec)::
     Portland    ∂W = Σ_b ∂a_b u_b',   ∂c = Σ_b ∂a_b
 
 v_b is w_b, or w_b - mean_b w_b when centered; the mean adds nothing to the gradient, since
-Σ_b v_b = 0. NeuLig (arXiv 2503.01268), section 4.4 of the specification.
+Σ_b v_b = 0. NeuLig (arXiv 2503.01268).
 """
 
 from __future__ import annotations
