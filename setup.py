@@ -23,6 +23,12 @@ ROOT = Path(__file__).resolve().parent
 CHOICES = {"auto": ["cuda", "cpp"], "cuda": ["cuda"], "cpp": ["cpp"], "none": []}
 CHOICE = os.environ.get("NEULIG_FAST_BUILD") or "auto"
 ARCHS = ("8.0", "9.0", "10.0")
+CXX = os.environ.get("CXX", "c++").split()
+# All that torch and setuptools raise over a broken toolchain.
+FAILURES = (
+    BaseError, CCompilerError, subprocess.SubprocessError,
+    OSError, RuntimeError, ValueError, LookupError, AssertionError,
+)  # fmt: skip
 
 
 def find_cuda() -> Path | None:
@@ -68,11 +74,10 @@ except (ImportError, OSError) as error:
 
 def why_not(kind: str) -> str | None:
     """Why this kind cannot even be tried here, or None."""
-    cxx = os.environ.get("CXX", "c++").split()[-1]
     if TORCH_MISSING:
         return TORCH_MISSING
-    if not shutil.which(cxx):
-        return f"no C++ compiler: `{cxx}` not found"
+    if not shutil.which(CXX[-1]):
+        return f"no C++ compiler: `{CXX[-1]}` not found"
     if kind == "cuda" and CUDA is None:
         return "no CUDA toolkit: no folder with bin/nvcc and include/cuda_runtime.h (set CUDA_HOME)"
     if kind == "cuda" and CHOICE == "auto" and torch.version.cuda is None:
@@ -111,14 +116,12 @@ def cuda_archs() -> str:
     """TORCH_CUDA_ARCH_LIST, else those of ARCHS that nvcc knows, with PTX of the last."""
     if os.environ.get("TORCH_CUDA_ARCH_LIST"):
         return os.environ["TORCH_CUDA_ARCH_LIST"]
-    known = first_match(r"([\s\S]*)", f"{CUDA}/bin/nvcc", "--list-gpu-arch")
-    return ";".join(a for a in ARCHS if f"compute_{a.replace('.', '')}\n" in known) + "+PTX"
+    known = output_of(f"{CUDA}/bin/nvcc", "--list-gpu-arch").split()
+    return ";".join(a for a in ARCHS if f"compute_{a.replace('.', '')}" in known) + "+PTX"
 
 
-def first_match(pattern: str, *command: str) -> str:
-    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    match = re.search(pattern, output)
-    return match.group(1) if match else output.strip()
+def output_of(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 class BuildNative(BuildExtension):
@@ -127,54 +130,48 @@ class BuildNative(BuildExtension):
     def run(self) -> None:
         if CHOICE not in CHOICES:
             raise BaseError(f"NEULIG_FAST_BUILD must be one of {', '.join(CHOICES)}, got {CHOICE!r}")
-        built, reasons = "none", []
-        fresh_compiler = self.compiler
+        in_place = self.inplace or getattr(self, "editable_mode", False)
+        package = ROOT / "neulig_fast" if in_place else Path(self.build_lib) / "neulig_fast"
+        built, reasons = "none", {}
+        before = self.compiler, self.inplace  # a failed attempt leaves these changed
         for kind in CHOICES[CHOICE]:
-            self.compiler = fresh_compiler
+            self.compiler, self.inplace = before
             reason = why_not(kind) or self.attempt(kind)
             if reason is None:
                 built = kind
                 break
-            reasons.append(f"{kind}: {reason}")
-        if CHOICE == "none":
-            reasons = ["NEULIG_FAST_BUILD=none when neulig_fast was installed"]
-        elif CHOICE != "auto" and built == "none":
-            raise BaseError(f"NEULIG_FAST_BUILD={CHOICE}: {reasons[0]}")
-        self.write_info(built, "; ".join(reasons))
+            reasons.setdefault(reason, kind)  # CUDA and C++ often fail for one reason
+        if CHOICE in ("cuda", "cpp") and built == "none":
+            raise BaseError(f"NEULIG_FAST_BUILD={CHOICE}: {next(iter(reasons))}")
+        write_info(package, built, "; ".join(f"{kind}: {why}" for why, kind in reasons.items()))
 
     def attempt(self, kind: str) -> str | None:
         try:
             configure(self.extensions[0], kind)
             super().run()
-        except (
-            BaseError, CCompilerError, subprocess.SubprocessError,
-            OSError, RuntimeError, ValueError, LookupError, AssertionError,
-        ) as error:  # all that torch and setuptools raise when a toolchain is broken
+        except FAILURES as error:
             if CHOICE != "auto":
                 raise
-            return (
-                f"building failed with {type(error).__name__}: {error}; for the compiler's own words: "
-                f"NEULIG_FAST_BUILD={kind} python setup.py build_ext --inplace"
-            )
+            return f"building failed ({error}); NEULIG_FAST_BUILD={kind} shows the compiler's message"
         return None
 
-    def write_info(self, built: str, reason: str) -> None:
-        in_place = self.inplace or getattr(self, "editable_mode", False)
-        package = ROOT / "neulig_fast" if in_place else Path(self.build_lib) / "neulig_fast"
-        package.mkdir(parents=True, exist_ok=True)
-        if built == "none":
-            for stale in package.glob("_C*.so"):
-                stale.unlink()
-        info = {"built": built, "reason": reason or None, "date": f"{datetime.date.today()}"}
-        if built != "none":
-            cxx = os.environ.get("CXX", "c++").split()
-            info["torch"] = torch.__version__
-            info["cxx"] = first_match(r"(.*)", *cxx, "--version")
-        if built == "cuda":
-            info["nvcc"] = first_match(r"\bV([\d.]+)", f"{CUDA}/bin/nvcc", "--version")
-            info["archs"] = re.split(r"[ ;]+", os.environ["TORCH_CUDA_ARCH_LIST"])
-        (package / "_build_info.json").write_text(json.dumps(info, indent=1) + "\n")
-        print(f"neulig_fast: native part: {built}" + (f" ({reason})" if reason else ""))
+
+def write_info(package: Path, built: str, reason: str) -> None:
+    if CHOICE == "none":
+        reason = "NEULIG_FAST_BUILD=none when neulig_fast was installed"
+    package.mkdir(parents=True, exist_ok=True)
+    if built == "none":
+        for stale in package.glob("_C*.so"):
+            stale.unlink()
+    info = {"built": built, "reason": reason or None, "date": f"{datetime.date.today()}"}
+    if built != "none":
+        info["torch"] = torch.__version__
+        info["cxx"] = output_of(*CXX, "--version").splitlines()[0]
+    if built == "cuda":
+        info["nvcc"] = re.findall(r"\bV([\d.]+)|$", output_of(f"{CUDA}/bin/nvcc", "--version"))[0]
+        info["archs"] = re.split(r"[ ;]+", os.environ["TORCH_CUDA_ARCH_LIST"])
+    (package / "_build_info.json").write_text(json.dumps(info, indent=1) + "\n")
+    print(f"neulig_fast: native part: {built}" + (f" ({reason})" if reason else ""))
 
 
 class BuildAlways(build):

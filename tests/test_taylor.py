@@ -1,8 +1,8 @@
 """The theory on a real encoder: how merged and ensembled features part as experts move apart.
 
-Experts theta_i = mean + t * xi_i with sum xi_i = 0. docs/neulig.md, 2: the gap of
-the own blend is O(t^2), and O(t^3) once its second-order term is subtracted; the gap of another
-blend is O(t), and O(t^2) once its first-order term is subtracted.
+Experts theta_i = mean + t * xi_i with sum xi_i = 0 (docs/neulig.md, 2). The gap of the own blend is
+O(t^2), and O(t^3) once its second-order term is subtracted; the gap of another blend is O(t), and
+O(t^2) once its first-order term is subtracted.
 """
 
 import math

@@ -1,8 +1,7 @@
 """Running merged models: one for a whole batch, or exactly one per image.
 
-A merged model is a row of the pool's layout, theta_w = sum_i w_i theta_i (NeuLig, arXiv
-2503.01268). ``torch.func`` runs the template with that row's tensors in place of its own, so nothing
-is copied into a module.
+A merged model is a row of the pool's layout, theta_w = sum_i w_i theta_i. ``torch.func`` runs the
+template with that row's tensors in place of its own, so nothing is copied into a module.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from .features import expert_features
 if TYPE_CHECKING:
     from ..pool import ExpertPool
 
-# Bytes of merged parameters that per_sample holds at a time. On the CPU a chunk should stay in cache.
+# Bytes of merged parameters that per_sample holds at a time; on the CPU they should stay in cache.
 CHUNK_BYTES = {"cpu": 32 * 2**20}
 CHUNK_BYTES_DEVICE = 2**30
 

@@ -8,8 +8,8 @@ exact weighted-offset constraint w' G w, and the variance of a merge w' D w / 2.
 
 Numerics: offsets are formed before they are multiplied, because centring theta theta' afterwards
 loses about six digits when the offsets are small beside the parameters; they are formed from
-differences to expert 0, which are exact when experts are close, so equal experts give zeros. Blocks of columns in
-fp32 (fp64 for fp64 params), totals in fp64.
+differences to expert 0, which are exact when experts are close, so equal experts give zeros. Blocks
+of columns in fp32 (fp64 for fp64 params), totals in fp64.
 
 Traffic: N * P values read once. About N * N * P flops.
 """
