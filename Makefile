@@ -44,7 +44,7 @@ test-gpu:
 	    tests/test_offset_gram.py tests/test_kernels.py
 
 bench: $(INSTALLED)
-	$(PY) -m benchmarks
+	$(PY) benchmarks
 
 $(VENV)/torch-ready: constraints.txt tools/make_venv.py
 	$(PYTHON) tools/make_venv.py $(VENV)

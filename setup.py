@@ -1,8 +1,8 @@
 """The optional native build, neulig_fast._C. Everything static is in pyproject.toml.
 
-NEULIG_FAST_BUILD says what to build: `auto` (default: CUDA and C++ kernels if they can be built, else
-C++ alone, else nothing; never fails), `cuda`, `cpp` (these or an error) or `none`. What was built,
-and why not more, goes to neulig_fast/_build_info.json, because pip hides what a build prints.
+NEULIG_FAST_BUILD says what to build: `auto` (default: CUDA and C++ kernels if they can be built,
+else C++ alone, else nothing; never fails), `cuda`, `cpp` (these or an error) or `none`. What was
+built, and why not more, goes to neulig_fast/_build_info.json: pip hides what a build prints.
 Respected: CUDA_HOME, TORCH_CUDA_ARCH_LIST, CC, CXX, CFLAGS, PYTORCH_NVCC, MAX_JOBS.
 """
 
@@ -22,6 +22,8 @@ from setuptools.errors import BaseError, CCompilerError
 ROOT = Path(__file__).resolve().parent
 CHOICES = {"auto": ["cuda", "cpp"], "cuda": ["cuda"], "cpp": ["cpp"], "none": []}
 CHOICE = os.environ.get("NEULIG_FAST_BUILD") or "auto"
+if CHOICE not in CHOICES:
+    raise SystemExit(f"NEULIG_FAST_BUILD must be one of {', '.join(CHOICES)}, got {CHOICE!r}")
 ARCHS = ("8.0", "9.0", "10.0")
 CXX = os.environ.get("CXX", "c++").split()
 # All that torch and setuptools raise over a broken toolchain.
@@ -36,7 +38,7 @@ def find_cuda() -> Path | None:
     places = [os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")]
     if not places[0]:
         nvcc = shutil.which("nvcc")
-        # nvcc on the PATH may be a wrapper script far from the toolkit, which misleads torch.
+        # nvcc on the PATH may be a wrapper script or a link far from the toolkit.
         places = [Path(path).parent.parent for path in (nvcc, os.path.realpath(nvcc or "")) if nvcc]
         places.append("/usr/local/cuda")
     roots = (Path(place) for place in places)
@@ -55,13 +57,14 @@ def cuda_include(root: Path) -> Path | None:
 
 
 CUDA = find_cuda()
-if CUDA:
-    os.environ["CUDA_HOME"] = str(CUDA)  # torch reads it when imported
 
 try:
     import torch
-    from torch.utils.cpp_extension import BuildExtension, include_paths, library_paths
+    from torch.utils import cpp_extension
+    from torch.utils.cpp_extension import BuildExtension
 
+    # torch's own guess is misled by wrapper scripts, and a torch without CUDA makes none.
+    cpp_extension.CUDA_HOME = str(CUDA) if CUDA else None
     TORCH_MISSING = None
 except (ImportError, OSError) as error:
     from setuptools.command.build_ext import build_ext as BuildExtension
@@ -96,9 +99,9 @@ def configure(ext: Extension, kind: str) -> None:
     # Multiply, then add, on every machine: contraction would make the bits depend on the CPU.
     cxx = ["-O3", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wno-psabi", *macros]
     ext.sources = sources("csrc/module.cpp", "csrc/cpu/*.cpp")
-    ext.include_dirs = [str(ROOT / "csrc"), *include_paths()]
-    ext.library_dirs = library_paths()
-    # --no-as-needed keeps torch loaded for the symbols that are weak (null in a torch without CUDA).
+    ext.include_dirs = [str(ROOT / "csrc"), *cpp_extension.include_paths()]
+    ext.library_dirs = cpp_extension.library_paths()
+    # --no-as-needed: torch stays a dependency even if every symbol needed of it were weak.
     ext.extra_link_args = ["-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-Wl,--as-needed"]
     ext.extra_compile_args = {"cxx": cxx, "nvcc": []}
     if kind == "cuda":
@@ -128,8 +131,6 @@ class BuildNative(BuildExtension):
     """Tries each kind in turn and writes down what came of it."""
 
     def run(self) -> None:
-        if CHOICE not in CHOICES:
-            raise BaseError(f"NEULIG_FAST_BUILD must be one of {', '.join(CHOICES)}, got {CHOICE!r}")
         in_place = self.inplace or getattr(self, "editable_mode", False)
         package = ROOT / "neulig_fast" if in_place else Path(self.build_lib) / "neulig_fast"
         built, reasons = "none", {}
@@ -140,10 +141,11 @@ class BuildNative(BuildExtension):
             if reason is None:
                 built = kind
                 break
-            reasons.setdefault(reason, kind)  # CUDA and C++ often fail for one reason
+            reasons.setdefault(reason, []).append(kind)
         if CHOICE in ("cuda", "cpp") and built == "none":
             raise BaseError(f"NEULIG_FAST_BUILD={CHOICE}: {next(iter(reasons))}")
-        write_info(package, built, "; ".join(f"{kind}: {why}" for why, kind in reasons.items()))
+        text = (f"{' and '.join(kinds)}: {reason}" for reason, kinds in reasons.items())
+        write_info(package, built, "; ".join(text))
 
     def attempt(self, kind: str) -> str | None:
         try:
@@ -152,7 +154,7 @@ class BuildNative(BuildExtension):
         except FAILURES as error:
             if CHOICE != "auto":
                 raise
-            return f"building failed ({error}); NEULIG_FAST_BUILD={kind} shows the compiler's message"
+            return f"{error}; see the compiler's message with NEULIG_FAST_BUILD={kind}"
         return None
 
 
@@ -177,9 +179,9 @@ def write_info(package: Path, built: str, reason: str) -> None:
 class BuildAlways(build):
     """Runs build_ext even when there is nothing to compile, to write down why."""
 
-    sub_commands = [
+    sub_commands = tuple(
         (name, None if name == "build_ext" else test) for name, test in build.sub_commands
-    ]
+    )
 
 
 # optional: an editable install must not look for the file of an extension that was not built.

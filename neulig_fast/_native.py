@@ -21,7 +21,7 @@ REMEDY = "pip install -v --no-build-isolation -e ."
 
 @functools.cache
 def build_info() -> dict[str, Any]:
-    """What setup.py wrote: built, reason, date, torch, cxx, nvcc, archs; empty when it never ran."""
+    """What setup.py wrote (built, reason, date, torch, cxx, nvcc, archs), or empty."""
     try:
         return json.loads(BUILD_INFO.read_text())
     except FileNotFoundError:

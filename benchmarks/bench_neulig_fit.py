@@ -1,0 +1,189 @@
+"""Training the Portland: steps over cached features against running all experts in every step.
+
+Five experts, one batch of 128 images of one task, so that a step is an epoch. Times are per step;
+1000 / ms_q50 is steps/s. The published way encodes the batch with every expert, evaluates the
+formula under autograd and asks for the loss's value. ``cache filled in the run`` counts the one
+pass of every image through every expert that the cache needs, here spread over ``_STEPS`` epochs
+only: end to end, caching gains at most as many times as there are epochs.
+
+ViT-B/32 encodes too slowly on a CPU to be run in full: a part of the batch is encoded, by one
+model five times over, and its time is scaled up; the row's mode says so.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+
+import harness
+import machine
+import torch
+from bench_neulig_loss import eager
+from harness import Case, Provider
+from torch import Tensor, nn
+
+from neulig_fast import testing
+from neulig_fast.neulig.features import FeatureCache
+from neulig_fast.neulig.heads import Head
+from neulig_fast.neulig.penalty import Penalty
+from neulig_fast.neulig.portland import Portland
+from neulig_fast.neulig.train import FitSettings, TaskData, Trainer
+from neulig_fast.pool import ExpertPool
+
+_EXPERTS, _BATCH, _STEPS, _PART, _LR, _SCALING = 5, 128, 20, 8, 1e-3, 10.0
+_DEMO = {"image_size": 32, "patch_size": 8, "width": 128, "layers": 4, "head_width": 32}
+_TOY = {"image_size": 16, "patch_size": 8, "width": 32, "layers": 1, "head_width": 16}
+_VIT_B_32 = {"image_size": 224, "patch_size": 32, "width": 768, "layers": 12}
+
+
+def image_tower(embed: int, vision: dict, seed: int, device: str) -> nn.Module:
+    """A randomly initialised open_clip image encoder, in eval mode."""
+    from open_clip.model import CLIP
+
+    torch.manual_seed(seed)
+    text = {"context_length": 8, "vocab_size": 64, "width": 64, "heads": 2, "layers": 1}
+    return CLIP(embed, vision, text).visual.eval().requires_grad_(False).to(device)
+
+
+def head_and_penalty(classes: int, embed: int, device: str) -> tuple[Head, Tensor, Penalty]:
+    """A head, labels for a batch, and ½ D̂ of experts that are all equally far apart."""
+    g = torch.Generator().manual_seed(4)
+    weight = nn.functional.normalize(torch.randn(classes, embed, generator=g), dim=1)
+    labels = torch.randint(classes, (_BATCH,), generator=g).to(device)
+    matrix = (1 - torch.eye(_EXPERTS, dtype=torch.float64)) / 2
+    return Head(weight.to(device)), labels, Penalty(matrix, False, _SCALING)
+
+
+# -- the two ways: the loss of every step ---------------------------------------------------------
+
+
+def cached(features: Tensor, labels: Tensor, head: Head, penalty: Penalty) -> Tensor:
+    settings = FitSettings(epochs=_STEPS, lr=_LR, batch_size=_BATCH, scaling=_SCALING)
+    task = TaskData("task", features, labels, head)
+    _, history = Trainer([task], penalty, settings).run()
+    return (history.boosting + history.alignment)[:, 0]
+
+
+def recomputed(
+    encode: Callable[[], Tensor], labels: Tensor, head: Head, penalty: Penalty, steps: int
+) -> Tensor:
+    """The published loop; ``encode`` gives the batch's features (B, N, D)."""
+    losses: list[float] = []
+    portland = optimizer = None
+    for _ in range(steps):
+        with torch.no_grad():
+            z = encode()
+        if portland is None:
+            portland = Portland(z.shape[1], z.shape[2], 0, z.dtype).to(z.device)
+            optimizer = torch.optim.Adam(portland.parameters(), lr=_LR)
+            weight, matrix = head.weight.to(z.dtype), penalty.matrix.to(z)
+        settings = ("supervised", _SCALING, True, False)
+        loss = eager(z, portland.weight, portland.bias, weight, None, labels, matrix, *settings)[0]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return torch.tensor(losses, dtype=z.dtype)
+
+
+def encode(towers: list[nn.Module], images: Tensor) -> Tensor:
+    return torch.stack([tower(images) for tower in towers], 1)
+
+
+# -- the cases ------------------------------------------------------------------------------------
+
+
+def make_case(shape: str, device: str, providers: list[Provider], check: Callable) -> Case:
+    return Case(
+        op="neulig_fit",
+        mode="fit",
+        shape=shape,
+        dtype=torch.float32,
+        device=device,
+        threads=machine.cores(),
+        providers=providers,
+        check=check,
+        numbers={"N": _EXPERTS},
+    )
+
+
+def small_case(shape: str, embed: int, vision: dict, classes: int, device: str) -> Case:
+    """Experts small enough for the published way to be run in full."""
+    towers = [image_tower(embed, vision, seed, device) for seed in range(_EXPERTS)]
+    size = vision["image_size"]
+    images = torch.randn(_BATCH, 3, size, size, generator=torch.Generator().manual_seed(5))
+    images = images.to(device)
+    head, labels, penalty = head_and_penalty(classes, embed, device)
+    pool = ExpertPool(towers, device=device)
+    features = FeatureCache(pool).features(images)
+
+    @functools.cache
+    def expected(dtype: torch.dtype) -> Tensor:
+        known = features.to(dtype)
+        return recomputed(lambda: known, labels, head, penalty, _STEPS)
+
+    def check(result: Tensor) -> None:
+        working = expected(torch.float32)
+        testing.assert_within_rule(result, working, expected(torch.float64), _EXPERTS * embed)
+
+    def filled() -> Tensor:
+        return cached(FeatureCache(pool).features(images), labels, head, penalty)
+
+    def published() -> Tensor:
+        return recomputed(lambda: encode(towers, images), labels, head, penalty, _STEPS)
+
+    name, note = "neulig_fast", f"cache filled in the run, {_STEPS} epochs"
+    found = [
+        Provider(name, lambda: cached(features, labels, head, penalty), "ours", steps=_STEPS),
+        Provider(f"{name}, cache filled in the run", filled, "ours", steps=_STEPS, note=note),
+        Provider("published: experts in every step", published, steps=_STEPS),
+    ]
+    return make_case(shape, device, found, check)
+
+
+def large_case(device: str) -> Case:
+    """ViT-B/32 experts, the published way extrapolated."""
+    embed = 512
+    towers = [image_tower(embed, _VIT_B_32, 0, device)] * _EXPERTS
+    g = torch.Generator().manual_seed(6)
+    images = torch.randn(_PART, 3, 224, 224, generator=g).to(device)
+    features = torch.randn(_BATCH, _EXPERTS, embed, generator=g).to(device)
+    head, labels, penalty = head_and_penalty(100, embed, device)
+
+    def published() -> Tensor:
+        return recomputed(lambda: encode(towers, images), labels[:_PART], head, penalty, 1)
+
+    def train() -> Tensor:
+        return cached(features, labels, head, penalty)
+
+    note = f"extrapolated from {_PART} of {_BATCH} images"
+    found = [
+        Provider("neulig_fast", train, "ours", steps=_STEPS),
+        Provider(
+            "published: experts in every step",
+            published,
+            steps=_PART / _BATCH,
+            note=note,
+            checked=False,
+        ),
+    ]
+
+    def check(result: Tensor) -> None:
+        shared = functools.partial(recomputed, labels=labels, head=head, penalty=penalty)
+        working = shared(lambda: features, steps=_STEPS)
+        exact = shared(features.double, steps=_STEPS)
+        testing.assert_within_rule(result, working, exact, _EXPERTS * embed)
+
+    return make_case("ViT-B-32", device, found, check)
+
+
+def cases(device: str, quick: bool) -> Iterator[Case]:
+    if quick:
+        yield small_case("toy", 16, _TOY, 7, device)
+        return
+    yield small_case("demo ViT", 128, _DEMO, 26, device)
+    yield large_case(device)
+
+
+if __name__ == "__main__":
+    harness.main("neulig_fit", cases)
