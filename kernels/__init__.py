@@ -1,4 +1,4 @@
-"""Triton kernels, one file per op; each module offers a launcher of the op's name and ``why_not``."""
+"""Triton kernels, one file per op: a launcher of the op's name, and ``why_not``."""
 
 if __name__ != "neulig_fast.kernels":
     raise ImportError(

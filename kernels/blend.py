@@ -4,7 +4,18 @@ from __future__ import annotations
 
 import torch
 
-from ._launch import Config, Launch, alignment, config, require, run, tl, triton, why_not_arena
+from ._launch import (
+    REGISTERS,
+    Config,
+    Launch,
+    alignment,
+    config,
+    require,
+    run,
+    tl,
+    triton,
+    why_not_arena,
+)
 from ._segments import find_segment, search_steps
 
 
@@ -13,7 +24,7 @@ def _load_experts(first_ptr, row_stride, lanes, mask, COUNT: tl.constexpr):
     """COUNT rows from ``first_ptr`` on, as stored: every load before any use."""
     values = (tl.load(first_ptr + lanes, mask=mask),)
     for j in tl.static_range(1, COUNT):
-        values = values + (tl.load(first_ptr + j * row_stride + lanes, mask=mask),)
+        values += (tl.load(first_ptr + j * row_stride + lanes, mask=mask),)
     return values
 
 
@@ -21,7 +32,7 @@ def _load_experts(first_ptr, row_stride, lanes, mask, COUNT: tl.constexpr):
 def _weighted_sum(
     held, w, params_ptr, row_stride, lanes, mask, N: tl.constexpr, HELD: tl.constexpr
 ):
-    """w[0] * x[0] + w[1] * x[1] + ..., in order: the held experts, then the others eight by eight."""
+    """w[0] * x[0] + w[1] * x[1] + ..., in order: the held experts, then the others by eights."""
     acc = tl.load(w) * held[0].to(w.dtype.element_ty)
     for j in tl.static_range(1, HELD):
         acc = acc + tl.load(w + j) * held[j].to(w.dtype.element_ty)
@@ -37,7 +48,7 @@ def _blend_block(
     weights_ptr, params_ptr, bounds_ptr, out_ptr, start, count, mask, K, S, P, row_stride,
     N: tl.constexpr, HELD: tl.constexpr, STEPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """``count`` columns from ``start`` on, where params_ptr and out_ptr already are, of all outputs."""
+    """All outputs of ``count`` columns from ``start`` on, where params_ptr and out_ptr point."""
     lanes = tl.arange(0, BLOCK)
     # Issued before the search for the segment, whose latency then hides behind theirs.
     held = _load_experts(params_ptr, row_stride, lanes, mask, HELD)
@@ -143,6 +154,7 @@ def launches(
         "STRIDE_UNIT": stride_unit,
         "BLOCK": launch.block,
         "num_warps": launch.num_warps,
+        "maxnreg": REGISTERS,
         "enable_fp_fusion": False,  # multiply, then add
     }
     arguments = (weights.contiguous(), params, bounds, out, out.numel() // P, S, *units)

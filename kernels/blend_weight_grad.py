@@ -1,16 +1,27 @@
 """blend_weight_grad on Triton: g[k, s, i] = sum over p in segment s of grad[k, p] * params[i, p].
 
-Two stages in a fixed order, without atomics. Columns are cut at every multiple of BLOCK and at every
-bound; the piece in column block c and segment s has slot c + s. Slots ascend with the columns and
-no two pieces share one, so both stages find their way from the bounds alone: nobody has to count
-the pieces of a segment first.
+Two stages in a fixed order, without atomics. Columns are cut at every multiple of BLOCK and at
+every bound; the piece in column block c and segment s has slot c + s. Slots ascend with the columns
+and no two pieces share one, so both stages find their way from the bounds alone: nobody has to
+count the pieces of a segment first.
 """
 
 from __future__ import annotations
 
 import torch
 
-from ._launch import Config, Launch, alignment, config, require, run, tl, triton, why_not_arena
+from ._launch import (
+    REGISTERS,
+    Config,
+    Launch,
+    alignment,
+    config,
+    require,
+    run,
+    tl,
+    triton,
+    why_not_arena,
+)
 from ._segments import find_segment, search_steps
 
 CHUNK = 4096  # partial sums that a program of the second stage adds at once
@@ -29,7 +40,7 @@ def _sum_piece(
         held = ()
         for j in tl.static_range(ROWS):
             row = tl.minimum(k + j, K - 1)  # a row too many is read twice and not stored
-            held = held + (tl.load(grad_ptr + row * P + lanes, mask=mask, other=other),)
+            held += (tl.load(grad_ptr + row * P + lanes, mask=mask, other=other),)
         for first in range(0, N, UNROLL):
             for u in tl.static_range(UNROLL):
                 expert = params_ptr + (first + u) * row_stride
@@ -47,11 +58,11 @@ def blend_weight_grad_partial_kernel(
     N: tl.constexpr, ROWS: tl.constexpr, UNROLL: tl.constexpr, STEPS: tl.constexpr,
     COLUMN_UNIT: tl.constexpr, STRIDE_UNIT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """partials[k, i, slot] = sum over the columns p of the slot's piece of grad[k, p] * params[i, p].
+    """partials[k, i, slot] = sum over the columns p of a slot's piece of grad[k, p] * params[i, p].
 
-    grad (K, P) contiguous; params (N, P), any row stride, column stride 1, both fp32, bf16, fp16 or
-    fp64; bounds (S+1,) int64, not read when S = 1; partials (K, N, slots) contiguous, fp32 (fp64 for
-    fp64 params). P and the row stride come as multiples of COLUMN_UNIT and STRIDE_UNIT elements.
+    grad (K, P) contiguous; params (N, P), any row stride, column stride 1, both fp32, bf16, fp16
+    or fp64; bounds (S+1,) int64, not read when S = 1; partials (K, N, slots) contiguous, fp32
+    (fp64 for fp64 params). P and the row stride come as multiples of COLUMN_UNIT and STRIDE_UNIT.
     Accumulates in partials' type over at most BLOCK columns.
     Reads (N + K) * P * itemsize bytes once if K <= ROWS; for more rows a program reads its
     N * BLOCK values of params again, from cache. Writes K * N / BLOCK values per column.
@@ -81,16 +92,16 @@ def blend_weight_grad_partial_kernel(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["KN", "S", "slots"])
+@triton.jit(do_not_specialize=["KN", "N", "S", "slots"])
 def blend_weight_grad_total_kernel(
-    partials_ptr, bounds_ptr, out_ptr, KN: tl.int64, S: tl.int64, slots: tl.int64,
-    N: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+    partials_ptr, bounds_ptr, out_ptr, KN: tl.int64, N: tl.int64, S: tl.int64, slots: tl.int64,
+    BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """out[k, s, i] = sum of partials[k, i, slot] over the slots of segment s.
 
     partials (K, N, slots) contiguous, fp32 or fp64; bounds (S+1,) int64, not read when S = 1;
-    out (K, S, N) contiguous, partials' type. One program per output; lane l adds slots l, l + CHUNK,
-    ... of its segment in fp64, a tree adds the lanes, one rounding at the end.
+    out (K, S, N) contiguous, partials' type. One program per output: in fp64, lane l adds slots l,
+    l + CHUNK, ... of its segment, then a tree adds the lanes; one rounding at the end.
     Reads K * N * slots values once.
     """
     program = tl.program_id(0).to(tl.int64)
@@ -172,9 +183,15 @@ def launches(
         "STRIDE_UNIT": stride_unit,
         "BLOCK": launch.block,
         "num_warps": launch.num_warps,
+        "maxnreg": REGISTERS,
     }
-    total_arguments = (partials, bounds, out, KN, S, slots)
-    total_options = {"N": N, "BLOCK": launch.block, "CHUNK": CHUNK, "num_warps": 8}
+    total_arguments = (partials, bounds, out, KN, N, S, slots)
+    total_options = {
+        "BLOCK": launch.block,
+        "CHUNK": CHUNK,
+        "num_warps": 8,
+        "maxnreg": REGISTERS,
+    }
     return [
         Launch(blend_weight_grad_partial_kernel, slots, arguments, options),
         Launch(blend_weight_grad_total_kernel, KN * S, total_arguments, total_options),

@@ -2,8 +2,8 @@
 //
 // A kernel is a struct with `template <int kBytes> static NF_INLINE void run(const Args&)`, kBytes
 // being the width of a vector register. kernel_at<Kernel, Args>(level) returns the function that
-// runs it with the instructions of that level. Every level gives the same bits: the kernels multiply
-// then add (-ffp-contract=off) in an order that does not depend on kBytes.
+// runs it with the instructions of that level. Every level gives the same bits: the kernels
+// multiply then add (-ffp-contract=off) in an order that does not depend on kBytes.
 #pragma once
 
 #include <cstdlib>
@@ -40,9 +40,9 @@ inline CpuLevel choose_cpu_level() {
   for (const CpuLevel level : {CpuLevel::kBaseline, CpuLevel::kV3, CpuLevel::kV4}) {
     if (forced != std::to_string(static_cast<int>(level))) continue;
     if (level <= best) return level;
-    throw std::runtime_error(
-        std::string("NEULIG_FAST_CPU=") + forced + ": the best level this CPU and build support is " +
-        std::to_string(static_cast<int>(best)));
+    throw std::runtime_error(std::string("NEULIG_FAST_CPU=") + forced +
+                             ": the best level this CPU and build support is " +
+                             std::to_string(static_cast<int>(best)));
   }
   throw std::runtime_error(
       std::string("NEULIG_FAST_CPU must be 0 (baseline), 3 (x86-64-v3) or 4 (x86-64-v4), got '") +

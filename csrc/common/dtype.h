@@ -64,8 +64,8 @@ NF_INLINE Vec<float, kLanes> load(const BFloat16* p) {
   return (Vec<float, kLanes>)(load_u16<kLanes>(p) << 16);
 }
 
-// Two branches that need no denormal fp32 arithmetic: rebias the exponent (normal, inf, NaN), or let
-// a subtraction of 0.5 normalise the mantissa (zero, subnormal).
+// Two branches that need no denormal fp32 arithmetic: rebias the exponent (normal, inf, NaN), or
+// let a subtraction of 0.5 normalise the mantissa (zero, subnormal).
 template <int kLanes>
 NF_INLINE Vec<float, kLanes> load(const Half* p) {
   using F = Vec<float, kLanes>;
@@ -105,8 +105,8 @@ NF_INLINE void store(BFloat16* p, Vec<float, kLanes> v) {
   store_u16<kLanes>(p, (rounded & ~nan) | (nan & 0x7FC0u));
 }
 
-// Scaling up and down turns too large values into inf; adding the value to a power of two of its own
-// exponent, 13 bits coarser, rounds the mantissa in place.
+// Scaling up and down turns too large values into inf; adding the value to a power of two of its
+// own exponent, 13 bits coarser, rounds the mantissa in place.
 template <int kLanes>
 NF_INLINE void store(Half* p, Vec<float, kLanes> v) {
   using F = Vec<float, kLanes>;

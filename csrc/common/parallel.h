@@ -18,9 +18,7 @@ constexpr int64_t kSerialElements = 6 * 65536;
 template <typename Body>
 void for_each_item(int64_t items, int64_t elements, const Body& body) {
   const int64_t threads =
-      elements < kSerialElements
-          ? 1
-          : std::min<int64_t>(items, torch::stable::get_num_threads());
+      elements < kSerialElements ? 1 : std::min<int64_t>(items, torch::stable::get_num_threads());
   std::atomic<int64_t> next{0};
   const auto worker = [&](int64_t, int64_t) {
     for (int64_t item = next.fetch_add(1); item < items; item = next.fetch_add(1)) body(item);

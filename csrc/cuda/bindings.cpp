@@ -1,5 +1,5 @@
-// The CUDA kernels as operators: checks, allocation, device and stream. Kernels and launchers are in the
-// .cu files, which no torch header enters.
+// The CUDA kernels as operators: checks, allocation, device and stream. Kernels and launchers are
+// in the .cu files, which no torch header enters.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -12,8 +12,8 @@
 #include "cuda/launch.h"
 
 // Null in a torch without CUDA, where nothing is ever dispatched to this file.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(
-    int32_t device_index, void** ret_stream);
+extern "C" __attribute__((weak)) AOTITorchError
+aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
 
 namespace neulig_fast {
 namespace {
@@ -40,21 +40,18 @@ void check_launch(const char* op, const char* error) {
 }
 
 // What launching adds to the common checks: one device, 64 experts, and a segment for every column.
-void check_device_call(
-    const char* op, const char* name, const Tensor& other, const Tensor& params,
-    const std::optional<Tensor>& segments, const BlendShape& shape) {
+void check_device_call(const char* op, const char* name, const Tensor& other, const Tensor& params,
+                       const std::optional<Tensor>& segments, const BlendShape& shape) {
   const int32_t device = params.get_device_index();
+  STD_TORCH_CHECK(other.is_cuda() && other.get_device_index() == device, op, ": ", name,
+                  " must be on params' device, CUDA ", device);
   STD_TORCH_CHECK(
-      other.is_cuda() && other.get_device_index() == device,
-      op, ": ", name, " must be on params' device, CUDA ", device);
-  STD_TORCH_CHECK(
-      !segments.has_value() || (segments->is_cuda() && segments->get_device_index() == device),
-      op, ": segments must be on params' device, CUDA ", device);
-  STD_TORCH_CHECK(
-      shape.experts <= kMaxExperts, op, ": ", shape.experts, " experts, more than ", kMaxExperts);
-  STD_TORCH_CHECK(
-      shape.segments > 0 || shape.columns == 0,
-      op, ": segments have no segment for ", shape.columns, " columns");
+      !segments.has_value() || (segments->is_cuda() && segments->get_device_index() == device), op,
+      ": segments must be on params' device, CUDA ", device);
+  STD_TORCH_CHECK(shape.experts <= kMaxExperts, op, ": ", shape.experts, " experts, more than ",
+                  kMaxExperts);
+  STD_TORCH_CHECK(shape.segments > 0 || shape.columns == 0, op, ": segments have no segment for ",
+                  shape.columns, " columns");
 }
 
 const int64_t* bounds_of(const std::optional<Tensor>& segments) {
@@ -70,17 +67,21 @@ Tensor blend(const Tensor& weights, const Tensor& params, std::optional<Tensor> 
   const torch::stable::accelerator::DeviceGuard guard(params.get_device_index());
   Tensor theta = torch::stable::new_empty(params, size);
   if (theta.numel() == 0) return theta;
-  const BlendCall call = {
-      weights.const_data_ptr(), params.const_data_ptr(), bounds_of(segments),
-      theta.mutable_data_ptr(), shape.outputs, shape.segments, shape.experts, shape.columns,
-      params.stride(0)};
-  check_launch(
-      "blend", launch_blend(element_of(params.scalar_type()), call, current_stream(params)));
+  const BlendCall call = {weights.const_data_ptr(),
+                          params.const_data_ptr(),
+                          bounds_of(segments),
+                          theta.mutable_data_ptr(),
+                          shape.outputs,
+                          shape.segments,
+                          shape.experts,
+                          shape.columns,
+                          params.stride(0)};
+  check_launch("blend",
+               launch_blend(element_of(params.scalar_type()), call, current_stream(params)));
   return theta;
 }
 
-Tensor blend_weight_grad(
-    const Tensor& grad, const Tensor& params, std::optional<Tensor> segments) {
+Tensor blend_weight_grad(const Tensor& grad, const Tensor& params, std::optional<Tensor> segments) {
   const BlendShape shape = check_blend_weight_grad(grad, params, segments);
   check_device_call("blend_weight_grad", "grad", grad, params, segments, shape);
   const ScalarType dtype = acc_dtype(params.scalar_type());
@@ -95,15 +96,20 @@ Tensor blend_weight_grad(
   const int64_t slots = blend_weight_grad_slots(shape.columns, shape.segments);
   Tensor partials =
       torch::stable::new_empty(params, {shape.outputs * shape.experts * slots}, dtype);
-  const BlendWeightGradCall call = {
-      grad.const_data_ptr(), params.const_data_ptr(), bounds_of(segments),
-      partials.mutable_data_ptr(), result.mutable_data_ptr(), shape.outputs, shape.segments,
-      shape.experts, shape.columns, shape.many_outputs ? grad.stride(0) : 0, params.stride(0),
-      slots};
-  check_launch(
-      "blend_weight_grad",
-      launch_blend_weight_grad(
-          element_of(params.scalar_type()), call, current_stream(params)));
+  const BlendWeightGradCall call = {grad.const_data_ptr(),
+                                    params.const_data_ptr(),
+                                    bounds_of(segments),
+                                    partials.mutable_data_ptr(),
+                                    result.mutable_data_ptr(),
+                                    shape.outputs,
+                                    shape.segments,
+                                    shape.experts,
+                                    shape.columns,
+                                    shape.many_outputs ? grad.stride(0) : 0,
+                                    params.stride(0),
+                                    slots};
+  check_launch("blend_weight_grad", launch_blend_weight_grad(element_of(params.scalar_type()), call,
+                                                             current_stream(params)));
   return result;
 }
 

@@ -1,22 +1,22 @@
 // theta[k, p] = sum_i weights[k, s(p), i] * params[i, p]        (blend, CUDA)
 //
-// weights (K, S, N) contiguous, fp32 (fp64 for fp64); params (N, P), any row stride, column stride 1,
-// fp32 | bf16 | fp16 | fp64; bounds (S + 1,) int64; theta (K, P) contiguous in params' type.
+// weights (K, S, N) contiguous, fp32 (fp64 for fp64); params (N, P), any row stride, column stride
+// 1, fp32 | bf16 | fp16 | fp64; bounds (S + 1,) int64; theta (K, P) contiguous in params' type.
 // Accumulates in weights' type: w_0 x_0, then + w_i x_i in expert order, multiplied then added, one
 // rounding at the end: the bits depend on nothing but the input.
 // Bytes: (N + K) * P * itemsize; each expert is read once and each output written once, whatever K.
 //
-// A thread owns one pack of columns in every row: 16 bytes where pointers and rows are aligned, else one
-// column. Up to 8 experts stay in registers; beyond, they are loaded by eights, and kept in shared
-// memory, each thread its own columns, if there is more than one output.
+// A thread owns one pack of columns in every row: 16 bytes where pointers and rows are aligned,
+// else one column. Up to 8 experts stay in registers; beyond, they are loaded by eights, and kept
+// in shared memory, each thread its own columns, if there is more than one output.
 #include "cuda/launch.h"
 #include "cuda/pieces.h"
 
 namespace neulig_fast {
 namespace {
 
-constexpr int kGroup = 8;                // experts whose loads are in flight together
-constexpr int kStageBytes = 48 * 1024;   // shared memory that every device grants without asking
+constexpr int kGroup = 8;               // experts whose loads are in flight together
+constexpr int kStageBytes = 48 * 1024;  // shared memory that every device grants without asking
 
 // One column of all outputs.
 template <typename T>
@@ -49,8 +49,8 @@ NF_DEVICE bool in_segment(const BlendCall& call, int64_t segment, int64_t p, int
 
 // sum = w * x for the first expert, sum + w * x for the others.
 template <typename T, int kLanes>
-NF_DEVICE void accumulate(
-    Accumulator<T> (&sum)[kLanes], Accumulator<T> w, const Pack<T, kLanes>& x, bool first) {
+NF_DEVICE void accumulate(Accumulator<T> (&sum)[kLanes], Accumulator<T> w, const Pack<T, kLanes>& x,
+                          bool first) {
   NF_UNROLL
   for (int lane = 0; lane < kLanes; ++lane) {
     const Accumulator<T> term = multiply(w, widen(x.lane[lane]));
@@ -59,8 +59,8 @@ NF_DEVICE void accumulate(
 }
 
 template <typename T, int kLanes>
-NF_DEVICE void store_sums(
-    const BlendCall& call, int64_t k, int64_t p, const Accumulator<T> (&sum)[kLanes]) {
+NF_DEVICE void store_sums(const BlendCall& call, int64_t k, int64_t p,
+                          const Accumulator<T> (&sum)[kLanes]) {
   Pack<T, kLanes> theta;
   NF_UNROLL
   for (int lane = 0; lane < kLanes; ++lane) narrow(sum[lane], theta.lane[lane]);
@@ -98,7 +98,7 @@ NF_DEVICE void blend_many(const BlendCall& call, int64_t p, Pack<T, kLanes>* sta
   const T* params = static_cast<const T*>(call.params) + p;
   const A* w = static_cast<const A*>(call.weights) + segment * call.experts;
   const int experts = static_cast<int>(call.experts);
-  A sum[kLanes];
+  A sum[kLanes] = {};
   for (int first = 0; first < experts; first += kGroup) {
     Pack<T, kLanes> x[kGroup];
     NF_UNROLL
@@ -129,15 +129,18 @@ __device__ __forceinline__ int64_t first_column() {
   return (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) * kLanes;
 }
 
+// At least 2 blocks per multiprocessor, which is easy: unless told, ptxas spills to reach an
+// occupancy of its own choice (8 bytes at 32 registers for 2 fp32 experts, sm_80).
 template <typename T, int kExperts>
-__global__ void __launch_bounds__(kThreads) blend_few_kernel(const __grid_constant__ BlendCall call) {
+__global__ void __launch_bounds__(kThreads, 2)
+    blend_few_kernel(const __grid_constant__ BlendCall call) {
   const int64_t p = first_column<kWideLanes<T>>();
   if (p < call.columns) blend_few<T, kExperts>(call, p);
 }
 
 template <typename T, int kLanes>
-__global__ void __launch_bounds__(kThreads) blend_many_kernel(
-    const __grid_constant__ BlendCall call) {
+__global__ void __launch_bounds__(kThreads, 2)
+    blend_many_kernel(const __grid_constant__ BlendCall call) {
   extern __shared__ __align__(16) unsigned char memory[];
   const int64_t p = first_column<kLanes>();
   auto* stage = reinterpret_cast<Pack<T, kLanes>*>(memory) + threadIdx.x;
@@ -166,7 +169,9 @@ void launch_many(const BlendCall& call, cudaStream_t stream) {
   blend_many_kernel<T, kLanes><<<blocks, threads, threads * bytes, stream>>>(call);
 }
 
-bool aligned(int64_t value) { return value % 16 == 0; }
+bool aligned(int64_t value) {
+  return value % 16 == 0;
+}
 
 template <typename T>
 void launch(const BlendCall& call, cudaStream_t stream) {

@@ -1,15 +1,16 @@
-// result[k, s, i] = sum over p in segment s of grad[k, p] * params[i, p]   (blend_weight_grad, CUDA)
+// result[k, s, i] = sum over p in segment s of grad[k, p] * params[i, p]   (blend_weight_grad,
+// CUDA)
 //
 // grad (K, P) and params (N, P), any row stride, column stride 1, fp32 | bf16 | fp16 | fp64 alike;
-// bounds (S + 1,) int64; result (K, S, N) contiguous in the accumulation type, fp32 (fp64 for fp64).
-// Accumulates over at most 4096 columns in the accumulation type, and those partial sums in fp64.
-// Bytes: (N + K) * P * itemsize for K <= 4 and N <= 8. Beyond, a block of threads reads its 4096
-// columns again for the next 4 gradients or 8 experts, from cache.
+// bounds (S + 1,) int64; result (K, S, N) contiguous in the accumulation type, fp32 (fp64 for
+// fp64). Accumulates over at most 4096 columns in the accumulation type, and those partial sums in
+// fp64. Bytes: (N + K) * P * itemsize for K <= 4 and N <= 8. Beyond, a block of threads reads its
+// 4096 columns again for the next 4 gradients or 8 experts, from cache.
 //
-// Two launches, no atomics, and an order that depends on nothing but the shapes and bounds: not even on
-// alignment, because a thread owns the same columns whether or not it may load them as one pack.
-// First, a block of threads per piece of columns (pieces.h): a partial sum per (k, i). Then a block of
-// threads per result adds the partial sums of its segment.
+// Two launches, no atomics, and an order that depends on nothing but the shapes and bounds: not
+// even on alignment, because a thread owns the same columns whether or not it may load them as one
+// pack. First, a block of threads per piece of columns (pieces.h): a partial sum per (k, i). Then a
+// block of threads per result adds the partial sums of its segment.
 #include "cuda/launch.h"
 #include "cuda/pieces.h"
 
@@ -47,8 +48,7 @@ struct Group {
 
 // sums[r][i] += grad[r, p] * params[i, p] over one pack of columns, loaded whole.
 template <typename T, int kRows>
-NF_DEVICE void add_pack(
-    const Group<T>& group, int64_t p, Accumulator<T> (&sums)[kRows][kExperts]) {
+NF_DEVICE void add_pack(const Group<T>& group, int64_t p, Accumulator<T> (&sums)[kRows][kExperts]) {
   constexpr int kLanes = kWideLanes<T>;
   Pack<T, kLanes> grad[kRows], x[kExperts];
   NF_UNROLL
@@ -71,8 +71,8 @@ NF_DEVICE void add_pack(
 
 // The same over one column.
 template <typename T, int kRows>
-NF_DEVICE void add_column(
-    const Group<T>& group, int64_t p, Accumulator<T> (&sums)[kRows][kExperts]) {
+NF_DEVICE void add_column(const Group<T>& group, int64_t p,
+                          Accumulator<T> (&sums)[kRows][kExperts]) {
   NF_UNROLL
   for (int i = 0; i < kExperts; ++i) {
     if (i >= group.experts) continue;
@@ -86,9 +86,8 @@ NF_DEVICE void add_column(
 
 // Thread t's share of a piece: pack t of every kThreads packs of its block.
 template <typename T, int kRows>
-NF_DEVICE void add_piece(
-    const Group<T>& group, const Piece& piece, int thread,
-    Accumulator<T> (&sums)[kRows][kExperts]) {
+NF_DEVICE void add_piece(const Group<T>& group, const Piece& piece, int thread,
+                         Accumulator<T> (&sums)[kRows][kExperts]) {
   constexpr int kLanes = kWideLanes<T>;
   NF_NO_UNROLL
   for (int64_t offset = thread * kLanes; offset < kBlockColumns; offset += kThreads * kLanes) {
@@ -117,8 +116,8 @@ NF_DEVICE Group<T> make_group(const BlendWeightGradCall& call, bool wide, int64_
 
 // Thread t's share of the sum over a segment of the partial sums of entry (k, i).
 template <typename A>
-NF_DEVICE double add_partials(
-    const BlendWeightGradCall& call, int64_t segment, int64_t entry, int thread) {
+NF_DEVICE double add_partials(const BlendWeightGradCall& call, int64_t segment, int64_t entry,
+                              int thread) {
   const SlotRange range = find_slots(call.bounds, call.segments, call.slots, segment);
   const A* partials = static_cast<const A*>(call.partials) + entry * call.slots;
   double sum = 0;
@@ -146,8 +145,8 @@ __device__ __forceinline__ A add_warp(A value) {
 
 // Two blocks per multiprocessor at the least for one gradient; for four, 128 registers would spill.
 template <typename T, int kRows>
-__global__ void __launch_bounds__(kThreads, kRows == 1 ? 2 : 1) blend_weight_grad_partial_kernel(
-    const __grid_constant__ BlendWeightGradCall call, bool wide) {
+__global__ void __launch_bounds__(kThreads, kRows == 1 ? 2 : 1)
+    blend_weight_grad_partial_kernel(const __grid_constant__ BlendWeightGradCall call, bool wide) {
   using A = Accumulator<T>;
   __shared__ A warps[kWarps][kRows * kExperts];
   const int64_t slot = blockIdx.x;
@@ -177,8 +176,8 @@ __global__ void __launch_bounds__(kThreads, kRows == 1 ? 2 : 1) blend_weight_gra
 }
 
 template <typename A>
-__global__ void __launch_bounds__(kThreads) blend_weight_grad_total_kernel(
-    const __grid_constant__ BlendWeightGradCall call) {
+__global__ void __launch_bounds__(kThreads)
+    blend_weight_grad_total_kernel(const __grid_constant__ BlendWeightGradCall call) {
   __shared__ double warps[kWarps];
   const int64_t entries = call.outputs * call.experts;
   const int64_t segment = blockIdx.x / entries, entry = blockIdx.x % entries;
@@ -193,7 +192,9 @@ __global__ void __launch_bounds__(kThreads) blend_weight_grad_total_kernel(
       static_cast<A>(total);
 }
 
-bool aligned(int64_t value) { return value % 16 == 0; }
+bool aligned(int64_t value) {
+  return value % 16 == 0;
+}
 
 template <typename T>
 void launch(const BlendWeightGradCall& call, cudaStream_t stream) {
@@ -204,16 +205,15 @@ void launch(const BlendWeightGradCall& call, cudaStream_t stream) {
   const auto slots = static_cast<unsigned>(call.slots);
   if (call.outputs == 1)
     blend_weight_grad_partial_kernel<T, 1><<<slots, kThreads, 0, stream>>>(call, wide);
-  else
-    blend_weight_grad_partial_kernel<T, 4><<<slots, kThreads, 0, stream>>>(call, wide);
+  else blend_weight_grad_partial_kernel<T, 4><<<slots, kThreads, 0, stream>>>(call, wide);
   const auto results = static_cast<unsigned>(call.outputs * call.experts * call.segments);
   blend_weight_grad_total_kernel<Accumulator<T>><<<results, kThreads, 0, stream>>>(call);
 }
 
 }  // namespace
 
-const char* launch_blend_weight_grad(
-    Element element, const BlendWeightGradCall& call, void* stream) {
+const char* launch_blend_weight_grad(Element element, const BlendWeightGradCall& call,
+                                     void* stream) {
   const auto on = static_cast<cudaStream_t>(stream);
   switch (element) {
     case Element::kFloat: launch<float>(call, on); break;

@@ -51,16 +51,32 @@ NF_DEVICE void store_pack(T* to, const Pack<T, kLanes>& pack) {
   *reinterpret_cast<Pack<T, kLanes>*>(to) = pack;
 }
 
-NF_DEVICE float widen(float x) { return x; }
-NF_DEVICE double widen(double x) { return x; }
-NF_DEVICE float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
-NF_DEVICE float widen(__half x) { return __half2float(x); }
+NF_DEVICE float widen(float x) {
+  return x;
+}
+NF_DEVICE double widen(double x) {
+  return x;
+}
+NF_DEVICE float widen(__nv_bfloat16 x) {
+  return __bfloat162float(x);
+}
+NF_DEVICE float widen(__half x) {
+  return __half2float(x);
+}
 
 // narrow(x, to): x rounded to nearest even.
-NF_DEVICE void narrow(float x, float& to) { to = x; }
-NF_DEVICE void narrow(double x, double& to) { to = x; }
-NF_DEVICE void narrow(float x, __nv_bfloat16& to) { to = __float2bfloat16_rn(x); }
-NF_DEVICE void narrow(float x, __half& to) { to = __float2half_rn(x); }
+NF_DEVICE void narrow(float x, float& to) {
+  to = x;
+}
+NF_DEVICE void narrow(double x, double& to) {
+  to = x;
+}
+NF_DEVICE void narrow(float x, __nv_bfloat16& to) {
+  to = __float2bfloat16_rn(x);
+}
+NF_DEVICE void narrow(float x, __half& to) {
+  to = __float2half_rn(x);
+}
 
 // sum + a * b, rounded twice. On the host this needs -ffp-contract=off.
 NF_DEVICE float multiply(float a, float b) {

@@ -1,6 +1,6 @@
-// The launchers of the CUDA kernels, as bindings.cpp calls them: no CUDA and no torch header. All pointers
-// are device memory; arguments are checked by the caller. `stream` is a cudaStream_t. Each returns
-// null, or CUDA's words for why a launch failed.
+// The launchers of the CUDA kernels, as bindings.cpp calls them: no CUDA and no torch header. All
+// pointers are device memory; arguments are checked by the caller. `stream` is a cudaStream_t. Each
+// returns null, or CUDA's words for why a launch failed.
 #pragma once
 
 #include <cstdint>
@@ -31,7 +31,7 @@ struct BlendWeightGradCall {
 };
 
 int64_t blend_weight_grad_slots(int64_t columns, int64_t segments);
-const char* launch_blend_weight_grad(
-    Element element, const BlendWeightGradCall& call, void* stream);
+const char* launch_blend_weight_grad(Element element, const BlendWeightGradCall& call,
+                                     void* stream);
 
 }  // namespace neulig_fast

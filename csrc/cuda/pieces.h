@@ -1,9 +1,10 @@
-// Where columns, segments and blocks of columns meet. 64-bit throughout; bounds are only ever read at
-// 0 .. S, and whatever they hold, every answer stays inside [0, S) and [0, P].
+// Where columns, segments and blocks of columns meet. 64-bit throughout; bounds are only ever read
+// at 0 .. S, and whatever they hold, every answer stays inside [0, S) and [0, P].
 //
-// Columns are cut at every multiple of kBlockColumns and at every bound. The piece in column block c and
-// segment s has slot c + s: slots ascend with the columns, no two pieces share one, and the slots of
-// a segment are consecutive, so nobody has to count pieces first. A slot may have no piece.
+// Columns are cut at every multiple of kBlockColumns and at every bound. The piece in column block
+// c and segment s has slot c + s: slots ascend with the columns, no two pieces share one, and the
+// slots of a segment are consecutive, so nobody has to count pieces first. A slot may have no
+// piece.
 #pragma once
 
 #include "cuda/element.h"
@@ -12,8 +13,12 @@ namespace neulig_fast {
 
 constexpr int64_t kBlockColumns = 4096;
 
-NF_DEVICE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-NF_DEVICE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+NF_DEVICE int64_t least(int64_t a, int64_t b) {
+  return a < b ? a : b;
+}
+NF_DEVICE int64_t most(int64_t a, int64_t b) {
+  return a > b ? a : b;
+}
 
 NF_DEVICE int64_t first_slot(const int64_t* bounds, int64_t segment) {
   return bounds[segment] / kBlockColumns + segment;
@@ -66,8 +71,8 @@ struct SlotRange {
   int64_t begin, end;
 };
 
-NF_DEVICE SlotRange find_slots(
-    const int64_t* bounds, int64_t count, int64_t slots, int64_t segment) {
+NF_DEVICE SlotRange find_slots(const int64_t* bounds, int64_t count, int64_t slots,
+                               int64_t segment) {
   if (count == 1) return {0, slots};
   if (bounds[segment] >= bounds[segment + 1]) return {0, 0};
   const int64_t last = (bounds[segment + 1] - 1) / kBlockColumns + segment;

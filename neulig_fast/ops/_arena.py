@@ -64,6 +64,11 @@ def slices(segments: torch.Tensor) -> list[tuple[int, int]]:
     return list(pairwise(segments.tolist()))
 
 
+def contiguous(segments: torch.Tensor | None) -> torch.Tensor | None:
+    """The boundaries as kernels read them."""
+    return None if segments is None else segments.contiguous()
+
+
 def why_not(params: torch.Tensor) -> str | None:
     """What every fast backend over the arena asks of ``params``; None when it has it."""
     if params.shape[1] > 1 and params.stride(1) != 1:

@@ -146,7 +146,8 @@ def _samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[tuple[A
 def _prepare(
     weights: torch.Tensor, params: torch.Tensor, segments: torch.Tensor | None = None
 ) -> tuple[Any, ...]:
-    return weights.to(_checks.accumulation_dtype(params.dtype)).contiguous(), params, segments
+    weights = weights.to(_checks.accumulation_dtype(params.dtype)).contiguous()
+    return weights, params, _arena.contiguous(segments)
 
 
 def _why_not(

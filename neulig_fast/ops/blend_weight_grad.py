@@ -124,7 +124,7 @@ def _samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[tuple[A
 def _prepare(
     grad: torch.Tensor, params: torch.Tensor, segments: torch.Tensor | None = None
 ) -> tuple[Any, ...]:
-    return grad.contiguous(), params, segments
+    return grad.contiguous(), params, _arena.contiguous(segments)
 
 
 def _why_not(

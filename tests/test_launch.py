@@ -1,0 +1,52 @@
+"""How Triton kernels are launched, and what is left of them where Triton is not installed."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from neulig_fast.kernels import _launch
+from neulig_fast.kernels._launch import config
+from neulig_fast.kernels._segments import search_steps
+
+from neulig_fast import testing
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
+@pytest.mark.parametrize("op", ["blend", "blend_weight_grad"])
+def test_configurations_are_possible(op, dtype):
+    for n in range(1, 65):
+        for k in (1, 2, 3, 8):
+            c = config(op, dtype, n, k)
+            assert c.block >= 32 * c.num_warps and c.block & (c.block - 1) == 0
+            if op == "blend":
+                assert c.held == n or (k == 1 and (n - c.held) % 8 == 0 and 1 <= c.held <= 8)
+    with pytest.raises(ValueError, match="'blond' has no kernel"):
+        config("blond", dtype, 1, 1)
+
+
+def test_alignment_and_search_steps():
+    assert [_launch.alignment(s) for s in (0, 1, 6, 8, 32, 48, 2**40)] == [16, 1, 2, 8, 16, 16, 16]
+    for segments in range(1, 70):
+        assert 2 ** search_steps(segments) >= segments
+
+
+def test_kernels_can_be_imported_without_triton():
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch\n"
+        "from neulig_fast.kernels import blend, blend_weight_grad\n"
+        "print(blend.why_not(torch.ones(2), torch.ones(2, 3)))\n"
+        "try: blend.blend_kernel[(1,)]()\n"
+        "except RuntimeError as error: print(error)\n"
+        "try: blend_weight_grad.blend_weight_grad(torch.ones(3), torch.ones(2, 3))\n"
+        "except ValueError as error: print(error)\n"
+    )
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=environment
+    )
+    assert done.stdout.count("triton cannot be imported") == 3, done.stdout + done.stderr

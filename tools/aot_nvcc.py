@@ -1,0 +1,74 @@
+"""csrc/cuda/*.cu compiled with nvcc for one architecture after the other; no GPU needed."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from aot_sass import CompiledKernel, find_cuobjdump, inspect
+
+ROOT = Path(__file__).resolve().parents[1]
+TARGETS = {90: "90a"}  # with its own instructions, as the build has it
+
+
+def find_nvcc() -> str | None:
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    found = (shutil.which("nvcc", path=f"{home}/bin") for home in homes if home)
+    return next(filter(None, found), shutil.which("nvcc"))
+
+
+def missing() -> str | None:
+    if find_nvcc() is None:
+        return "no nvcc: set CUDA_HOME"
+    return None if find_cuobjdump() else "no cuobjdump: install triton or the CUDA binary utilities"
+
+
+def complaints() -> list[str]:
+    return []
+
+
+def compile_all(arch: int, _dtypes: Sequence[str]) -> list[CompiledKernel]:
+    """The kernels of every .cu file; a file that does not compile raises with nvcc's words."""
+    sources = sorted((ROOT / "csrc/cuda").glob("*.cu"))
+    return [kernel for source in sources for kernel in compile_file(source, arch)]
+
+
+def compile_file(source: Path, arch: int) -> list[CompiledKernel]:
+    target = TARGETS.get(arch, str(arch))
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder, "kernels.cubin")
+        command = [
+            find_nvcc() or "nvcc",
+            "-cubin",
+            f"-gencode=arch=compute_{target},code=sm_{target}",
+            "-O3",
+            "-std=c++17",
+            f"-I{ROOT / 'csrc'}",
+            str(source),
+            "-o",
+            str(cubin),
+        ]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(f"{source.name} does not compile for sm_{target}:\n{done.stderr}")
+        kernels = inspect(cubin, arch)
+    for kernel in kernels:
+        kernel.name = readable(kernel.name)
+        if source.stem == "blend":
+            few = re.search(r"blend_few_kernel<\w+, (\d+)>", kernel.name)
+            kernel.check_blend(int(few[1]) if few else None)
+    return sorted(kernels, key=lambda kernel: kernel.name)
+
+
+def readable(mangled: str) -> str:
+    """A kernel's name and template arguments, as far as this machine can demangle."""
+    if shutil.which("c++filt") is None:
+        return mangled
+    full = subprocess.run(["c++filt", mangled], capture_output=True, text=True).stdout.strip()
+    short = re.sub(r"^void |neulig_fast::|\(anonymous namespace\)::", "", full)
+    return short.split("(")[0]

@@ -1,0 +1,157 @@
+"""Triton kernels compiled as their launchers launch them, for a GPU that is not there."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.util
+import itertools
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from aot_sass import CompiledKernel, find_cuobjdump, inspect
+
+ROOT = Path(__file__).resolve().parents[1]
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+P = 1 << 20
+
+# N, K, S, P. MAIN are main paths: rows a multiple of 16 bytes, up to 8 experts.
+MAIN = [(5, 1, 1, P), (8, 1, 302, P), (8, 4, 302, P)]
+OTHERS = [(17, 1, 302, P), (64, 1, 302, P), (16, 4, 302, P), (64, 4, 302, P)]
+OTHERS += [(5, 1, 302, P + 1), (8, 4, 302, P + 8)]
+
+compiled_kernels: list[Any] = []
+hashes: set[str] = set()  # of what was looked at: several cases may share a kernel
+
+
+def missing() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    return None if find_cuobjdump() else "no cuobjdump in triton's wheel or on the PATH"
+
+
+class NoDevice:
+    """The little of a Triton driver that compiling asks for; the device number is the target."""
+
+    def __init__(self, arch: int) -> None:
+        self.arch = arch
+
+    def get_current_device(self) -> int:
+        return self.arch
+
+    def get_current_stream(self, _device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self.arch, 32)
+
+
+def kernel_modules() -> dict[str, ModuleType]:
+    """The package's kernel files by name, helpers included."""
+    stems = sorted(path.stem for path in (ROOT / "kernels").glob("*.py"))
+    names = [stem for stem in stems if stem != "__init__"]
+    return {name: importlib.import_module(f"neulig_fast.kernels.{name}") for name in names}
+
+
+def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype)
+
+
+def blend_launches(module: ModuleType, dtype: torch.dtype, n: int, k: int, s: int, p: int) -> Any:
+    acc = torch.promote_types(dtype, torch.float32)
+    weights, params = empty(k, s, n, dtype=acc), empty(n, p, dtype=dtype)
+    bounds, out = empty(s + 1, dtype=torch.int64), empty(k, p, dtype=dtype)
+    launch = module.config("blend", dtype, n, k)
+    return module.launches(weights, params, bounds, out, launch)
+
+
+def weight_grad_launches(
+    module: ModuleType, dtype: torch.dtype, n: int, k: int, s: int, p: int
+) -> Any:
+    acc = torch.promote_types(dtype, torch.float32)
+    launch = module.config("blend_weight_grad", dtype, n, k)
+    grad, params = empty(k, p, dtype=dtype), empty(n, p, dtype=dtype)
+    partials = empty(k * n, p // launch.block + s, dtype=acc)
+    bounds, out = empty(s + 1, dtype=torch.int64), empty(k, s, n, dtype=acc)
+    return module.launches(grad, params, bounds, partials, out, launch)
+
+
+CALLS = {"blend": blend_launches, "blend_weight_grad": weight_grad_launches}
+
+
+def compile_all(arch: int, dtypes: Sequence[str]) -> list[CompiledKernel]:
+    """Every launch of every kernel file for one architecture."""
+    from triton.runtime import driver
+
+    driver.set_active(NoDevice(arch))
+    return [
+        kernel
+        for name, module in kernel_modules().items()
+        if name in CALLS
+        for dtype, case in itertools.product(dtypes, MAIN + OTHERS)
+        for kernel in compile_case(name, module, dtype, case, arch)
+    ]
+
+
+def compile_case(
+    name: str, module: ModuleType, dtype: str, case: tuple[int, ...], arch: int
+) -> Iterator[CompiledKernel]:
+    n, k, s, p = case
+    for launch in CALLS[name](module, getattr(torch, dtype), *case):
+        compiled = launch.kernel.warmup(
+            *launch.arguments, grid=(launch.programs,), **launch.options
+        )
+        if compiled.hash in hashes:
+            continue
+        hashes.add(compiled.hash)
+        compiled_kernels.append(launch.kernel)
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(compiled.asm["cubin"])
+            file.flush()
+            (kernel,) = inspect(Path(file.name), arch)
+        title = launch.kernel.__name__.removesuffix("_kernel")
+        kernel.name = f"{title} {dtype} N{n} K{k} S{s}" + ("" if p == P else f" P+{p - P}")
+        if name == "blend":
+            kernel.check_blend(n if case in MAIN else None)
+        yield kernel
+
+
+def complaints() -> list[str]:
+    """Kernel files without a case here, and jitted functions that no compiled kernel reaches."""
+    from triton.runtime.jit import JITFunction
+
+    modules = kernel_modules()
+    found = [f"kernels/{m}.py has no case in {Path(__file__).name}" for m in modules
+             if m[0] != "_" and m not in CALLS]  # fmt: skip
+    jitted = {
+        value
+        for module in modules.values()
+        for value in vars(module).values()
+        if isinstance(value, JITFunction) and value.__module__ == module.__name__
+    }
+    for function in sorted(jitted - reached(compiled_kernels), key=lambda f: f.__name__):
+        found.append(f"{function.__module__}.{function.__name__} is reached by no kernel")
+    return found
+
+
+def reached(kernels: Sequence[Any]) -> set[Any]:
+    """The kernels and every jitted function they name, directly or not."""
+    from triton.runtime.jit import JITFunction
+
+    seen: set[Any] = set()
+    waiting = list(kernels)
+    while waiting:
+        function = waiting.pop()
+        if function in seen:
+            continue
+        seen.add(function)
+        names = {n.id for n in ast.walk(function.parse()) if isinstance(n, ast.Name)}
+        globals_ = function.fn.__globals__
+        waiting += [globals_[n] for n in names if isinstance(globals_.get(n), JITFunction)]
+    return seen
