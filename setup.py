@@ -97,7 +97,7 @@ def configure(ext: Extension, kind: str) -> None:
     # 2.11's stable ABI: one binary for this and later torch versions, with and without CUDA.
     macros = ["-DTORCH_TARGET_VERSION=0x020b000000000000", f"-ffile-prefix-map={ROOT}/="]
     # Multiply, then add, on every machine: contraction would make the bits depend on the CPU.
-    cxx = ["-O3", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wno-psabi", *macros]
+    cxx = ["-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wno-psabi", *macros]
     ext.sources = sources("csrc/module.cpp", "csrc/cpu/*.cpp")
     ext.include_dirs = [str(ROOT / "csrc"), *cpp_extension.include_paths()]
     ext.library_dirs = cpp_extension.library_paths()
@@ -184,8 +184,8 @@ class BuildAlways(build):
     )
 
 
-# optional: an editable install must not look for the file of an extension that was not built.
-NATIVE = Extension("neulig_fast._C", ["csrc/module.cpp"], py_limited_api=True, optional=True)
+# Not optional=True, which would hide a failed link from BuildNative.
+NATIVE = Extension("neulig_fast._C", ["csrc/module.cpp"], py_limited_api=True)
 HOPELESS = CHOICE in ("auto", "none") and all(why_not(kind) for kind in CHOICES[CHOICE])
 
 setup(

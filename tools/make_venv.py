@@ -30,6 +30,8 @@ def own_torch() -> Path | None:
 
 
 def main(folder: Path) -> None:
+    if Path(sys.prefix).resolve() == folder.resolve():
+        sys.exit(f"{folder} is made afresh, but {sys.executable} runs from it: use another Python")
     venv.create(folder, with_pip=True, clear=True)
     python = folder / "bin" / "python"
     site = subprocess.check_output(

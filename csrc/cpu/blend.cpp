@@ -23,20 +23,17 @@
 namespace neulig_fast {
 namespace {
 
-// Measured on a 2-core AMD EPYC (Zen 5, AVX-512), one thread, N = 5 in fp32 unless said otherwise,
-// 2026-11-22; a bare loop over 5 reads and 1 streamed write moved 50 GB/s.
+// Chosen on a 2-core AMD EPYC (Zen 5, AVX-512), N = 5 in fp32, 2026-11-22.
 constexpr int kStep = 16;  // columns that one step keeps in registers
 // Experts one kernel reads side by side. Their number is a template argument, so each expert's load
-// is an instruction of its own, by which the hardware prefetchers follow it: 50 GB/s. One load
-// instruction for all experts: 26; expert after expert over a tile in L1: 25 to 39 (tiles of 512
-// to 8192). Beyond 16, groups of 16 over one tile: 42 GB/s for N = 64, all 64 at once 33.
+// is an instruction of its own, by which the hardware prefetchers follow it; one load instruction
+// for all experts, or expert after expert over a tile in L1, ran at about half the speed. Beyond 16,
+// groups of 16 over one tile beat all at once.
 constexpr int kMaxExperts = 16;
-// Columns that stay in cache while all outputs are computed. 512 to 8192 are alike for K = 8, which
-// multiplying and adding limit (75 % of the memory limit, 2.0x torch.mm).
+// Columns that stay in cache while all outputs are computed; 512 to 8192 are alike.
 constexpr int64_t kTile = 4096;
 constexpr int64_t kItemTiles = 16;  // tiles a thread takes at a time
-// Outputs from here on bypass the caches. 32 MiB: 4.6 ms instead of 5.2; at 8 MiB nothing is gained
-// and whoever reads theta next pays (1.46 ms for both instead of 1.31).
+// Outputs from here on bypass the caches. Below, nothing is gained and whoever reads theta next pays.
 constexpr int64_t kStreamBytes = 32 << 20;
 
 // The share of up to 16 experts in one output over whole steps of columns of one segment.
