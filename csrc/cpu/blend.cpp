@@ -27,13 +27,14 @@ namespace {
 constexpr int kStep = 16;  // columns that one step keeps in registers
 // Experts one kernel reads side by side. Their number is a template argument, so each expert's load
 // is an instruction of its own, by which the hardware prefetchers follow it; one load instruction
-// for all experts, or expert after expert over a tile in L1, ran at about half the speed. Beyond 16,
-// groups of 16 over one tile beat all at once.
+// for all experts, or expert after expert over a tile in L1, ran at about half the speed. Beyond
+// 16, groups of 16 over one tile beat all at once.
 constexpr int kMaxExperts = 16;
 // Columns that stay in cache while all outputs are computed; 512 to 8192 are alike.
 constexpr int64_t kTile = 4096;
 constexpr int64_t kItemTiles = 16;  // tiles a thread takes at a time
-// Outputs from here on bypass the caches. Below, nothing is gained and whoever reads theta next pays.
+// Outputs from here on bypass the caches. Below, nothing is gained and whoever reads theta next
+// pays.
 constexpr int64_t kStreamBytes = 32 << 20;
 
 // The share of up to 16 experts in one output over whole steps of columns of one segment.
