@@ -15,6 +15,8 @@ GPU_PYTHON ?= $(shell $(PYTHON) -c 'import torch' 2>/dev/null && echo $(PYTHON) 
 
 .PHONY: demo test check fmt build aot test-gpu bench clean
 
+# Waiting OpenMP threads sleep: where another program keeps a core busy, spinning ones stall it all.
+demo: export OMP_WAIT_POLICY = passive
 demo: $(INSTALLED)
 	$(VENV)/bin/neulig-fast demo
 

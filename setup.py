@@ -25,7 +25,7 @@ CHOICE = os.environ.get("NEULIG_FAST_BUILD") or "auto"
 if CHOICE not in CHOICES:
     raise SystemExit(f"NEULIG_FAST_BUILD must be one of {', '.join(CHOICES)}, got {CHOICE!r}")
 ARCHS = ("8.0", "9.0", "10.0")
-CXX = os.environ.get("CXX", "c++").split()
+CXX = (os.environ.get("CXX") or "c++").split()
 # All that torch and setuptools raise over a broken toolchain.
 FAILURES = (
     BaseError, CCompilerError, subprocess.SubprocessError,
@@ -79,8 +79,10 @@ def why_not(kind: str) -> str | None:
     """Why this kind cannot even be tried here, or None."""
     if TORCH_MISSING:
         return TORCH_MISSING
-    if not shutil.which(CXX[-1]):
-        return f"no C++ compiler: `{CXX[-1]}` not found"
+    # A launcher such as ccache comes first, its compiler second; flags may follow.
+    for program in [word for word in CXX[:2] if not word.startswith("-")]:
+        if not shutil.which(program):
+            return f"no C++ compiler: `{program}` not found"
     if kind == "cuda" and CUDA is None:
         return "no CUDA toolkit: no folder with bin/nvcc and include/cuda_runtime.h (set CUDA_HOME)"
     if kind == "cuda" and CHOICE == "auto" and torch.version.cuda is None:
@@ -159,8 +161,8 @@ class BuildNative(BuildExtension):
 
 
 def write_info(package: Path, built: str, reason: str) -> None:
-    if CHOICE == "none":
-        reason = "NEULIG_FAST_BUILD=none when neulig_fast was installed"
+    if CHOICE in ("cpp", "none"):
+        reason = f"NEULIG_FAST_BUILD={CHOICE} when neulig_fast was installed"
     package.mkdir(parents=True, exist_ok=True)
     if built == "none":
         for stale in package.glob("_C*.so"):

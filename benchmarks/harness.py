@@ -202,11 +202,11 @@ def _times(
         if not checks[provider.name][0].startswith("failed"):
             first[provider.name] = clock(provider.run)
     able = [provider for provider in able if provider.name in first]
-    fastest = min(first[p.name] / p.steps for p in able if p.side != "ceiling")
+    fastest = min((first[p.name] / p.steps for p in able if p.side != "ceiling"), default=0.0)
     brief = {
         p.name
         for p in able
-        if first[p.name] / p.steps > 10 * fastest or checks[p.name][0].startswith("wrong")
+        if first[p.name] / p.steps > 10 * fastest > 0 or checks[p.name][0].startswith("wrong")
     }
     usual = sum(time for name, time in first.items() if name not in brief)
     rounds = min(max(round(1e3 * CASE_SECONDS / usual), ROUNDS), MOST_ROUNDS)

@@ -57,7 +57,8 @@ def compare(case: Case, rows: list[Row]) -> list[Row]:
     side = {provider.name: provider.side for provider in case.providers}
 
     def best(prefix: str) -> float | None:
-        return max((r["gb_s"] for r in rows if r["provider"].startswith(prefix)), default=None)
+        found = [r["gb_s"] for r in rows if r["provider"].startswith(prefix) and r["gb_s"] != ""]
+        return max(found, default=None)
 
     limits = {"pct_copy": best("ceiling/copy"), "pct_stream": best("ceiling/stream")}
     fair = [r for r in rows if side[r["provider"]] != "ceiling" and _correct(r)]
@@ -66,7 +67,8 @@ def compare(case: Case, rows: list[Row]) -> list[Row]:
             if limit and row["gb_s"] != "":
                 row[column] = f"{100 * row['gb_s'] / limit:.1f}"
     for row in fair:
-        rivals = [r["ms_q50"] for r in fair if side[r["provider"]] != side[row["provider"]]]
+        others = (r for r in fair if side[r["provider"]] != side[row["provider"]])
+        rivals = [r["ms_q50"] for r in others if r["ms_q50"] != ""]
         row["ratio"] = f"{min(rivals) / row['ms_q50']:.3g}" if rivals else ""
     for row in rows:
         for column in ("ms_q50", "ms_q20", "ms_q80", "gb_s"):

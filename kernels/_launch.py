@@ -99,12 +99,19 @@ def run(params: torch.Tensor, launches: Iterable[Launch]) -> None:
             launch.kernel[(launch.programs,)](*launch.arguments, **launch.options)
 
 
-def why_not_arena(params: torch.Tensor, segments: torch.Tensor | None) -> str | None:
-    """Why a kernel cannot read ``params`` (N, P) with ``segments`` (S + 1,); None when it can."""
+def missing(device: str) -> str | None:
+    """Why no kernel can run on ``device`` at all; None when they can."""
     if MISSING is not None:
         return MISSING
-    if params.device.type != "cuda" and not INTERPRETED:
-        return f"params are on {params.device.type}, and TRITON_INTERPRET=1 is not set"
+    if device != "cuda" and not INTERPRETED:
+        return "for cuda tensors (others under TRITON_INTERPRET=1)"
+    return None
+
+
+def why_not_arena(params: torch.Tensor, segments: torch.Tensor | None) -> str | None:
+    """Why a kernel cannot read ``params`` (N, P) with ``segments`` (S + 1,); None when it can."""
+    if (reason := missing(params.device.type)) is not None:
+        return reason
     if params.dtype not in DTYPES:
         return f"params are {params.dtype}, not fp32, bf16, fp16 or fp64"
     if params.shape[0] > MAX_EXPERTS:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import threading
 from collections.abc import Mapping
 
-from . import _native
-from ._registry import BACKENDS, DEVICES, OPS, BackendStatus, forced_backends, log
+from . import _native, _registry
+from ._registry import BACKENDS, DEVICES, OPS, BackendStatus, log
 
 VARIABLE = "NEULIG_FAST_BACKEND"
+_lock = threading.Lock()
 
 
 def _validated(choices: Mapping[str | None, str], origin: str) -> dict[str | None, str]:
@@ -43,16 +45,17 @@ class use_backend(contextlib.ContextDecorator):
         if backend is not None:
             choices[None] = backend
         self._choices = _validated(choices, "use_backend")
-        self._saved: list[dict[str | None, str]] = []
 
     def __enter__(self) -> use_backend:
-        self._saved.append(dict(forced_backends))
-        forced_backends.update(self._choices)
+        with _lock:
+            _registry.forcing = (*_registry.forcing, self._choices)
         return self
 
     def __exit__(self, *exc: object) -> None:
-        forced_backends.clear()
-        forced_backends.update(self._saved.pop())
+        with _lock:
+            kept = list(_registry.forcing)
+            last = max(i for i, choices in enumerate(kept) if choices is self._choices)
+            _registry.forcing = (*kept[:last], *kept[last + 1 :])
 
 
 def read_environment() -> None:
@@ -60,8 +63,12 @@ def read_environment() -> None:
     choices: dict[str | None, str] = {}
     for item in filter(None, os.environ.get(VARIABLE, "").replace(" ", "").split(",")):
         op, equals, backend = item.rpartition("=")
-        choices[op if equals else None] = backend
-    forced_backends.update(_validated(choices, VARIABLE))
+        key = op if equals else None
+        if key in choices:
+            raise ValueError(f"{VARIABLE}: {op or 'every op'} is given twice")
+        choices[key] = backend
+    if choices:
+        _registry.forcing = (_validated(choices, VARIABLE), *_registry.forcing)
     if os.environ.get("NEULIG_FAST_LOG") == "dispatch":
         logging.basicConfig()
         log.setLevel(logging.DEBUG)
@@ -71,7 +78,8 @@ def _line(row: BackendStatus) -> str:
     others = [
         f"{backend}: {row.reasons[backend] or 'ok'}"
         for backend in BACKENDS
-        if backend != row.runs and not (row.reasons[backend] or "").startswith("for ")
+        if backend != row.runs
+        and (backend == row.forced or not (row.reasons[backend] or "").startswith("for "))
     ]
     forced = " (forced)" if row.forced else ""
     return f"{row.op:<20} {row.device:<7} {(row.runs or '-') + forced:<16} " + " · ".join(others)
@@ -81,7 +89,8 @@ def show_backends() -> list[BackendStatus]:
     """Print, and return, what runs for every op on every device type and why others do not."""
     rows = [OPS[name].status(device) for name in sorted(OPS) for device in DEVICES]
     variable = os.environ.get(VARIABLE)
-    forced = ", ".join(f"{op or 'every op'}={backend}" for op, backend in forced_backends.items())
+    bound = (item for choices in _registry.forcing for item in choices.items())
+    forced = ", ".join(f"{op or 'every op'}={backend}" for op, backend in bound)
     print(_native.describe())
     print(f"{'op':<20} {'device':<7} {'runs':<16} others")
     for row in rows:

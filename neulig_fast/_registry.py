@@ -10,16 +10,15 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import importlib.util
 import logging
-import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
-from . import _native
+from . import _checks, _native
 
 BACKENDS = ("cuda", "triton", "cpu", "torch")
 DEVICES = ("cpu", "cuda")
@@ -31,8 +30,9 @@ _LIB = torch.library.Library("neulig_fast", "DEF")
 _NATIVE_LIB = torch.library.Library("neulig_fast_C", "DEF")
 
 OPS: dict[str, Op] = {}
-# What use_backend and the environment bind: op name (None: every op that offers it) -> backend.
-forced_backends: dict[str | None, str] = {}
+# What the environment and use_backend bind, innermost last: op name (None: every op that offers the
+# backend) -> backend. Replaced as a whole, never changed, so that other threads see all or nothing.
+forcing: tuple[Mapping[str | None, str], ...] = ()
 _warned: set[tuple[str, str]] = set()
 
 
@@ -85,9 +85,11 @@ class Op:
         name: its one name, in every folder.
         schema: ``"(Tensor a, ...) -> Tensor"``; also defined as ``neulig_fast_C::<name>``.
         reference: plain PyTorch; the documentation, the ``torch`` backend and the oracle.
-        fake: shapes, strides and dtypes only.
+        fake: shapes, strides and dtypes of the result; its arguments have no faults.
         order: device type -> backends, best first; ``torch`` is always last.
         samples: ``samples(device, dtype)`` yields argument tuples that cover the op.
+        faults: what is wrong with the form of the arguments, in words; asked before every call,
+            also of the fake, so that each way to the op has the same door.
         check: looks at the *values* of index arguments before any backend runs on the CPU.
         autograd: ``(setup_context, backward)``, or None: an explicit error in the backward pass.
         differentiable: names of the arguments that have a gradient.
@@ -103,6 +105,7 @@ class Op:
         *,
         reference: Callable[..., Any],
         fake: Callable[..., Any],
+        faults: Callable[..., Iterable[str]],
         order: Mapping[str, Sequence[str]],
         samples: Callable[[torch.device | str, torch.dtype], Iterator[tuple[Any, ...]]],
         check: Callable[..., None] = _always,
@@ -113,7 +116,7 @@ class Op:
         not_offered: Mapping[str, str] | None = None,
     ) -> None:
         self.name, self.schema = name, schema
-        self.reference, self.fake, self.check = reference, fake, check
+        self.reference, self.fake, self.faults, self.check = reference, fake, faults, check
         self.order = {device: tuple(order[device]) for device in DEVICES}
         self.samples, self.terms, self.elementwise = samples, terms, elementwise
         self.differentiable = tuple(differentiable)
@@ -123,19 +126,29 @@ class Op:
         qualified = f"neulig_fast::{name}"
         _LIB.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         _NATIVE_LIB.define(name + schema)
-        _LIB.impl(name, reference, "CompositeExplicitAutograd")
-        for key in ("CPU", "CUDA"):
-            _LIB.impl(name, self._run, key)
-        torch.library.register_fake(qualified, fake, lib=_LIB)
+        _LIB.impl(name, self._run, "CompositeExplicitAutograd")
+        torch.library.register_fake(qualified, self._run_fake, lib=_LIB)
         setup_context, backward = autograd or _not_differentiable(name)
         torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_LIB)
+        self.overload = getattr(torch.ops.neulig_fast, name).default
         OPS[name] = self
+
+    def __call__(self, *args: Any) -> Any:
+        """Call the operator.
+
+        Raises:
+            ValueError: arguments that do not fit, every fault named.
+            NotImplementedError: an argument with a forward-mode tangent.
+        """
+        # torch.library has no forward-mode formula and would drop the tangent without a word.
+        if forward_ad._current_level >= 0 and any(map(_has_tangent, args)):
+            raise NotImplementedError(f"{self.name}: no forward-mode derivative")
+        return self.overload(*args)
 
     @property
     def arguments(self) -> list[str]:
         """The names of the schema's arguments, in order."""
-        overload = getattr(torch.ops.neulig_fast, self.name).default
-        return [argument.name for argument in overload._schema.arguments]
+        return [argument.name for argument in self.overload._schema.arguments]
 
     # -- offering backends ---------------------------------------------------------------------
 
@@ -148,6 +161,7 @@ class Op:
     ) -> None:
         """Offer the C++ (``cpu``) or CUDA C++ (``cuda``) room; ``prepare`` makes its arguments."""
         key = backend.upper()
+        overload = getattr(torch.ops.neulig_fast_C, self.name).default
 
         def missing(device: str) -> str | None:
             if device != backend:
@@ -155,33 +169,35 @@ class Op:
             return _native.why_missing(self.name, key) or _no_device(device)
 
         def run(*args: Any) -> Any:
-            overload = getattr(torch.ops.neulig_fast_C, self.name).default
             return overload(*prepare(*args))
 
         self.impls[backend] = Impl(run, missing, why_not)
 
-    def add_triton(
-        self,
-        *,
-        prepare: Callable[..., tuple[Any, ...]],
-        why_not: Callable[..., str | None] = _always,
-    ) -> None:
-        """Offer ``kernels/<op>.py``; imported at its first call, never before."""
+    def add_triton(self, *, prepare: Callable[..., tuple[Any, ...]]) -> None:
+        """Offer ``kernels/<op>.py``, which says itself what it cannot take; imported when asked."""
+
+        def module() -> Any:
+            return importlib.import_module(f"neulig_fast.kernels.{self.name}")
 
         def run(*args: Any) -> Any:
-            module = importlib.import_module(f"neulig_fast.kernels.{self.name}")
-            return getattr(module, self.name)(*prepare(*args))
+            return getattr(module(), self.name)(*prepare(*args))
 
-        self.impls["triton"] = Impl(run, _triton_missing, why_not)
+        def missing(device: str) -> str | None:
+            launch = importlib.import_module("neulig_fast.kernels._launch")
+            return launch.missing(device) or _no_device(device)
+
+        self.impls["triton"] = Impl(run, missing, lambda *args: module().why_not(*args))
 
     # -- choosing ------------------------------------------------------------------------------
 
     def forced(self) -> str | None:
         """The backend this op is bound to by ``use_backend`` or the environment, if any."""
-        if self.name in forced_backends:
-            return forced_backends[self.name]
-        unnamed = forced_backends.get(None)
-        return unnamed if unnamed in self.impls else None
+        for choices in reversed(forcing):
+            if self.name in choices:
+                return choices[self.name]
+            if choices.get(None) in self.impls:
+                return choices[None]
+        return None
 
     def why_not(self, backend: str, device: str, args: Sequence[Any] | None = None) -> str | None:
         """Why ``backend`` cannot run on ``device`` (with these arguments); None when it can."""
@@ -220,12 +236,21 @@ class Op:
         return backend
 
     def _run(self, *args: Any) -> Any:
+        _checks.raise_all(self.name, self.faults(*args))
         device = next(a for a in args if isinstance(a, torch.Tensor)).device.type
         if device == "cpu":
             self.check(*args)
         backend = self.choose(device, args)
         log.debug("%s: %s on %s", self.name, backend, device)
-        return self.impls[backend].run(*args)
+        run = self.impls[backend].run
+        if torch.is_autocast_enabled(device):  # the op states its own types
+            with torch.autocast(device, enabled=False):
+                return run(*args)
+        return run(*args)
+
+    def _run_fake(self, *args: Any) -> Any:
+        _checks.raise_all(self.name, self.faults(*args))
+        return self.fake(*args)
 
     def status(self, device: str) -> BackendStatus:
         """What would run on ``device``, and why the other backends would not."""
@@ -242,14 +267,7 @@ def _no_device(device: str) -> str | None:
     return "no CUDA device" if device == "cuda" and not torch.cuda.is_available() else None
 
 
-def triton_interprets() -> bool:
-    """Whether Triton kernels run in its interpreter, hence also on CPU tensors."""
-    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
-
-
-def _triton_missing(device: str) -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
-    if device == "cpu":
-        return None if triton_interprets() else "for cuda tensors (or TRITON_INTERPRET=1)"
-    return _no_device(device)
+def _has_tangent(argument: Any) -> bool:
+    return (
+        isinstance(argument, torch.Tensor) and forward_ad.unpack_dual(argument).tangent is not None
+    )

@@ -1,4 +1,4 @@
-// The CUDA kernels' per-thread code, run on the CPU one thread after the other. test_kernels.py
+// The CUDA kernels' per-thread code, run on the CPU one thread after the other. test_cuda_on_cpu.py
 // compiles this file with the host compiler and -ffp-contract=off, and calls it through ctypes.
 #include <vector>
 

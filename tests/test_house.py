@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 import neulig_fast
 from neulig_fast import testing
@@ -169,15 +170,54 @@ def test_what_is_not_differentiable_says_so(name):
         sum(r.sum() for r in result if r.requires_grad).backward()
 
 
-@on_every_op
-def test_opcheck(name):
+@on_every_backend
+def test_opcheck(device, name, backend):
     op = OPS[name]
-    for args in op.samples("cpu", torch.float32):
-        torch.library.opcheck(getattr(torch.ops.neulig_fast, name).default, args)
+    for args in op.samples(device, torch.float32):
+        if op.why_not(backend, device, args) is not None:
+            continue
+        tracked = args
         if op.differentiable:
             _, inputs = testing.differentiable_call(op, args)
             tracked = tuple(with_inputs(op, args, inputs))
-            torch.library.opcheck(getattr(torch.ops.neulig_fast, name).default, tracked)
+        with neulig_fast.use_backend(backend):
+            torch.library.opcheck(op.overload, tracked)
+
+
+@on_every_op
+def test_autocast_changes_nothing(name):
+    op = OPS[name]
+    for args in op.samples("cpu", torch.float32):
+        expected = testing.outputs(op.overload(*args))
+        with torch.autocast("cpu", torch.bfloat16):
+            got = testing.outputs(op.overload(*args))
+        for a, b in zip(got, expected, strict=True):
+            assert a.dtype == b.dtype and torch.equal(a, b)
+
+
+@on_every_op
+def test_forward_mode_is_an_error_not_a_lost_tangent(name):
+    op = OPS[name]
+    args = list(next(iter(op.samples("cpu", torch.float64))))
+    slot = next(
+        i for i, a in enumerate(args) if isinstance(a, torch.Tensor) and a.is_floating_point()
+    )
+    with forward_ad.dual_level():
+        args[slot] = forward_ad.make_dual(args[slot], torch.ones_like(args[slot]))
+        with pytest.raises(NotImplementedError, match=f"{name}: no forward-mode derivative"):
+            op(*args)
+
+
+@on_every_op
+def test_every_way_to_the_op_has_the_same_door(name):
+    op = OPS[name]
+    args = list(next(iter(op.samples("cpu", torch.float32))))
+    slot = next(i for i, argument in enumerate(op.arguments) if argument in ("params", "features"))
+    args[slot] = args[slot][..., None]
+    on_meta = [a.to("meta") if isinstance(a, torch.Tensor) else a for a in args]
+    for call in (args, on_meta):
+        with pytest.raises(ValueError, match=f"^{name}: .*{op.arguments[slot]}"):
+            op.overload(*call)
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
@@ -187,7 +227,7 @@ def test_compiles_to_one_graph(name, dynamic):
     overload = getattr(torch.ops.neulig_fast, name).default
     torch._dynamo.reset()
     compiled = torch.compile(overload, backend="aot_eager", fullgraph=True, dynamic=dynamic)
-    for args in list(op.samples("cpu", torch.float32))[:3]:
+    for args in op.samples("cpu", torch.float32):
         for got, expected in zip(
             testing.outputs(compiled(*args)), testing.outputs(overload(*args)), strict=True
         ):
@@ -219,15 +259,36 @@ def test_unknown_names_are_all_listed():
         neulig_fast.use_backend("gpu", blond="torch")
 
 
-def test_use_backend_nests_and_restores():
+def test_the_innermost_choice_wins_and_ends():
     op = OPS["blend"]
     before = op.forced()
     with neulig_fast.use_backend("torch"):
         assert op.forced() == "torch"
         with neulig_fast.use_backend(blend="cpu"):
             assert (op.forced(), OPS["blend_weight_grad"].forced()) == ("cpu", "torch")
+            with neulig_fast.use_backend("torch"):
+                assert op.forced() == "torch"
         assert op.forced() == "torch"
     assert op.forced() == before
+
+
+def test_overlapping_choices_end_in_any_order():
+    op = OPS["blend"]
+    before = op.forced()
+    first, second = neulig_fast.use_backend("torch"), neulig_fast.use_backend("cpu")
+    first.__enter__()
+    second.__enter__()
+    first.__exit__()
+    assert op.forced() == "cpu"
+    second.__exit__()
+    assert op.forced() == before
+
+
+def test_a_forced_and_unable_backend_keeps_its_reason(capsys):
+    with neulig_fast.use_backend(blend="cuda"):
+        neulig_fast.show_backends()
+    if not torch.cuda.is_available():
+        assert "cuda: for cuda tensors" in capsys.readouterr().out
 
 
 def test_unnamed_form_leaves_ops_that_do_not_offer_the_backend():
@@ -248,6 +309,8 @@ def run_python(code, **environment):
 def test_environment_forces_and_unknown_names_fail_at_import():
     code = "import neulig_fast as nf; print(nf._registry.OPS['blend'].forced())"
     assert run_python(code, NEULIG_FAST_BACKEND="blend=torch").stdout.strip() == "torch"
+    twice = run_python(code, NEULIG_FAST_BACKEND="blend=torch,blend=cpu")
+    assert twice.returncode and "blend is given twice" in twice.stderr
     failed = run_python(code, NEULIG_FAST_BACKEND="blend=tritom")
     assert failed.returncode and "NEULIG_FAST_BACKEND: unknown backend 'tritom'" in failed.stderr
 

@@ -52,7 +52,7 @@ def main() -> int:
             print(f"FAULT {complaint}")
             faults += 1
     print(f"{compiled} kernels compiled, {faults} with faults")
-    return 1 if faults else 0
+    return 1 if faults or not compiled else 0
 
 
 if __name__ == "__main__":

@@ -20,8 +20,8 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 P = 1 << 20
 
 # N, K, S, P. MAIN are main paths: rows a multiple of 16 bytes, up to 8 experts.
-MAIN = [(5, 1, 1, P), (8, 1, 302, P), (8, 4, 302, P)]
-OTHERS = [(17, 1, 302, P), (64, 1, 302, P), (16, 4, 302, P), (64, 4, 302, P)]
+MAIN = [(2, 1, 302, P), (3, 4, 302, P), (5, 1, 1, P), (8, 1, 302, P), (8, 4, 302, P)]
+OTHERS = [(12, 4, 302, P), (17, 1, 302, P), (64, 1, 302, P), (16, 4, 302, P), (64, 4, 302, P)]
 OTHERS += [(5, 1, 302, P + 1), (8, 4, 302, P + 8)]
 
 compiled_kernels: list[Any] = []

@@ -15,7 +15,6 @@ import venv
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-LENT = ("torch", "torchvision", "triton")
 OLDEST = (2, 11)
 
 
@@ -41,7 +40,8 @@ def main(folder: Path) -> None:
     lender = own_torch()
     if lender is not None:
         Path(site, "torch_of_the_base_interpreter.pth").write_text(f"{lender}\n")
-        constraints = [c for c in constraints if c.split("==")[0] not in LENT]
+        own = {name.lower() for name in importlib.metadata.packages_distributions()}
+        constraints = [c for c in constraints if c.split("==")[0].lower() not in own]
         print(f"using torch {importlib.metadata.version('torch')} from {lender}")
     (folder / "constraints.txt").write_text("\n".join(constraints) + "\n")
     install = [python, "-m", "pip", "install", "--quiet", "-c", folder / "constraints.txt"]

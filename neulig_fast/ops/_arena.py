@@ -6,32 +6,42 @@ columns [segments[s], segments[s + 1]).
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
 import torch
 
 from .. import _checks
+from ..segments import Segments
 
-if TYPE_CHECKING:
-    from ..segments import Segments
-
-MAX_FAST_EXPERTS = 64
+MAX_GPU_EXPERTS = 64  # as csrc/cuda/bindings.cpp and kernels/_launch.py have it
 
 
 def boundaries(
-    segments: torch.Tensor | Sequence[int] | Segments | None, params: torch.Tensor
+    op: str, segments: torch.Tensor | Sequence[int] | Segments | None, params: torch.Tensor
 ) -> torch.Tensor | None:
-    """``segments`` in any accepted form as boundaries on the device of ``params``."""
+    """``segments`` in any accepted form as boundaries on the device of ``params``.
+
+    Raises:
+        TypeError: boundaries that are not integers.
+        ValueError: boundaries whose values are on the host and do not ascend from 0 to P.
+    """
     if segments is None or isinstance(segments, torch.Tensor):
         return segments
-    if hasattr(segments, "bounds_on"):
+    if isinstance(segments, Segments):
+        if params.ndim == 2 and segments.width != params.shape[1]:
+            raise ValueError(
+                f"{op}: segments are of rows of {segments.width}, params have P = {params.shape[1]}"
+            )
         return segments.bounds_on(params.device)
-    return torch.tensor(list(segments), dtype=torch.int64, device=params.device)
+    bounds = torch.tensor([operator.index(bound) for bound in segments], dtype=torch.int64)
+    if params.ndim == 2 and bounds.numel():
+        check_values(op, params, bounds)
+    return bounds.to(params.device)
 
 
-def faults(params: torch.Tensor, segments: torch.Tensor | None) -> list[str]:
+def faults(params: torch.Tensor, segments: torch.Tensor | None = None) -> list[str]:
     """What is wrong with the form of ``params`` and ``segments``: rank, dtype, device."""
     found = []
     if params.ndim != 2 or params.shape[0] < 1:
@@ -69,13 +79,18 @@ def contiguous(segments: torch.Tensor | None) -> torch.Tensor | None:
     return None if segments is None else segments.contiguous()
 
 
-def why_not(params: torch.Tensor) -> str | None:
-    """What every fast backend over the arena asks of ``params``; None when it has it."""
-    if params.shape[1] > 1 and params.stride(1) != 1:
-        return f"params' columns are not contiguous (stride {params.stride(1)})"
-    if params.shape[0] > MAX_FAST_EXPERTS:
-        return f"{params.shape[0]} experts, more than {MAX_FAST_EXPERTS}"
+def why_not(rows: torch.Tensor) -> str | None:
+    """What every fast backend asks of a matrix of rows (or one row); None when it has it."""
+    if rows.shape[-1] > 1 and rows.stride(-1) != 1:
+        return f"columns are not contiguous (stride {rows.stride(-1)})"
     return None
+
+
+def why_not_cuda(params: torch.Tensor) -> str | None:
+    """What the CUDA C++ kernels ask of ``params`` beyond that."""
+    if params.shape[0] > MAX_GPU_EXPERTS:
+        return f"{params.shape[0]} experts, more than {MAX_GPU_EXPERTS}"
+    return why_not(params)
 
 
 class Draw:

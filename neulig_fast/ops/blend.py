@@ -49,13 +49,11 @@ def blend(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, all of them listed.
     """
-    bounds = _arena.boundaries(segments, params)
-    _checks.raise_all("blend", _faults(weights, params, bounds))
-    return torch.ops.neulig_fast.blend.default(weights, params, bounds)
+    return OP(weights, params, _arena.boundaries("blend", segments, params))
 
 
 def _faults(
-    weights: torch.Tensor, params: torch.Tensor, segments: torch.Tensor | None
+    weights: torch.Tensor, params: torch.Tensor, segments: torch.Tensor | None = None
 ) -> list[str]:
     found = _arena.faults(params, segments)
     if not weights.is_floating_point():
@@ -95,9 +93,7 @@ def _weighted_sum(w: torch.Tensor, theta: torch.Tensor) -> torch.Tensor:
 def blend_fake(
     weights: torch.Tensor, params: torch.Tensor, segments: torch.Tensor | None = None
 ) -> torch.Tensor:
-    torch._check(params.ndim == 2, lambda: f"blend: params must be (N, P), got {params.shape}")
     leading = weights.shape[: -1 if segments is None else -2]
-    torch._check(len(leading) <= 1, lambda: f"blend: weights must be {_FORMS}")
     return params.new_empty((*leading, params.shape[1]))
 
 
@@ -150,17 +146,12 @@ def _prepare(
     return weights, params, _arena.contiguous(segments)
 
 
-def _why_not(
-    weights: torch.Tensor, params: torch.Tensor, segments: torch.Tensor | None = None
-) -> str | None:
-    return _arena.why_not(params)
-
-
 OP = Op(
     "blend",
     "(Tensor weights, Tensor params, Tensor? segments=None) -> Tensor",
     reference=blend_reference,
     fake=blend_fake,
+    faults=_faults,
     order={"cpu": ("cpu", "torch"), "cuda": ("cuda", "triton", "torch")},
     samples=_samples,
     check=lambda weights, params, segments=None: _arena.check_values("blend", params, segments),
@@ -168,6 +159,8 @@ OP = Op(
     differentiable=("weights", "params"),
     elementwise=True,
 )
-OP.add_native("cpu", prepare=_prepare, why_not=_why_not)
-OP.add_native("cuda", prepare=_prepare, why_not=_why_not)
-OP.add_triton(prepare=_prepare, why_not=_why_not)
+OP.add_native("cpu", prepare=_prepare, why_not=lambda w, params, s=None: _arena.why_not(params))
+OP.add_native(
+    "cuda", prepare=_prepare, why_not=lambda w, params, s=None: _arena.why_not_cuda(params)
+)
+OP.add_triton(prepare=_prepare)

@@ -6,8 +6,8 @@ All N * K dot products of N experts with K incoming rows, per segment. It is als
 product of task vectors with a direction (layer-wise merging coefficients, AdaMerging).
 
 Numerics: products in fp32 (fp64 for fp64 params); sums over blocks of columns in a fixed order,
-block totals in fp64, so that one backend gives the same bits on every run and thread count.
-Across backends results agree within the tolerance rule.
+block totals in fp64, so that a backend gives the same bits on every run (the reference sums as
+PyTorch does). Across backends results agree within the tolerance rule.
 
 Traffic: (N + K) * P values read once. 2 * N * K * P flops.
 """
@@ -47,12 +47,12 @@ def blend_weight_grad(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, all of them listed.
     """
-    bounds = _arena.boundaries(segments, params)
-    _checks.raise_all("blend_weight_grad", _faults(grad, params, bounds))
-    return torch.ops.neulig_fast.blend_weight_grad.default(grad, params, bounds)
+    return OP(grad, params, _arena.boundaries("blend_weight_grad", segments, params))
 
 
-def _faults(grad: torch.Tensor, params: torch.Tensor, segments: torch.Tensor | None) -> list[str]:
+def _faults(
+    grad: torch.Tensor, params: torch.Tensor, segments: torch.Tensor | None = None
+) -> list[str]:
     found = _arena.faults(params, segments)
     if grad.dtype != params.dtype or grad.device != params.device:
         found.append(
@@ -87,9 +87,6 @@ def _dots(grad: torch.Tensor, theta: torch.Tensor) -> torch.Tensor:
 def blend_weight_grad_fake(
     grad: torch.Tensor, params: torch.Tensor, segments: torch.Tensor | None = None
 ) -> torch.Tensor:
-    torch._check(
-        params.ndim == 2, lambda: f"blend_weight_grad: params must be (N, P), got {params.shape}"
-    )
     middle = () if segments is None else (segments.shape[0] - 1,)
     accumulate = _checks.accumulation_dtype(params.dtype)
     return params.new_empty((*grad.shape[:-1], *middle, params.shape[0]), dtype=accumulate)
@@ -124,13 +121,7 @@ def _samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[tuple[A
 def _prepare(
     grad: torch.Tensor, params: torch.Tensor, segments: torch.Tensor | None = None
 ) -> tuple[Any, ...]:
-    return grad.contiguous(), params, _arena.contiguous(segments)
-
-
-def _why_not(
-    grad: torch.Tensor, params: torch.Tensor, segments: torch.Tensor | None = None
-) -> str | None:
-    return _arena.why_not(params)
+    return grad, params, _arena.contiguous(segments)
 
 
 OP = Op(
@@ -138,6 +129,7 @@ OP = Op(
     "(Tensor grad, Tensor params, Tensor? segments=None) -> Tensor",
     reference=blend_weight_grad_reference,
     fake=blend_weight_grad_fake,
+    faults=_faults,
     order={"cpu": ("cpu", "torch"), "cuda": ("cuda", "triton", "torch")},
     samples=_samples,
     check=lambda grad, params, segments=None: _arena.check_values(
@@ -147,6 +139,14 @@ OP = Op(
     differentiable=("grad", "params"),
     terms=lambda grad, params, segments=None: max(1, params.shape[1]),
 )
-OP.add_native("cpu", prepare=_prepare, why_not=_why_not)
-OP.add_native("cuda", prepare=_prepare, why_not=_why_not)
-OP.add_triton(prepare=_prepare, why_not=_why_not)
+OP.add_native(
+    "cpu",
+    prepare=_prepare,
+    why_not=lambda grad, params, s=None: _arena.why_not(grad) or _arena.why_not(params),
+)
+OP.add_native(
+    "cuda",
+    prepare=_prepare,
+    why_not=lambda grad, params, s=None: _arena.why_not(grad) or _arena.why_not_cuda(params),
+)
+OP.add_triton(prepare=_prepare)

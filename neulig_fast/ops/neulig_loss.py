@@ -23,11 +23,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._checks import FLOAT_DTYPES, accumulation_dtype, raise_all, shape
+from .._checks import FLOAT_DTYPES, accumulation_dtype, shape
 from .._registry import Op
 from .neulig_loss_backward import ENTROPY_EPSILON, ensemble_logits
 
 BOOSTING = ("supervised", "entropy")
+_NO_TARGET = torch.iinfo(torch.int64).min
 
 
 class NeuLigLoss(NamedTuple):
@@ -60,14 +61,10 @@ def neulig_loss(
             targets outside [0, C).
     """
     tensors = (features, portland_weight, portland_bias, head_weight, head_bias, targets, alignment)
-    raise_all("neulig_loss", _faults(*tensors, boosting, scaling))
-    outputs = torch.ops.neulig_fast.neulig_loss.default(
-        *tensors, boosting, float(scaling), normalize, centered
-    )
-    return NeuLigLoss(*outputs)
+    return NeuLigLoss(*OP(*tensors, boosting, float(scaling), normalize, centered))
 
 
-def _faults(z, W, c, H, h, t, A, boosting: str, scaling: float) -> Iterator[str]:
+def _faults(z, W, c, H, h, t, A, boosting: str, scaling: float, *_flags: bool) -> Iterator[str]:
     if z.ndim != 3 or H.ndim != 2 or 0 in z.shape or 0 in H.shape:
         yield f"features must be (B, N, D) and head_weight (C, D), got {shape(z)} and {shape(H)}"
         return
@@ -85,6 +82,8 @@ def _faults(z, W, c, H, h, t, A, boosting: str, scaling: float) -> Iterator[str]
             yield f"{name} must be {words} = {wanted}, got {shape(tensor)}"
         if tensor is not None and name != "targets" and tensor.dtype not in FLOAT_DTYPES:
             yield f"{name} must be a float tensor, got {tensor.dtype}"
+        if tensor is not None and tensor.device != z.device:
+            yield f"{name} must be on {z.device} like features, got {tensor.device}"
     if z.dtype not in FLOAT_DTYPES:
         yield f"features must be a float tensor, got {z.dtype}"
     if boosting not in BOOSTING:
@@ -131,7 +130,8 @@ def neulig_loss_reference(
     w = torch.softmax(torch.addmm(c, z.flatten(1), W.T), dim=1)
     _, _, y = ensemble_logits(w, z, H, h, normalize)
     if boosting == "supervised":
-        L_b = torch.nn.functional.cross_entropy(y, targets)
+        # ignore_index is put out of the way: on a GPU a target of -100 must not pass as ignored.
+        L_b = torch.nn.functional.cross_entropy(y, targets, ignore_index=_NO_TARGET)
     else:
         p = torch.softmax(y, dim=1)
         L_b = -(p * (p + ENTROPY_EPSILON).log()).sum(1).mean()
@@ -142,9 +142,7 @@ def neulig_loss_reference(
 
 def _fake(features, portland_weight, portland_bias, head_weight, head_bias, targets, alignment,
           boosting, scaling, normalize, centered):  # fmt: skip
-    torch._check(features.ndim == 3, lambda: "neulig_loss: features must be (B, N, D)")
-    B, N, D = features.shape
-    torch._check(portland_weight.shape == (N, N * D), lambda: "neulig_loss: portland_weight")
+    B, N, _ = features.shape
     acc = accumulation_dtype(features.dtype)
     scalars = [features.new_empty((), dtype=acc) for _ in range(3)]
     return (*scalars, features.new_empty((B, N), dtype=acc))
@@ -202,6 +200,7 @@ OP = Op(
     "bool normalize, bool centered) -> (Tensor, Tensor, Tensor, Tensor)",
     reference=neulig_loss_reference,
     fake=_fake,
+    faults=_faults,
     order={"cpu": ("torch",), "cuda": ("torch",)},
     samples=_samples,
     check=_check_targets,

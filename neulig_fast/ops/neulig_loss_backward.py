@@ -17,11 +17,12 @@ v_b is w_b, or w_b - mean_b w_b when centered; the mean adds nothing to the grad
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .._checks import accumulation_dtype
+from .._checks import accumulation_dtype, shape
 from .._registry import Op
 
 ENTROPY_EPSILON = 1e-6  # the δ of the entropy term, as published
@@ -116,6 +117,15 @@ def _fake(
     )
 
 
+def _faults(*args: Any) -> Iterator[str]:
+    coopvec, features = args[4:6]
+    if features.ndim != 3 or coopvec.shape != features.shape[:2]:
+        yield (
+            "coopvec must be (B, N) and features (B, N, D), "
+            f"got {shape(coopvec)} and {shape(features)}"
+        )
+
+
 def _samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[tuple]:
     g = torch.Generator().manual_seed(7)
     acc = accumulation_dtype(dtype)
@@ -147,6 +157,7 @@ OP = Op(
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference=neulig_loss_backward_reference,
     fake=_fake,
+    faults=_faults,
     order={"cpu": ("torch",), "cuda": ("torch",)},
     samples=_samples,
     terms=lambda *args: args[5].shape[0] * args[5].shape[1] * args[5].shape[2],

@@ -49,9 +49,7 @@ def offset_gram(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, all of them listed.
     """
-    bounds = _arena.boundaries(segments, params)
-    _checks.raise_all("offset_gram", _arena.faults(params, bounds))
-    return torch.ops.neulig_fast.offset_gram.default(params, bounds)
+    return OP(params, _arena.boundaries("offset_gram", segments, params))
 
 
 def offset_gram_reference(
@@ -77,9 +75,6 @@ def offset_gram_reference(
 def offset_gram_fake(
     params: torch.Tensor, segments: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    torch._check(
-        params.ndim == 2, lambda: f"offset_gram: params must be (N, P), got {params.shape}"
-    )
     count, n = 1 if segments is None else segments.shape[0] - 1, params.shape[0]
     return (
         params.new_empty((count, n), dtype=torch.float64),
@@ -100,6 +95,7 @@ OP = Op(
     "(Tensor params, Tensor? segments=None) -> (Tensor, Tensor)",
     reference=offset_gram_reference,
     fake=offset_gram_fake,
+    faults=_arena.faults,
     order={"cpu": ("torch",), "cuda": ("torch",)},
     samples=_samples,
     check=lambda params, segments=None: _arena.check_values("offset_gram", params, segments),

@@ -1,0 +1,1 @@
+"""The demo: five small image tasks, a CLIP trained on the spot, five experts merged with NeuLig."""
