@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from . import _checks
 from .segments import Kind
@@ -51,7 +52,9 @@ def check_arguments(
         got = type(template).__name__
         raise TypeError(f"ExpertPool: template must be a torch.nn.Module or None, got {got}")
     found = [] if experts else ["needs at least one expert, got none"]
-    if names is not None and len(names) != len(experts):
+    if isinstance(names, str):
+        found.append(f"names must be a list of names, got the string {names!r}")
+    elif names is not None and len(names) != len(experts):
         found.append(
             f"needs one name per expert, got {len(names)} names for {len(experts)} experts"
         )
@@ -109,6 +112,8 @@ def check_tensors(
         found += [
             f"{label} has {name}, which {whose} lacks" for name in tensors if name not in model
         ]
+        if isinstance(expert, nn.Module) and template is not None and expert is not template:
+            found += _other_code(expert, template, label, whose)
         for name, tensor in tensors.items():
             faults = _faults(
                 name, tensor, model.get(name), whose, first.get(name), labels[0], dtype
@@ -117,6 +122,50 @@ def check_tensors(
     if not found and not any(tensor.is_floating_point() for tensor in first.values()):
         found.append("the experts hold no float tensors (P = 0)")
     _checks.raise_all("ExpertPool", found)
+
+
+def _other_code(expert: nn.Module, model: nn.Module, label: str, whose: str) -> list[str]:
+    """What ``model`` would run otherwise than ``expert`` does, the state dict being equal."""
+    mine, theirs = _submodules(expert), _submodules(model)
+    found = [
+        f"{name or 'the module'} is {mine.get(name, 'missing')}, {whose}: "
+        f"{theirs.get(name, 'missing')}"
+        for name in theirs | mine
+        if mine.get(name) != theirs.get(name)
+    ]
+    own, others = _unsaved_buffers(expert), _unsaved_buffers(model)
+    found += [
+        f"{name}, a buffer that is not saved, differs from that of {whose}"
+        for name in others | own
+        if name not in own or name not in others or not _same(own[name], others[name])
+    ]
+    advice = "; if that does not matter, give the module's state_dict()" if found else ""
+    return [f"{label}: {fault}{advice}" for fault in found]
+
+
+def _submodules(module: nn.Module) -> dict[str, str]:
+    """Path -> type, with the settings that torch's own modules show."""
+    shown = {}
+    for path, part in module.named_modules(remove_duplicate=False):
+        kind = f"{type(part).__module__}.{type(part).__qualname__}"
+        if isinstance(part, (nn.Identity, _DropoutNd)):
+            kind = "nn.Identity or dropout"  # the same in eval mode
+        elif kind.startswith("torch.nn."):
+            kind = f"nn.{type(part).__qualname__}({part.extra_repr()})"
+        shown[path] = kind
+    return shown
+
+
+def _unsaved_buffers(module: nn.Module) -> dict[str, torch.Tensor]:
+    saved = module.state_dict()
+    buffers = module.named_buffers(remove_duplicate=False)
+    return {name: buffer for name, buffer in buffers if name not in saved}
+
+
+def _same(mine: torch.Tensor, theirs: torch.Tensor) -> bool:
+    if mine.shape != theirs.shape or mine.is_meta or theirs.is_meta:
+        return False
+    return torch.equal(theirs.to(mine.device, mine.dtype), mine)
 
 
 def _faults(

@@ -34,7 +34,7 @@ class ClipModel:
     Attributes:
         name: by which open_clip creates it.
         config: its JSON file, None for a stock model.
-        module: on the CPU, eval mode, fp32.
+        module: eval mode, fp32; on the CPU until moved.
         tokenizer: texts -> token ids.
         preprocess_changes: preprocessing, of the user or of a pretrained tag, that open_clip
             would not choose by the model's name alone.

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -18,10 +16,11 @@ from .neulig import NeuLig, Report, zero_shot_head
 from .neulig.batchnorm import policy_faults
 from .outputs import rendered, write_results
 from .pool import ExpertPool
+from .state_files import make_writable_folder
 from .train_config import TaskConfig, TrainConfig
 
 Say = Callable[[str], None]
-CACHE = "cache"  # folder in the output: features, and the fit as far as it got
+CACHE = "cache"  # folder in the output: features, and every fit as far as it got
 
 
 class TaskFolders(NamedTuple):
@@ -51,7 +50,8 @@ def run(config: TrainConfig, say: Say) -> str:
     Raises:
         ValueError: everything that is wrong with model, checkpoints and image folders, before any
             image is encoded; later, an image that cannot be decoded, by name.
-        OSError: the disk is full or the like.
+        OSError: the output folder cannot be written, before any image is encoded; later, the disk
+            is full or the like.
     """
     started = time.perf_counter()
     tasks = open_tasks(config)
@@ -59,6 +59,7 @@ def run(config: TrainConfig, say: Say) -> str:
         say(f"task {task}: {folders}")
     clip, pool = open_models(config)
     say(str(pool))
+    make_writable_folder(config.output / CACHE)
     loaders = _Loaders(config, tasks, clip)
     engine = _engine(config, tasks, clip, pool)
     report = _fit_and_evaluate(engine, config, loaders, clip)
@@ -232,7 +233,7 @@ def _fit_and_evaluate(
         patience=fit.patience,
         starts=fit.starts,
         views=fit.views,
-        checkpoint=_checkpoint(config, engine),
+        checkpoint=config.output / CACHE,
     )
     visual = clip.module.visual.state_dict()
     try:
@@ -249,13 +250,6 @@ def _fit_and_evaluate(
     report.settings["transform"] = "open_clip's for evaluation, deterministic"
     report.settings["config"] = config.model_dump(mode="json")
     return report
-
-
-def _checkpoint(config: TrainConfig, engine: NeuLig) -> Path:
-    """A file per fit, so that other settings in the same folder do not meet an older one's."""
-    text = config.model_dump_json(include={"fit", "tasks", "preprocess"})
-    digest = hashlib.blake2b(f"{text}{engine.pool.fingerprint}".encode(), digest_size=8)
-    return config.output / CACHE / f"fit-{digest.hexdigest()}.safetensors"
 
 
 def _own_experts(config: TrainConfig) -> dict[str, str] | None:

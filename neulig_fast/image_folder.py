@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -229,6 +230,8 @@ def _decoded(path: Path) -> Image.Image:
 class ImageLoader:
     """Batches (images (B, 3, H, W), labels (B,) int64) of a data set in its order, re-iterable.
 
+    The first batch is read in the main process: a look at it starts no workers.
+
     Args:
         views: with an augmenting data set, pass k over the loader yields view k mod ``views``.
 
@@ -240,21 +243,24 @@ class ImageLoader:
         self, dataset: ImageDataset, batch_size: int, workers: int = 0, views: int = 1
     ) -> None:
         self.dataset, self.views, self._passes = dataset, views, 0
-        self._batches = DataLoader(
+        self._first = range(min(batch_size, len(dataset)))
+        self._later = DataLoader(
             dataset,
             batch_size=batch_size,
+            sampler=range(batch_size, len(dataset)),
             num_workers=workers,
             collate_fn=_collate,
             generator=torch.Generator(),  # or every pass would draw from the global one
         )
 
     def __len__(self) -> int:
-        return len(self._batches)
+        return bool(self._first) + len(self._later)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         self.dataset.view = self._passes % self.views
         self._passes += 1
-        for batch in self._batches:
+        first = [self.dataset.__getitems__(self._first)] if self._first else []
+        for batch in chain(map(_collate, first), self._later):
             if isinstance(batch, UnreadableImage):
                 raise batch
             yield batch

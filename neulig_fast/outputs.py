@@ -12,7 +12,7 @@ from rich.console import Console
 from torch import Tensor
 
 from ._checks import raise_all, shape
-from .state_files import write_json, write_safetensors
+from .state_files import write_json, write_safetensors, write_text
 
 if TYPE_CHECKING:
     from .neulig import NeuLig, Report
@@ -45,10 +45,10 @@ def write_results(
     ``merged_<task>.safetensors``   a whole CLIP per task: ``clip_state_dict`` with the experts
                                     merged by the task's calibration vector as its image tower
     ``<model>.json``                open_clip's config, where the model is not one it knows
-    ``engine/``                     the engine, for ``NeuLig.load``; holds a copy of the experts
-    ``*.png``                       the report's figures
+    ``report.json``                 the report's numbers
     ``report.txt``                  its table and verdict
-    ``report.json``                 its numbers; written last
+    ``*.png``                       its figures
+    ``engine/``                     the engine, for ``NeuLig.load``; holds a copy of the experts
 
     Args:
         engine: fitted; its experts are image towers.
@@ -65,7 +65,7 @@ def write_results(
 
     Raises:
         ValueError: ``clip_state_dict`` is not of the experts' architecture; every mismatch named.
-        OSError: the disk is full or the like; no file is left half written.
+        OSError: the disk is full or the like; no file but a figure is left half written.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -79,10 +79,10 @@ def write_results(
     if model_config is not None:
         config = folder / Path(model_config).name
         write_json(config, json.loads(Path(model_config).read_text(encoding="utf-8")))
-    engine.save(folder / "engine")
-    report.plot(folder)
-    (folder / "report.txt").write_text(rendered(report), encoding="utf-8")
     report.to_json(folder / "report.json")
+    write_text(folder / "report.txt", rendered(report))
+    report.plot(folder)
+    engine.save(folder / "engine")
     name = model_name if config is None else config.stem
     return loading_code(next(iter(paths.values())), name, config, preprocess)
 

@@ -31,16 +31,17 @@ class ExpertPool:
     zero. Merged models are rows of the same layout, so every state dict here is a dict of views.
 
     Integer and boolean entries (BatchNorm's counters, position ids) are not blended and never
-    enter :meth:`offsets`: every state dict holds those of expert 0.
+    enter :meth:`offsets`: every expert's state dict holds those of expert 0, a merged model's holds
+    copies of them.
 
     The experts are frozen: :attr:`fingerprint` and :meth:`offsets` remember what they computed.
 
     Args:
         experts: modules or state dicts with the same keys, shapes and dtypes.
-        template: the module that state dicts are of. It tells parameters from buffers and is put
-            in eval mode. Default: expert 0 itself, not a copy, when that is a module; else None,
-            and then entries called running_mean, running_var or num_batches_tracked are buffers
-            and all others parameters.
+        template: the module that state dicts are of. It tells parameters from buffers and runs
+            all rows, always in eval mode, its own mode notwithstanding; it keeps that. Default:
+            expert 0 itself, not a copy, when that is a module; else None, and then entries called
+            running_mean, running_var or num_batches_tracked are buffers and all others parameters.
         names: one per expert, all different; default expert0, expert1, ...
         dtype: of the arena: fp32, bf16, fp16 or fp64. Default: the experts' own; if their tensors
             differ among each other, the type all of them promote to. ``segments`` keeps the
@@ -56,8 +57,9 @@ class ExpertPool:
     Raises:
         TypeError: an expert that is neither module nor mapping.
         ValueError: no experts, unfit names, or experts that differ in keys, shapes or dtypes, hold
-            NaN or inf (or overflow ``dtype``), or are not dense float or integer tensors. Every
-            mismatch is listed, and nothing has been consumed.
+            NaN or inf (or overflow ``dtype``), or are not dense float or integer tensors; modules
+            that differ from the template in the type or settings of a submodule or in a buffer
+            that is not saved. Every mismatch is listed, and nothing has been consumed.
     """
 
     def __init__(
@@ -66,7 +68,7 @@ class ExpertPool:
         template: nn.Module | None = None,
         names: Sequence[str] | None = None,
         dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
+        device: torch.device | str | int | None = None,
         consume: bool = False,
     ) -> None:
         if isinstance(experts, (nn.Module, Mapping)):
@@ -82,7 +84,7 @@ class ExpertPool:
         _experts.check_tensors(experts, labels, template, dtype)
 
         self.names = tuple(names or (f"expert{i}" for i in range(len(experts))))
-        self.template = None if template is None else template.eval()
+        self.template = template
         self._lay_out(_experts.tensors_of(experts[0]), dtype, device)
         self.params = _empty_arena(len(experts), self.segments.width, dtype, self._device)
         for row, expert in zip(self.params, experts, strict=True):
@@ -92,7 +94,7 @@ class ExpertPool:
         self,
         tensors: dict[str, torch.Tensor],
         dtype: torch.dtype,
-        device: torch.device | str | None,
+        device: torch.device | str | int | None,
     ) -> None:
         floats = {name: t for name, t in tensors.items() if t.is_floating_point()}
         kinds = _experts.kinds(self.template, list(floats))
@@ -102,7 +104,9 @@ class ExpertPool:
             ALIGNMENT // dtype.itemsize,
         )
         self._keys = tuple(tensors)
-        self._device = torch.device(device or next(iter(floats.values())).device)
+        self._device = torch.device(
+            next(iter(floats.values())).device if device is None else device
+        )
         if self._device.type == "meta":
             raise ValueError("ExpertPool: device must hold values, got meta")
         self._integers = {
@@ -159,17 +163,21 @@ class ExpertPool:
         )
 
     def state_dict(self, i: int) -> dict[str, torch.Tensor]:
-        """Expert ``i``'s state dict in the original key order: views of its row, and integers.
+        """Expert ``i``'s state dict in the original key order: views of its row.
+
+        The integers are the pool's own, which all experts share.
 
         Raises:
             IndexError: no expert ``i``.
         """
         if not -self.num_experts <= i < self.num_experts:
             raise IndexError(f"ExpertPool: expert must be below {self.num_experts}, got {i}")
-        return self.row_state_dict(self.params[i])
+        return self._views(self.params[i], self._integers)
 
     def row_state_dict(self, row: torch.Tensor) -> dict[str, torch.Tensor]:
         """The state dict that a row of this layout holds, as views; gradients flow through.
+
+        The integers are copies of expert 0's: a merged model has its own.
 
         Args:
             row: (P,), any dtype and device.
@@ -180,13 +188,18 @@ class ExpertPool:
         if tuple(row.shape) != (self.segments.width,):
             expected = f"({self.segments.width},)"
             raise ValueError(f"ExpertPool: row must be {expected}, got {_checks.shape(row)}")
+        return self._views(row, {name: t.clone() for name, t in self._integers.items()})
+
+    def _views(
+        self, row: torch.Tensor, integers: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
         # One split, because its gradient is one concatenation; a slice's is a row of zeros each.
         pieces = row.split(self._pieces)[::2]
         views = {
             segment.name: piece.view(segment.shape)
             for segment, piece in zip(self.segments, pieces, strict=True)
         }
-        views.update(self._integers)
+        views.update(integers)
         return {key: views[key] for key in self._keys}
 
     @cached_property

@@ -9,6 +9,7 @@ import pickle
 import re
 import secrets
 import struct
+import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -137,7 +138,7 @@ def write_safetensors(
     tensors: Mapping[str, torch.Tensor],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write tensors by name as a safetensors file, atomically (see :func:`write_json`).
+    """Write tensors by name as a safetensors file, atomically (see :func:`write_text`).
 
     Any device, strides and sharing: each tensor is written as if it were contiguous and its own,
     one at a time, so no copy of the whole is made. The same tensors give the same bytes.
@@ -203,21 +204,43 @@ def _unwritable(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
 
 
 def write_json(path: str | os.PathLike[str], obj: Any) -> None:
-    """Write ``obj`` as indented JSON, atomically.
-
-    The bytes go to a temporary file in the same folder, are flushed to the disk, and replace the
-    old file in one step, so a reader, a crash or a full disk never meets half a file.
+    """Write ``obj`` as indented JSON, atomically (see :func:`write_text`).
 
     Raises:
         TypeError, ValueError: ``obj`` is not JSON (NaN and infinity are not). Nothing written.
         OSError: the disk is full or the like; an existing file is left as it was.
     """
-    text = json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    write_text(path, json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write ``text`` in UTF-8, atomically.
+
+    The bytes go to a temporary file in the same folder, are flushed to the disk, and replace the
+    old file in one step, so a reader, a crash or a full disk never meets half a file.
+
+    Raises:
+        OSError: the disk is full or the like; an existing file is left as it was.
+    """
 
     def write(file: BinaryIO) -> None:
         file.write(text.encode())
 
     _replace(path, write)
+
+
+def make_writable_folder(path: str | os.PathLike[str]) -> None:
+    """Create the folder where it is missing and try it with a file: before hours of work.
+
+    Raises:
+        OSError: naming the folder; it cannot be created or takes no files.
+    """
+    try:
+        os.makedirs(path, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise OSError(error.errno, f"cannot write to {path}: {error.strerror}") from error
 
 
 def _replace(path: str | os.PathLike[str], write: Callable[[BinaryIO], None]) -> None:

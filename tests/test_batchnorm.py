@@ -71,6 +71,23 @@ def test_blend_is_linear_and_integers_come_from_the_first_expert(pool):
     assert int(state["norm.num_batches_tracked"]) == 2
 
 
+def test_a_merged_model_owns_its_integers(pool):
+    state = bn.merged_state_dict(pool, weights())
+    state["norm.num_batches_tracked"].add_(5)
+    assert int(pool.state_dict(0)["norm.num_batches_tracked"]) == 2
+
+
+@pytest.mark.parametrize("policy", bn.POLICIES)
+def test_hard_is_the_expert_under_every_policy(engine, policy):
+    x, picked = images(), torch.tensor([0.1, 0.8, 0.1], dtype=torch.float64)
+    expert = engine.heads["a"](engine.features(x)[:, 1])
+    logits = engine.merged_forward(x, "a", "hard", weights=picked, batchnorm=policy)
+    torch.testing.assert_close(logits, expert, **CLOSE)
+    merged = engine.merge("hard", weights=picked, batchnorm=policy)
+    state = engine.pool.state_dict(1)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in merged.items())
+
+
 def test_mixture_moments_are_the_formula(pool):
     w = weights()
     state = bn.merged_state_dict(pool, w, "mixture_moments")
@@ -139,6 +156,23 @@ def test_re_estimation_counts_batches_by_their_size(pool):
     reverse = bn.merged_state_dict(pool, w, "re_estimate", parts[::-1])
     for name, tensor in state.items():
         torch.testing.assert_close(reverse[name], tensor, **CLOSE)
+
+
+@pytest.mark.parametrize("policy", ["re_estimate", "batch_statistics"])
+def test_all_but_batchnorm_is_in_eval_mode(engine, policy):
+    x = images()
+    options = {"batchnorm": policy, "calibration": [x]}
+    expected = engine.merged_forward(x, "a", "uniform", **options)
+    template = engine.pool.template
+    template.conv = nn.Sequential(nn.Dropout(0.5), template.conv)  # other keys: "conv.1.weight"
+    states = [
+        {name.replace("conv.", "conv.1."): t for name, t in engine.pool.state_dict(i).items()}
+        for i in range(3)
+    ]
+    dropping = NeuLig(ExpertPool(states, template.train()), engine.heads)
+    logits = dropping.merged_forward(x, "a", "uniform", **options)
+    torch.testing.assert_close(logits, expected, **CLOSE)
+    assert all(module.training for module in template.modules())
 
 
 @pytest.mark.parametrize("policy", ["re_estimate", "batch_statistics"])

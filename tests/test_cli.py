@@ -1,5 +1,6 @@
 """The program: its commands, a whole ``train`` run on toy experts, and how it ends when it must."""
 
+import errno
 import json
 import os
 import shutil
@@ -17,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from neulig_fast.cli import app
-from neulig_fast.neulig import NeuLig, evaluate
+from neulig_fast.neulig import NeuLig, evaluate, features
 from neulig_fast.outputs import loading_code, with_visual
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -118,7 +119,7 @@ def made(tmp_path_factory):
 
 
 @pytest.fixture
-def workplace(made, tmp_path):
+def project(made, tmp_path):
     """A copy of ``made`` for one test."""
     shutil.copytree(made[0], tmp_path / "work")
     config = json.loads(json.dumps(made[1]))
@@ -208,8 +209,8 @@ def test_merged_files_are_the_dataset_merges(finished):
         assert name.startswith("visual.") or torch.equal(tensor, base[name])
 
 
-def test_pretrained_may_be_left_out_when_text_towers_are_equal(workplace):
-    folder, config = workplace
+def test_pretrained_may_be_left_out_when_text_towers_are_equal(project):
+    folder, config = project
     del config["pretrained"], config["experts"]["tower"]
     result = train(folder, config)
     assert result.exit_code == 0, result.output
@@ -220,8 +221,8 @@ def test_pretrained_may_be_left_out_when_text_towers_are_equal(workplace):
     assert torch.equal(saved["text_projection"], base["text_projection"])
 
 
-def test_views_are_augmented_alike_whatever_the_workers(workplace):
-    folder, config = workplace
+def test_views_are_augmented_alike_whatever_the_workers(project):
+    folder, config = project
     config["fit"].update(views=3, starts=2, patience=2)
     results = []
     for workers in (0, 1):
@@ -232,8 +233,8 @@ def test_views_are_augmented_alike_whatever_the_workers(workplace):
     assert results[0] == results[1]
 
 
-def test_preprocessing_of_ones_own_reaches_the_loading_code(workplace):
-    folder, config = workplace
+def test_preprocessing_of_ones_own_reaches_the_loading_code(project):
+    folder, config = project
     config["preprocess"] = {"mean": [0.5, 0.5, 0.5], "interpolation": "bilinear"}
     result = train(folder, config)
     assert result.exit_code == 0, result.output
@@ -254,8 +255,8 @@ def use_resnet(folder, config):
     config.update(model="toy-resnet.json", experts={"a": "resnet.safetensors"})
 
 
-def test_the_batchnorm_policy_reaches_the_files(workplace):
-    folder, config = workplace
+def test_the_batchnorm_policy_reaches_the_files(project):
+    folder, config = project
     use_resnet(folder, config)
     config["evaluate"]["batchnorm"] = "re_estimate"
     result = train(folder, config)
@@ -274,8 +275,8 @@ def test_the_batchnorm_policy_reaches_the_files(workplace):
 # -- interrupted ----------------------------------------------------------------------------------
 
 
-def test_ctrl_c_says_how_to_resume(workplace, finished, monkeypatch):
-    folder, config = workplace
+def test_ctrl_c_says_how_to_resume(project, finished, monkeypatch):
+    folder, config = project
 
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
@@ -290,8 +291,8 @@ def test_ctrl_c_says_how_to_resume(workplace, finished, monkeypatch):
     assert merged(folder) == merged(finished[0])
 
 
-def test_a_killed_run_resumes_by_python_m_with_the_same_bits(workplace, finished):
-    folder, config = workplace
+def test_a_killed_run_resumes_by_python_m_with_the_same_bits(project, finished):
+    folder, config = project
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(config, sort_keys=False))
     killed = program(
@@ -312,21 +313,61 @@ def test_a_killed_run_resumes_by_python_m_with_the_same_bits(workplace, finished
     assert merged(folder) == merged(finished[0])
 
 
-def test_a_repeated_run_encodes_nothing(workplace, finished, monkeypatch):
-    folder, config = workplace
+def test_a_repeated_run_encodes_nothing(project, finished, monkeypatch):
+    folder, config = project
     shutil.copytree(finished[0] / "out", folder / "out")
-    monkeypatch.setattr("neulig_fast.neulig.features.expert_features", None)  # cannot be called
+    seen, original = [], features.expert_features
+
+    def counting(template, state, images):
+        seen.append(len(images))
+        return original(template, state, images)
+
+    monkeypatch.setattr(features, "expert_features", counting)
     result = train(folder, config)
     assert result.exit_code == 0, (result.output, result.exception)
+    files = len(list(folder.glob("out/cache/*/*.safetensors")))
+    assert sum(seen) <= 3 * files  # one image of every file by 3 experts, to prove the files
 
 
-def test_other_settings_in_the_same_folder_start_anew(workplace, finished):
-    folder, config = workplace
+def test_other_settings_in_the_same_folder_start_anew(project, finished):
+    folder, config = project
     shutil.copytree(finished[0] / "out", folder / "out")
     config["fit"]["epochs"] = 2
     result = train(folder, config)
     assert result.exit_code == 0, result.output
     assert len(list(folder.glob("out/cache/fit-*.safetensors"))) == 2
+
+
+def test_other_images_in_the_same_folder_start_anew(project):
+    folder, config = project
+    assert train(folder, config).exit_code == 0
+    shutil.copy(folder / "colours/test/green/0.png", folder / "colours/train/green/new.png")
+    result = train(folder, config)
+    assert result.exit_code == 0, result.output
+    assert len(list(folder.glob("out/cache/fit-*.safetensors"))) == 2
+
+
+def test_a_damaged_engine_in_the_output_is_replaced(project, finished):
+    folder, config = project
+    shutil.copytree(finished[0] / "out", folder / "out")
+    (folder / "out/engine/neulig.json").write_text("{")
+    result = train(folder, config)
+    assert result.exit_code == 0, result.output
+    assert NeuLig.load(folder / "out/engine").history is not None
+
+
+def test_an_engine_that_cannot_be_saved_leaves_the_report(project, finished, monkeypatch):
+    folder, config = project
+    shutil.copytree(finished[0] / "out/cache", folder / "out/cache")
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left")
+
+    monkeypatch.setattr(NeuLig, "save", full)
+    result = train(folder, config)
+    assert result.exit_code == 2 and "No space left" in result.stderr
+    for name in ("report.json", "report.txt", "accuracy.png"):
+        assert (folder / "out" / name).stat().st_size > 0
 
 
 # -- bad input ------------------------------------------------------------------------------------
@@ -490,8 +531,8 @@ BREAKAGES = [
 
 
 @pytest.mark.parametrize("breakage", BREAKAGES, ids=lambda f: f.__name__)
-def test_bad_input_gets_one_message_and_leaves_nothing(workplace, breakage, monkeypatch):
-    folder, config = workplace
+def test_bad_input_gets_one_message_and_leaves_nothing(project, breakage, monkeypatch):
+    folder, config = project
     monkeypatch.chdir(folder)
     message = breakage(folder, config)
     result = train(folder, config)
@@ -502,15 +543,28 @@ def test_bad_input_gets_one_message_and_leaves_nothing(workplace, breakage, monk
     assert not (folder / "hacked").exists()
 
 
-def test_faults_of_several_folders_come_together(workplace):
-    folder, config = workplace
+def test_faults_of_several_folders_come_together(project):
+    folder, config = project
     messages = [f(folder, config) for f in (unknown_expert, different_classes, empty_class)]
     result = train(folder, config)
     assert all(message in result.stderr for message in messages), result.stderr
 
 
-def test_a_truncated_image_is_named_while_encoding(workplace):
-    folder, config = workplace
+def test_an_output_that_cannot_be_written_is_found_before_encoding(project, monkeypatch):
+    folder, config = project
+
+    def refused(**_):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refused)
+    monkeypatch.setattr(features, "expert_features", None)  # cannot be called
+    result = train(folder, config)
+    assert result.exit_code == 2
+    assert f"error: cannot write to {folder}/out/cache: Permission denied" in result.stderr
+
+
+def test_a_truncated_image_is_named_while_encoding(project):
+    folder, config = project
     path = folder / "colours/test/blue/1.png"
     path.write_bytes(path.read_bytes()[:300])  # the header is fine
     result = train(folder, {**config, "workers": 1})
@@ -519,8 +573,8 @@ def test_a_truncated_image_is_named_while_encoding(workplace):
     assert "Traceback" not in result.stderr
 
 
-def test_errors_have_no_traceback(workplace):
-    folder, _ = workplace
+def test_errors_have_no_traceback(project):
+    folder, _ = project
     result = CliRunner().invoke(app, ["train", str(folder / "none.yaml")])
     assert (result.exit_code, result.stdout) == (2, "")
     assert result.stderr == f"error: {folder / 'none.yaml'}: No such file or directory\n"

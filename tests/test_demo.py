@@ -72,5 +72,5 @@ def clip_visual():
 
 def test_figures_are_drawn(finished):
     folder, _, _ = finished
-    for name in ("accuracy", "coopvecs", "losses"):
+    for name in ("accuracy", "coopvecs", "losses", "tasks"):
         assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")

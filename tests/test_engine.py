@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from neulig_fast import ExpertPool, testing
-from neulig_fast.neulig import Head, NeuLig
+from neulig_fast.neulig import Head, NeuLig, fitting
 from neulig_fast.neulig.penalty import ALIGNMENTS, SCALINGS, alignment_penalty
 
 TASKS = ("digits", "letters")
@@ -156,7 +156,7 @@ def test_identical_experts_ensemble_to_the_expert():
     made = NeuLig(pool, heads()).fit(loaders(), epochs=1, progress=False)
     x = images(9, 7)
     with torch.no_grad():
-        alone = made.heads["digits"](pool.template(x))
+        alone = made.heads["digits"](pool.template.eval()(x))
     assert torch.allclose(made.ensemble(x, "digits"), alone, atol=1e-5)
 
 
@@ -176,8 +176,9 @@ def test_fit_starts_over_and_each_image_runs_once():
     assert torch.equal(made.portland.weight, weight) and made.cache.computed == 91
 
 
-def test_the_order_of_loaders_images_and_batches_does_not_matter():
-    """Rows are sorted by content; features of one image are the same here in any batch."""
+def test_the_order_of_loaders_images_and_batches_does_not_matter_for_the_same_features():
+    """Rows are sorted by content. The cache is shared: in another batch an encoder may round
+    otherwise."""
     first = fitted()
     shuffled = {
         task: [(x.flip(0), y.flip(0)) for x, y in reversed(batches)]
@@ -205,7 +206,7 @@ def test_entropy_needs_no_labels():
     made.fit(bare, epochs=3, progress=False)
     labelled = engine(boosting="entropy", alignment="none").fit(loaders(), epochs=3, progress=False)
     assert torch.equal(made.portland.weight, labelled.portland.weight)
-    with pytest.raises(TypeError, match=r"'digits': batch 0 must be \(images, labels\)"):
+    with pytest.raises(ValueError, match=r"'digits': batch 0 must be \(images, labels\)"):
         engine().fit(bare, progress=False)
 
 
@@ -221,6 +222,43 @@ def test_a_validation_fraction_is_set_aside_and_loaders_are_used_as_they_are():
     accuracy = 100 * (ones.ensemble(x, "digits").argmax(1) == y).double().mean()
     epoch = ones.history.epoch - 1
     assert float(ones.history.validation[epoch, 0]) == pytest.approx(float(accuracy))
+
+
+def test_copies_of_an_image_are_on_one_side_of_a_validation_fraction(monkeypatch):
+    sides = {}
+
+    class Stopped(fitting.Trainer):
+        def __init__(self, training, penalty, settings, validation, checkpoint):
+            sides.update(training=training[0], validation=validation[0])
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(fitting, "Trainer", Stopped)
+    x = images(10, 3).repeat(4, 1, 1)
+    made = NeuLig(experts(), {"digits": heads()["digits"]})
+    with pytest.raises(KeyboardInterrupt):
+        made.fit({"digits": [(x, torch.arange(40) % 3)]}, validation=0.25, progress=False)
+    rows = {side: {tuple(f.flatten().tolist()) for f in t.features} for side, t in sides.items()}
+    assert {side: len(t.features) for side, t in sides.items()} == {"training": 32, "validation": 8}
+    assert len(rows["training"]) == 8 and len(rows["validation"]) == 2
+    assert not rows["training"] & rows["validation"]
+
+
+def test_inference_does_not_fill_the_cache():
+    made = fitted()
+    rows = len(made.cache)
+    x = torch.cat([images(5, 77), loaders()["digits"][0][0], images(5, 77)])
+    w = made.coopvec(x)
+    made.ensemble(x, "digits")
+    made.merged_forward(x, "digits", "batch_mean")
+    assert len(made.cache) == rows
+    assert torch.allclose(made.portland.coopvec(made.features(x)), w, atol=1e-6)
+    assert len(made.cache) == rows + 5
+
+
+def test_the_heads_are_also_kept_as_given():
+    given = heads(torch.float64)
+    made = NeuLig(experts(), given)
+    assert made.given_heads == given and made.heads["digits"].weight.dtype == torch.float32
 
 
 def test_a_checkpoint_goes_on_and_knows_its_data(tmp_path):
@@ -243,6 +281,20 @@ def test_a_checkpoint_goes_on_and_knows_its_data(tmp_path):
         engine().fit(loaders(seed=3), **options, checkpoint=path)
     with pytest.raises(ValueError, match=r"3 problems(.|\n)*epochs was 6, is 7(.|\n)*lr was"):
         engine(scaling=3).fit(loaders(), 7, 0.1, 16, progress=False, checkpoint=path)
+    turned = NeuLig(experts(), dict(reversed(heads().items())))
+    with pytest.raises(ValueError, match=r"order of tasks was \['digits', 'letters'\], is"):
+        turned.fit(loaders(), **options, checkpoint=path)
+    other = {**heads(), "digits": Head(heads()["digits"].weight, normalize=False)}
+    with pytest.raises(ValueError, match=r"normalize of digits was True, is False"):
+        NeuLig(experts(), other).fit(loaders(), **options, checkpoint=path)
+
+
+def test_a_checkpoint_that_cannot_be_written_is_found_before_any_work(tmp_path):
+    (tmp_path / "file").touch()
+    made = engine()
+    with pytest.raises(OSError, match="cannot write to"):
+        made.fit(loaders(), progress=False, checkpoint=tmp_path / "file" / "fit.safetensors")
+    assert made.cache.computed == 0
 
 
 def test_the_cache_folder_serves_the_next_engine(tmp_path):
@@ -262,8 +314,10 @@ def test_the_cache_folder_serves_the_next_engine(tmp_path):
         ({"heads": {"a": torch.ones(2, 2)}}, r"heads\['a'\] must be a Head .*, got Tensor"),
         ({"alignment": "variances"}, "alignment must be one of .*; did you mean 'variance'"),
         ({"boosting": "semi"}, "boosting must be one of supervised, entropy, got 'semi'"),
-        ({"scaling": 0}, "scaling must be positive"),
+        ({"scaling": 0}, "scaling must be positive and finite"),
+        ({"scaling": float("inf")}, "scaling must be positive and finite, got inf"),
         ({"seed": -1}, "seed must be an int >= 0"),
+        ({"seed": 2**63}, r"seed must be an int >= 0 and < 2\*\*63"),
         ({"alignment": "x", "boosting": "y", "scaling": -1}, "3 problems"),
         (
             {"heads": {"a": Head(torch.ones(2, 4)), "b": Head(torch.ones(2, 5))}},
@@ -298,7 +352,13 @@ def test_no_experts_at_all():
     [
         ({"epochs": 0}, "epochs must be an int >= 1, got 0"),
         ({"batch_size": 1.5}, "batch_size must be an int >= 1"),
-        ({"lr": 0}, "lr must be positive"),
+        ({"epochs": True}, "epochs must be an int >= 1, got True"),
+        ({"lr": 0}, "lr must be positive and finite"),
+        ({"lr": float("inf")}, "lr must be positive and finite, got inf"),
+        ({"lr": "1e-3"}, "lr must be positive and finite, got '1e-3'"),
+        ({"validation": 1}, "validation must be between 0 and 1 as a fraction, got 1"),
+        ({"validation": 0.2, "patience": 1.5}, "patience must be an int >= 1, got 1.5"),
+        ({"validation": 0.2, "patience": "3"}, "patience must be an int >= 1, got '3'"),
         ({"validation": 1.5}, "validation must be between 0 and 1"),
         ({"validation": 0.2, "views": 2}, "views of one image on both sides"),
         ({"patience": 3}, "pass validation="),
@@ -323,7 +383,56 @@ def test_tasks_without_heads_and_heads_without_tasks_are_listed():
         made.fit(wrong, progress=False)
     with pytest.raises(ValueError, match="loaders must map tasks"):
         made.fit([1, 2], progress=False)
+    with pytest.raises(ValueError, match="loader of task 'letters' must be iterable, got int"):
+        made.fit({**loaders(), "letters": 3}, progress=False)
     assert made.cache.computed == 0
+
+
+def test_a_loader_that_serves_twice_is_read_whole_both_times():
+    class Rewinding:
+        """Its own iterator: a second ``iter`` ends the first one's reading."""
+
+        def __init__(self, batches):
+            self.batches = batches
+
+        def __iter__(self):
+            self.left = iter(self.batches)
+            return self
+
+        def __next__(self):
+            return next(self.left)
+
+    plain = engine().fit(loaders(), epochs=2, validation=loaders(), progress=False)
+    rewinding = {task: Rewinding(batches) for task, batches in loaders().items()}
+    twice = engine().fit(rewinding, epochs=2, validation=rewinding, progress=False)
+    assert torch.equal(twice.history.validation, plain.history.validation)
+    assert torch.equal(twice.portland.weight, plain.portland.weight)
+
+
+def test_the_first_batches_of_all_loaders_are_looked_at_before_any_work():
+    made, none = engine(), torch.zeros(0, dtype=torch.long)
+    validation = {"digits": [{"images": 1}], "letters": [(torch.zeros(0, 2, 4), none)]}
+    with pytest.raises(ValueError, match="3 problems") as error:
+        made.fit({**loaders(), "letters": []}, validation=validation, progress=False)
+    for fault in (
+        "task 'letters': the loader is empty",
+        "validation of task 'digits': batch 0 must be (images, labels), got dict of 1",
+        "validation of task 'letters': batch 0: images must be a non-empty batch (B, ...), "
+        "got (0, 2, 4)",
+    ):
+        assert fault in str(error.value)
+    assert made.cache.computed == 0
+
+
+def test_zero_features_under_a_head_that_normalises_name_the_expert():
+    dead = experts()
+    torch.nn.init.zeros_(dead[1].last.weight)
+    torch.nn.init.zeros_(dead[1].last.bias)
+    with pytest.raises(ValueError, match=r"fit: task 'digits': expert 'expert1' gives all-zero "
+                       r"features for 50 of 50 images"):  # fmt: skip
+        NeuLig(dead, heads()).fit(loaders(), progress=False)
+    plain = {"letters": heads()["letters"]}  # does not normalise
+    NeuLig(dead, plain).fit({"letters": loaders()["letters"]}, epochs=1, progress=False)
 
 
 def test_labels_out_of_range_name_the_task():
@@ -407,6 +516,100 @@ def test_saving_again_replaces_and_clears_up(tmp_path):
     after = set(os.listdir(tmp_path))
     assert len(before) == len(after) == 5 and len(before - after) == 1  # the state
     assert NeuLig.load(tmp_path).calibration.keys() == made.calibration.keys()
+
+
+def test_a_damaged_save_does_not_hinder_the_next(tmp_path):
+    made = fitted()
+    made.save(tmp_path)
+    expert = sorted(tmp_path.glob("expert1-*"))[0]
+    expert.write_bytes(expert.read_bytes()[:-1])
+    for index in ("{", '{"format": "neulig_fast.engine.1"}'):
+        (tmp_path / "neulig.json").write_text(index)
+        made.save(tmp_path)
+        assert torch.equal(NeuLig.load(tmp_path).portland.weight, made.portland.weight)
+
+
+def test_a_save_removes_nothing_that_is_not_its_own(tmp_path):
+    made = engine()
+    made.save(tmp_path / "run")
+    path = tmp_path / "run" / "neulig.json"
+    others = [tmp_path / "run" / "expert.safetensors", tmp_path / "victim"]
+    for other in others:
+        other.touch()
+    index = json.loads(path.read_text())
+    index["experts"]["files"] += [str(others[1]), "../victim"]
+    path.write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"'../victim' is no name of a file of an engine"):
+        NeuLig.load(tmp_path / "run")
+    made.fit(loaders(), epochs=1, progress=False)
+    made.save(tmp_path / "run")
+    assert all(other.exists() for other in others)
+
+
+def test_calibration_set_by_hand_is_saved(tmp_path):
+    made = engine()
+    made.calibration = {"letters": torch.tensor([0.5, 0.25, 0.25], dtype=torch.float64)}
+    made.save(tmp_path)
+    again = NeuLig.load(tmp_path)
+    assert again.calibration.keys() == {"letters"} and again.history is None
+    assert torch.equal(again.calibration["letters"], made.calibration["letters"])
+
+
+def without_state(index):
+    del index["state"]
+    return "the file lacks 'state'"
+
+
+def with_a_surplus(index):
+    index["settings"]["mode"] = 3
+    return "settings has an unknown 'mode'"
+
+
+def with_another_type(index):
+    index["tasks"][0]["name"] = 7
+    return "name must be of the type str, got 7"
+
+
+def with_another_list(index):
+    index["experts"]["keys"] = [0]
+    return r"keys\[0\] must be of the type str, got 0"
+
+
+def with_another_dtype(index):
+    index["experts"]["dtype"] = "int8"
+    return "dtype must be one of float32"
+
+
+def with_a_third_task(index):
+    index["tasks"].append(index["tasks"][0])
+    return "lacks head.2.weight"
+
+
+def with_half_a_history(index):
+    del index["history"]["starts"]
+    return "history lacks 'starts'"
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        without_state,
+        with_a_surplus,
+        with_another_type,
+        with_another_list,
+        with_another_dtype,
+        with_a_third_task,
+        with_half_a_history,
+    ],
+)
+def test_an_index_that_does_not_fit_is_named(tmp_path, damage):
+    fitted().save(tmp_path)
+    path = tmp_path / "neulig.json"
+    index = json.loads(path.read_text())
+    message = damage(index)
+    path.write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=message):
+        NeuLig.load(tmp_path)
 
 
 def test_a_full_disk_leaves_the_old_save_whole(tmp_path, monkeypatch):

@@ -109,15 +109,14 @@ def test_every_row_counts_what_an_independent_loop_counts(engine, data):
 
 
 def test_what_depends_on_batches_and_what_does_not(engine, data):
-    shuffled = torch.randperm(SAMPLES)
+    shuffled, own = torch.randperm(SAMPLES), {"left": 2, "right": 0}
     reports = [
-        run(engine, loaders(data, size, order))
+        run(engine, loaders(data, size, order), own=own)
         for size, order in ((16, None), (7, None), (38, None), (1, None), (16, shuffled))
     ]
     first = reports[0].accuracy
     for row in ("ensemble", "per_sample", "dataset", "uniform", "hard", "global", "expert"):
-        if row in first:
-            assert all(report.accuracy[row] == first[row] for report in reports[1:])
+        assert all(report.accuracy[row] == first[row] for report in reports[1:])
     for row in ("first_sample", "batch_mean"):
         assert any(report.accuracy[row] != first[row] for report in reports[1:])
     assert reports[4].accuracy["first_sample"] != first["first_sample"]  # order alone
@@ -166,6 +165,45 @@ def test_a_loader_that_can_be_read_once_is_enough(engine, data):
     batches = loaders(data, 16)
     once = {task: iter(loader) for task, loader in batches.items()}
     assert run(engine, once).accuracy == run(engine, batches).accuracy
+
+
+class Reader:
+    """A loader that resets itself: a second ``iter`` ends the first one's reading."""
+
+    def __init__(self, batches):
+        self.batches, self.read, self.started = batches, 0, 0
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __iter__(self):
+        self.started += 1
+        return self._batches(self.started)
+
+    def _batches(self, own):
+        for batch in self.batches:
+            if own == self.started:
+                self.read += 1
+                yield batch
+
+
+def test_no_batch_is_read_twice(engine, data):
+    batches = loaders(data, 16)
+    readers = {task: Reader(loader) for task, loader in batches.items()}
+    assert run(engine, readers).accuracy == run(engine, batches).accuracy
+    assert [reader.read for reader in readers.values()] == [3, 3]
+
+
+def test_a_loader_that_serves_twice_is_read_whole_each_time(engine, data):
+    batches = loaders(data, 16)
+    readers = {task: Reader(loader) for task, loader in batches.items()}
+    report, expected = (run(engine, b, calibration=b) for b in (readers, batches))
+    assert report.settings["samples"] == dict.fromkeys(TASKS, SAMPLES)
+    assert report.accuracy == expected.accuracy
+    assert "oracle" in report.settings["calibration"]
+    one = Reader(batches["left"])
+    both = run(engine, {"left": one, "right": one})
+    assert both.settings["samples"] == dict.fromkeys(TASKS, SAMPLES)
 
 
 def test_modes_and_baselines(engine, data):
@@ -227,6 +265,88 @@ def test_policies_that_are_impossible_per_sample_leave_it_out(data):
         run(engine, batches, batchnorm="re_estimate", calibration=one)
 
 
+@pytest.mark.parametrize("policy", ["blend", "mixture_moments", "re_estimate", "batch_statistics"])
+def test_models_as_they_are_keep_their_statistics(data, policy):
+    experts = [Normalised().double() for _ in range(N + 1)]
+    for expert in experts:
+        nn.init.normal_(expert.norm.running_mean)
+        nn.init.uniform_(expert.norm.running_var, 0.3, 2)
+    base = experts.pop()
+    engine = NeuLig(ExpertPool(experts), {t: Head(torch.randn(CLASSES, D).double()) for t in TASKS})
+    engine.calibration = {t: torch.eye(N).double()[1] for t in TASKS}
+    images = data["left"][0]
+    answers = {"pretrained": base, "hard": experts[1]}
+    answers = {row: engine.heads["left"](m.eval()(images)).argmax(1) for row, m in answers.items()}
+    batches = {"left": [(images, answers["hard"])]}
+    options = {"batchnorm": policy, "calibration": None}
+    if policy == "re_estimate":
+        options["calibration"] = {"left": [images]}
+        engine.portland.weight.detach().zero_()
+        engine.portland.bias.detach().copy_(torch.tensor([0.0, 9.0, 0.0]))
+    hard = run(engine, batches, ["hard"], **options)
+    assert hard.accuracy["hard"]["left"] == 100
+    batches = {"left": [(images, answers["pretrained"])]}
+    report = run(engine, batches, ["hard"], pretrained=base.state_dict(), **options)
+    assert report.accuracy["pretrained"]["left"] == 100
+    assert hard.accuracy["uniform"]["left"] < 100
+
+
+class Branching(nn.Module):
+    """What vmap cannot batch: Python control flow that depends on values."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(12, D)
+
+    def forward(self, images):
+        features = self.linear(images.flatten(1))
+        return features if features.sum() > 0 else 2 * features
+
+
+def test_an_encoder_that_vmap_cannot_batch_is_told_before_any_work(data):
+    pool = ExpertPool([Branching().double() for _ in range(N)])
+    engine = NeuLig(pool, {t: Head(torch.randn(CLASSES, D).double()) for t in TASKS})
+    engine.calibration = {t: torch.rand(N).double().softmax(0) for t in TASKS}
+    batches = loaders(data, 16)
+    with pytest.raises(ValueError, match="pass chunk=1 to run them one at a time"):
+        run(engine, batches, calibration=loaders(data, 16))
+    assert engine.cache.computed == 0
+    assert "per_sample" in run(engine, batches, chunk=1).accuracy
+    assert "per_sample" not in run(engine, batches, ["dataset"]).accuracy
+
+
+def test_chunks_do_not_change_the_answers(engine, data):
+    batches = loaders(data, 16)
+    expected = run(engine, batches).accuracy
+    assert all(run(engine, batches, chunk=chunk).accuracy == expected for chunk in (1, 3))
+    with pytest.raises(ValueError, match="chunk must be a positive integer or None, got 0"):
+        run(engine, batches, chunk=0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"loaders": [1]}, TypeError, "loaders must map tasks to their values, got list"),
+        ({"own": ["left"]}, TypeError, "own must map tasks to their values, got list"),
+        ({"calibration": [1]}, TypeError, "calibration must map tasks to their values, got list"),
+        ({"loaders": {"left": 5}}, ValueError, "task 'left' must be iterable, got int"),
+        ({"loaders": {5: []}}, ValueError, "no head for task 5"),
+        ({"calibration": {"left": 5}}, ValueError, "must be re-iterable, got int"),
+        ({"calibration": {"left": iter([])}}, ValueError, "must be re-iterable, got list_iterator"),
+    ],
+)
+def test_what_is_no_loader_is_named(engine, data, arguments, error, message):
+    with pytest.raises(error, match=message):
+        run(engine, **{"batches": loaders(data, 16), **_renamed(arguments)})
+    images, labels = data["left"]
+    with pytest.raises(ValueError, match=r"images must be a tensor .*got ndarray"):
+        run(engine, {"left": [(images.numpy(), labels)]})
+
+
+def _renamed(arguments):
+    return {"batches" if key == "loaders" else key: value for key, value in arguments.items()}
+
+
 def test_every_mistake_is_listed_before_any_work(engine, data):
     batches = loaders(data, 16)
     images, labels = batches["left"][0]
@@ -246,7 +366,7 @@ def test_every_mistake_is_listed_before_any_work(engine, data):
         "own['right'] is missing",
         "no head for task 'lefty'",
         "did you mean 'left'",
-        "loader of task 'right' is empty",
+        "task 'right': the loader is empty",
         "labels must be in [0, 5)",
         "task 'left' has no calibration vector",
         "no head for task 'up'",
@@ -259,7 +379,7 @@ def test_labels_out_of_range_in_a_later_batch_name_the_batch(engine, data):
     batches = loaders(data, 16)
     images, labels = batches["right"][2]
     batches["right"][2] = (images, labels - CLASSES)
-    with pytest.raises(ValueError, match=r"'right', batch 2.*labels must be in"):
+    with pytest.raises(ValueError, match=r"'right': batch 2.*labels must be in"):
         run(engine, batches)
 
 

@@ -1,15 +1,20 @@
 """The feature cache: each image once, addressed by content, in memory and on disk."""
 
 import copy
+import functools
+import multiprocessing
 
+import numpy as np
 import open_clip
 import pytest
 import safetensors.torch
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
 from neulig_fast import ExpertPool
 from neulig_fast.neulig import features as features_module
+from neulig_fast.neulig.batches import Peeked, unpack
 from neulig_fast.neulig.features import FeatureCache
 
 
@@ -194,6 +199,54 @@ def test_a_loader_that_can_be_read_only_once_is_found_out(pool, images):
         FeatureCache(pool).collect(once, num_classes=1, views=2)
 
 
+@pytest.mark.parametrize(
+    "batch, error, message",
+    [
+        ({"image": torch.zeros(2, 2, 3)}, TypeError, r"b: images must be a tensor .*, got dict"),
+        (np.zeros((2, 3)), TypeError, "b: images must be a tensor .*, got ndarray of 2"),
+        (torch.zeros(0, 2, 3), ValueError, r"b: images must be a non-empty batch .*\(0, 2, 3\)"),
+        (torch.zeros(3), ValueError, "b: images must be a non-empty batch"),
+    ],
+)
+def test_batches_without_labels_that_are_refused(batch, error, message):
+    with pytest.raises(error, match=message):
+        unpack(batch, None, "b")
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.bool], ids=str
+)
+def test_labels_of_every_integer_type(dtype):
+    labels = torch.tensor([0, 1]).to(dtype)
+    _, got = unpack((torch.zeros(2, 3), labels), 2, "b")
+    assert got.dtype == torch.int64 and got.tolist() == [0, 1]
+    with pytest.raises(ValueError, match=r"must be in \[0, 1\), got \[1\]"):
+        unpack((torch.zeros(2, 3), labels), 1, "b")
+
+
+def test_a_look_at_the_first_batch_loses_no_batch_and_counts_as_no_pass():
+    class Counting:
+        passes = 0
+
+        def __iter__(self):
+            self.passes += 1
+            return iter([torch.full((2, 3), self.passes + k) for k in (0.0, 0.5)])
+
+    for loader, second in ((Counting(), [2.0, 2.5]), (iter(Counting()), [])):
+        peeked = Peeked(loader)
+        assert peeked.fault(None, "name") is None
+        assert [float(batch[0, 0]) for batch in peeked] == [1.0, 1.5]
+        assert [float(batch[0, 0]) for batch in peeked] == second
+    assert Peeked([]).fault(None, "name") == "name: the loader is empty"
+
+
+def test_loaders_that_wait_for_their_turn_keep_no_workers():
+    data = DataLoader(torch.zeros(8, 2, 3), batch_size=2, num_workers=1)
+    peeked = Peeked(data)
+    assert not multiprocessing.active_children()
+    assert len(list(peeked)) == 4
+
+
 # -- what is refused -------------------------------------------------------------------------------
 
 
@@ -258,6 +311,90 @@ def test_other_weights_or_another_encoder_share_nothing(images, tmp_path):
     for other in (changed, experts(act=torch.relu), experts(count=2)):
         assert len(FeatureCache(ExpertPool(other), tmp_path)) == 0
     assert len(FeatureCache(ExpertPool(experts()), tmp_path)) == 7
+
+
+class Configured(Encoder):
+    """Scaled by something that is neither weight nor buffer."""
+
+    def __init__(self, factor):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, images):
+        factor = self.factor
+        if isinstance(factor, dict):
+            factor = factor["k"][0]
+        return super().forward(images) * (factor() if callable(factor) else factor)
+
+
+@pytest.mark.parametrize(
+    "made",
+    [torch.tensor, lambda k: functools.partial(float, k), lambda k: {"k": [k, torch.ones(0)]}],
+    ids=["tensor", "partial", "dict"],
+)
+def test_settings_of_an_encoder_are_in_the_identity(images, tmp_path, made):
+    def cache(factor):
+        torch.manual_seed(1)
+        return FeatureCache(ExpertPool([Configured(made(factor)) for _ in range(2)]), tmp_path)
+
+    cache(1.0).collect([images])
+    assert len(cache(10.0)) == 0 and len(cache(1.0)) == 7
+
+
+def test_features_of_code_that_changed_are_found_out(images, tmp_path):
+    """Two lambdas have one name: the identity is the same, the features are not."""
+
+    def cache(factor):
+        torch.manual_seed(1)
+        pool = ExpertPool([Configured(lambda: factor) for _ in range(2)], names=["a", "b"])
+        return FeatureCache(pool, tmp_path)
+
+    first = cache(1.0)
+    first.collect([images[:3]])
+    first.collect([images[3:]])
+    changed = cache(1.1)
+    assert len(changed) == 7
+    for store in (True, False):
+        with pytest.raises(ValueError, match=rf"{tmp_path}(.|\n)*expert 'a' gives others now"):
+            changed.features(images[:1], store=store)
+    Encoder.seen = 0
+    again = cache(1.0)
+    for _ in range(2):
+        again.features(images)
+    assert Encoder.seen == 2 * 2 and again.computed == 0  # one image of each file by two experts
+
+
+def test_every_file_is_proven(images, tmp_path):
+    """A process with other code may have added one."""
+
+    def cache(factor):
+        torch.manual_seed(1)
+        return FeatureCache(ExpertPool([Configured(lambda: factor)]), tmp_path)
+
+    cache(1.0).collect([images[:3]])
+    cache(2.0).collect([images[3:]])
+    mixed = cache(1.0)
+    mixed.features(images[:3])
+    with pytest.raises(ValueError, match="features of another encoder"):
+        mixed.features(images[3:])
+
+
+def test_clearing_frees_the_memory_and_keeps_the_folder(pool, images, tmp_path):
+    cache = FeatureCache(pool, tmp_path)
+    expected = cache.features(images)
+    cache.clear()
+    assert len(cache) == 0 and len(FeatureCache(pool, tmp_path)) == 7
+    assert torch.equal(cache.features(images), expected) and cache.computed == 14
+
+
+def test_what_is_not_stored_is_computed_again(pool, images):
+    cache = FeatureCache(pool)
+    cache.features(images[:3])
+    batch = torch.cat([images, images[5:]])
+    for _ in range(2):
+        got = cache.features(batch, store=False)
+        assert torch.allclose(got, direct(pool, batch), atol=1e-6)
+    assert len(cache) == 3 and cache.computed == 3 + 2 * 4
 
 
 def test_what_was_computed_before_an_error_is_kept(pool, images, tmp_path):

@@ -1,5 +1,6 @@
 """Heads: the formula, what is refused, and CLIP's zero-shot head against a plain loop."""
 
+import numpy as np
 import open_clip
 import pytest
 import torch
@@ -79,6 +80,29 @@ def test_heads_that_cannot_be(arguments, message):
         Head(*arguments)
 
 
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ((np.ones((2, 6)),), "weight must be a tensor, got ndarray"),
+        ((torch.ones(2, 6), [0.0, 1.0]), "bias must be a tensor, got list"),
+        ((None,), "weight must be a tensor, got NoneType"),
+    ],
+)
+def test_heads_of_what_is_no_tensor(arguments, message):
+    with pytest.raises(TypeError, match=f"Head: {message}"):
+        Head(*arguments)
+
+
+def test_heads_that_compute_the_same():
+    weight, bias = torch.randn(3, 4), torch.randn(3)
+    heads = [Head(weight), Head(weight, bias), Head(weight, bias, False), Head(weight + 1, bias)]
+    heads += [Head(weight, bias + 1), Head(weight[:1], bias[:1])]
+    for i, head in enumerate(heads):
+        copy = Head(head.weight.clone(), None if i == 0 else head.bias.clone(), head.normalize)
+        assert [head.same_as(other) for other in heads] == [i == k for k in range(len(heads))]
+        assert head.same_as(copy)
+
+
 def test_features_of_another_width_are_refused():
     with pytest.raises(ValueError, match=r"features must be \(..., 4\), got \(2, 5\)"):
         Head(torch.randn(3, 4))(torch.randn(2, 5))
@@ -112,12 +136,20 @@ def test_head_of_any_number_of_classes(clip, tokenizer, count):
 
 
 def test_the_model_runs_in_eval_mode_without_gradient_and_gets_its_mode_back(clip, tokenizer):
-    modes = []
-    handle = clip.ln_final.register_forward_hook(lambda m, x, y: modes.append(m.training))
+    seen = []
+    parts = [part for part in clip.modules() if part is not clip]  # forward is encode_text here
+    handles = [p.register_forward_hook(lambda m, x, y: seen.append(m.training)) for p in parts]
     clip.train()
+    clip.visual.eval()
+    clip.transformer.resblocks[1].eval()
+    before = [part.training for part in clip.modules()]
     head = zero_shot_head(clip, tokenizer, ["cat"], TEMPLATES)
-    handle.remove()
-    assert modes == [False] and clip.training and not head.weight.requires_grad
+    for handle in handles:
+        handle.remove()
+    clip_modes = [part.training for part in clip.modules()]
+    clip.train()
+    assert seen and not any(seen) and not head.weight.requires_grad
+    assert clip_modes == before and {True, False} <= set(before)
 
 
 def test_names_with_braces_stay_text(clip):

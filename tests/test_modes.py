@@ -61,7 +61,7 @@ def weights_for(count, experts=3):
 
 def merged_one_by_one(engine, images, weights):
     """Every image through a module of its own, filled by ``load_state_dict``."""
-    module = copy.deepcopy(engine.pool.template)
+    module = copy.deepcopy(engine.pool.template).eval()
     outputs = []
     for image, w in zip(images, weights, strict=True):
         module.load_state_dict(engine.pool.blend(w))
@@ -170,6 +170,132 @@ def test_weights_have_a_gradient_in_every_mode_that_uses_them():
     assert torch.autograd.gradcheck(
         lambda w: engine.merged_forward(images, "a", "dataset", weights=w), vector
     )
+
+
+# -- heads ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_the_head_that_was_given_is_its_tasks(dtype):
+    linear = nn.Linear(D, CLASSES, dtype=dtype)
+    given = {"a": Head(linear.weight, linear.bias), "b": Head(linear.weight)}
+    engine = NeuLig(ExpertPool([mlp().double() for _ in range(3)]), given)
+    engine.calibration = {"a": weights_for(1)[0], "b": weights_for(1)[0]}
+    images = images_for(mlp, 3)
+    for task, head in given.items():
+        expected = engine.merged_forward(images, task, "dataset")
+        for same in (head, engine.heads[task], Head(head.weight.detach().clone(), head.bias)):
+            logits = engine.merged_forward(images, same, "dataset")
+            assert torch.equal(logits, expected) and not logits.requires_grad
+            assert not engine.ensemble(images, same).requires_grad
+    other = Head(linear.weight.detach() + 1)
+    known, tasks = modes.resolve_head(engine, other)
+    assert tasks == () and known.weight.dtype == torch.float64
+
+
+def test_a_head_of_two_tasks_needs_the_tasks_name():
+    head = Head(torch.randn(CLASSES, D).double())
+    engine = NeuLig(ExpertPool([mlp().double() for _ in range(3)]), {"a": head, "b": head})
+    engine.calibration = {"a": weights_for(1)[0], "b": weights_for(1)[0]}
+    images = images_for(mlp, 3)
+    for mode in ("dataset", "hard"):
+        with pytest.raises(ValueError, match="the head is that of a, b: name the task"):
+            engine.merged_forward(images, head, mode)
+        engine.merged_forward(images, "b", mode)
+        engine.merged_forward(images, head, mode, weights=weights_for(1)[0])
+    for mode in ("per_sample", "batch_mean", "first_sample", "global", "uniform"):
+        engine.merged_forward(images, head, mode)
+
+
+# -- running -------------------------------------------------------------------------------------
+
+
+def test_every_forward_is_in_eval_mode_and_no_module_changes():
+    experts = [resnet().double().train() for _ in range(3)]
+    experts[0].layer2.eval()
+    head = Head(torch.randn(CLASSES, D, dtype=torch.float64))
+    engine = NeuLig(ExpertPool(experts), {"a": head})
+    before = [[part.training for part in expert.modules()] for expert in experts]
+    images, weights = images_for(resnet, 2), weights_for(2)
+    expected = head(merged_one_by_one(engine, images, weights))
+    for chunk in (1, 2):
+        logits = engine.merged_forward(images, "a", weights=weights, chunk=chunk)
+        torch.testing.assert_close(logits, expected, **EXACT)
+    one = engine.merged_forward(images, "a", "first_sample", weights=weights)
+    torch.testing.assert_close(one[:1], expected[:1], **EXACT)
+    engine.features(images)
+    assert [[part.training for part in expert.modules()] for expert in experts] == before
+    for state in (experts[0].state_dict(), engine.pool.state_dict(0)):
+        counters = [t for name, t in state.items() if name.endswith("num_batches_tracked")]
+        assert counters and not any(counters)
+
+
+class Positions(nn.Module):
+    """Reads a buffer that no state dict holds."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(12, D)
+        self.register_buffer("positions", torch.linspace(-1, 1, 12), persistent=False)
+
+    def forward(self, images):
+        return self.linear(images.flatten(1) + self.positions)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_buffers_that_are_not_saved_follow_the_pool(dtype):
+    experts = [Positions() for _ in range(3)]
+    engine = NeuLig(ExpertPool(experts, dtype=dtype), {"a": Head(torch.randn(CLASSES, D))})
+    images = images_for(mlp, 4).to(dtype)
+    experts = [copy.deepcopy(expert).to(dtype) for expert in experts]
+    with torch.no_grad():
+        expected = torch.stack([expert(images) for expert in experts], 1)
+    assert torch.equal(engine.features(images), expected)
+    for chunk in (1, 2):
+        assert engine.merged_forward(images, "a", chunk=chunk).shape == (4, CLASSES)
+    assert engine.pool.template.positions.dtype == torch.float32
+
+
+class Hostile(nn.Module):
+    def __init__(self, way):
+        super().__init__()
+        self.linear, self.way = nn.Linear(12, D), way
+
+    def forward(self, images):
+        return self.way(self.linear(images.flatten(1)))
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        lambda z: z if z.sum() > 0 else 2 * z,
+        lambda z: z + z[0, 0].item(),
+        lambda z: torch.zeros(z.shape, dtype=z.dtype).add_(z),
+        lambda z: torch.from_numpy(z.detach().numpy()),
+    ],
+    ids=["branch", "item", "in place", "numpy"],
+)
+def test_what_vmap_cannot_batch_names_chunk_1(way):
+    engine = engine_of(lambda: Hostile(way))
+    images, weights = images_for(mlp, 3), weights_for(3)
+    with pytest.raises(ValueError, match="pass chunk=1 to run them one at a time"):
+        engine.merged_forward(images, "a", weights=weights)
+    with torch.no_grad():
+        logits = engine.merged_forward(images, "a", weights=weights, chunk=1)
+    expected = engine.heads["a"](merged_one_by_one(engine, images, weights))
+    torch.testing.assert_close(logits, expected, **EXACT)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, torch.OutOfMemoryError])
+def test_an_encoders_own_error_stays_what_it_is(error):
+    def fails(z):
+        if error is RuntimeError or torch._C._functorch.is_batchedtensor(z):
+            raise error("no such luck")
+        return z
+
+    engine = engine_of(lambda: Hostile(fails))
+    with pytest.raises(error, match="no such luck"):
+        engine.merged_forward(images_for(mlp, 3), "a", weights=weights_for(3))
 
 
 def test_settings_of_torch_are_restored_even_after_an_error():
@@ -282,7 +408,7 @@ def test_merging_does_not_touch_the_experts():
         (lambda e, x: e.merged_forward(x, "c", mode="uniform"), "unknown task 'c' .known: a, b"),
         (lambda e, x: e.merged_forward(x, "a", mode="dataset"), "calibration"),
         (lambda e, x: e.merged_forward(x, "a", mode="global"), "calibration"),
-        (lambda e, x: e.merged_forward(x, Head(e.heads["a"].weight), "hard"), "no task"),
+        (lambda e, x: e.merged_forward(x, Head(e.heads["a"].weight + 1), "hard"), "no task"),
         (lambda e, x: e.merged_forward(x[:0], "a"), "at least one image"),
         (lambda e, x: e.merged_forward(x, "a", weights=weights_for(3)), r"\(B, N\) = \(2, 3\)"),
         (lambda e, x: e.merged_forward(x, "a", "dataset", weights=weights_for(2)), r"\(N,\)"),
@@ -290,7 +416,14 @@ def test_merging_does_not_touch_the_experts():
         (lambda e, x: e.merged_forward(x, "a", batchnorm="blnd"), "did you mean 'blend'"),
         (lambda e, x: e.merge("per_sample"), "per image or per batch"),
         (lambda e, x: e.merge("dataset", loader=[]), "empty"),
-        (lambda e, x: e.merge("dataset", task="z"), "task 'z'"),
+        (lambda e, x: e.merge("dataset", task="z"), "unknown task 'z' .known: a, b"),
+        (lambda e, x: e.merge("uniform", task="z"), "unknown task 'z'"),
+        (lambda e, x: e.merge("dataset", task="b"), "of task 'b': fit.. stores"),
+        (lambda e, x: e.merge(), "mode 'dataset': name the task, one of a, b"),
+        (lambda e, x: e.merge("hard"), "mode 'hard': name the task, one of a, b"),
+        (lambda e, x: e.merge("hard", task="a", batchnorm="blnd"), "did you mean 'blend'"),
+        (lambda e, x: e.merged_forward(x, "a", chunk=0), "chunk must be a positive integer"),
+        (lambda e, x: e.merged_forward(x, "a", chunk=2.0), "chunk must be a positive integer"),
     ],
 )
 def test_bad_arguments_are_named(call, message):
@@ -298,6 +431,13 @@ def test_bad_arguments_are_named(call, message):
     engine.calibration = {}
     with pytest.raises(ValueError, match=message):
         call(engine, images_for(mlp, 2))
+
+
+@pytest.mark.parametrize("head", [nn.Linear(D, CLASSES), None, 3])
+def test_what_is_no_head_is_named(head):
+    engine = engine_of(mlp)
+    with pytest.raises(TypeError, match=f"head must be a Head or .*, got {type(head).__name__}"):
+        engine.merged_forward(images_for(mlp, 2), head)
 
 
 # -- task arithmetic -----------------------------------------------------------------------------
@@ -312,6 +452,19 @@ def test_task_arithmetic_is_its_formula():
         torch.testing.assert_close(merged[name], expected, **EXACT)
     variance = sum(state["bn1.running_var"] for state in states) / 3
     torch.testing.assert_close(merged["bn1.running_var"], variance, **EXACT)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_task_arithmetic_is_rounded_once(dtype):
+    base = torch.randn(400, 16)
+    experts = [{"w": (base + 2e-3 * torch.randn(400, 16)).to(dtype)} for _ in range(16)]
+    base = base.to(dtype)
+    merged = modes.task_arithmetic(ExpertPool(experts), {"w": base})["w"]
+    exact = base.double() + 0.3 * sum(e["w"].double() - base.double() for e in experts)
+    half_a_step = torch.finfo(dtype).eps / 2 * exact.abs()
+    sums = 40 * torch.finfo(torch.float32).eps  # of 16 differences of values below 5
+    assert merged.dtype == dtype
+    assert bool(((merged.double() - exact).abs() <= half_a_step * (1 + 1e-6) + sums).all())
 
 
 def test_task_arithmetic_lists_what_does_not_fit():

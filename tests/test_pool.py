@@ -142,17 +142,18 @@ def test_without_a_template_only_batch_norm_names_are_buffers():
     assert pool.segments.names == ("bn.weight", "bn.running_mean", "bn.running_var", "queue")
 
 
-def test_the_template_is_expert_zero_in_eval_mode_and_runs_any_row():
+def test_the_template_is_expert_zero_with_its_mode_and_runs_any_row():
     nets = [batch_norm_net(i) for i in range(2)]
     pool = ExpertPool(nets)
-    assert pool.template is nets[0] and not nets[0].training
+    assert pool.template is nets[0] and nets[0].training
+    nets[0].eval()
     images = torch.randn(4, 2, 3, 3)
     for i, net in enumerate(nets):
         merged = torch.func.functional_call(pool.template, pool.state_dict(i), (images,))
         assert torch.equal(merged, net.eval()(images))
     fresh = batch_norm_net(5)
     pool = ExpertPool([net.state_dict() for net in nets], template=fresh)
-    assert pool.template is fresh and not fresh.training
+    assert pool.template is fresh and fresh.training
 
 
 @pytest.mark.parametrize(
@@ -249,6 +250,15 @@ def test_rows_and_experts_that_do_not_exist():
             pool.state_dict(i)
 
 
+def test_experts_share_integers_and_merged_models_own_theirs():
+    pool = ExpertPool([batch_norm_net(i) for i in range(2)])
+    name = "1.num_batches_tracked"
+    assert pool.state_dict(0)[name] is pool.state_dict(1)[name]
+    merged = pool.blend([0.5, 0.5])
+    merged[name] += 5
+    assert int(pool.state_dict(0)[name]) == int(pool.blend([0.5, 0.5])[name]) == 1
+
+
 # --- consume ----------------------------------------------------------------------------------
 
 
@@ -317,8 +327,8 @@ def test_tied_parameters_keep_their_values(consume):
     assert net["a"].weight is net["b"].weight and torch.equal(net["a"].weight, value)
 
 
-MEMORY = """
-    import resource, torch
+MEMORY = r"""
+    import re, torch
     from neulig_fast.pool import ExpertPool
 
     MB = 1 << 20
@@ -329,14 +339,18 @@ MEMORY = """
         ]
         return list(map(torch.nn.ParameterDict, dicts)) if as_modules else dicts
 
+    def memory(which):
+        # Not getrusage: its peak begins with that of the process that started this one.
+        with open("/proc/self/status") as file:
+            return int(re.search(which + r":\s+(\d+) kB", file.read())[1]) / 1024
+
     def extra(as_modules, consume):
         inputs = experts(as_modules)
-        with open("/proc/self/statm") as file:
-            before = int(file.read().split()[1]) * resource.getpagesize()
+        before = memory("VmRSS")
         pool = ExpertPool(inputs, consume=consume)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        peak = memory("VmHWM")
         assert pool.params[:, :: 4 * MB].sum() == 64
-        return (peak - before) / MB
+        return peak - before
 
     ExpertPool([{"warm": torch.ones(3)}])
     # The peak never falls, so the frugal ways come first.
@@ -344,7 +358,7 @@ MEMORY = """
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/statm")
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
 def test_peak_memory_is_one_copy_and_none_when_consuming():
     """4 experts of 4 tensors of 16 MB: 256 MB of inputs, already there when we start to measure."""
     run = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(MEMORY)]
@@ -432,6 +446,7 @@ def test_values_that_overflow_the_arena_dtype():
         (([{3: torch.ones(1)}],), ValueError, "not a string"),
         ((state_dicts(2), None, ["a"]), ValueError, "got 1 names for 2 experts"),
         ((state_dicts(2), None, ["a", "a"]), ValueError, "more than one 'a'"),
+        ((state_dicts(2), None, "ab"), ValueError, "a list of names, got the string 'ab'"),
         ((state_dicts(2), None, None, torch.int8), ValueError, "dtype must be fp32"),
         ((state_dicts(2), None, None, None, "meta"), ValueError, "must hold values"),
         (([torch.ones(3)],), TypeError, r"experts\[0\] must be a module or a state dict"),
@@ -488,6 +503,64 @@ def test_fingerprint_sees_every_kind_of_change():
         ExpertPool([{"a": torch.tensor([0.0, 1.0])}] * 2).fingerprint,
     ]
     assert len(set(prints)) == len(prints)
+
+
+# --- modules that run other code ----------------------------------------------------------------
+
+
+class Scaled(nn.Module):
+    """A state dict says nothing of its activation, its dropout and its scale."""
+
+    def __init__(self, act=nn.GELU, drop=0.1, scale=2.0):
+        super().__init__()
+        self.linear, self.act = nn.Linear(3, 3), act()
+        self.drop = nn.Dropout(drop) if drop else nn.Identity()
+        self.register_buffer("scale", torch.tensor(scale), persistent=False)
+
+
+class Doubled(Scaled):
+    pass
+
+
+def test_modules_that_run_other_code_are_refused_each_difference_named():
+    extra = Scaled()
+    extra.last = nn.Tanh()
+    extra.register_buffer("mask", torch.ones(2), persistent=False)
+    experts = [
+        Scaled(),
+        Scaled(lambda: nn.GELU("tanh"), scale=3.0),
+        Doubled(nn.ReLU),
+        extra,
+        Scaled(drop=0.0),
+    ]
+    with pytest.raises(ValueError) as error:
+        ExpertPool(experts)
+    here = Scaled.__module__
+    advice = "; if that does not matter, give the module's state_dict()"
+    assert str(error.value).splitlines() == [
+        "ExpertPool: 6 problems",
+        "  - expert 1: act is nn.GELU(approximate='tanh'), expert 0: nn.GELU(approximate='none')"
+        + advice,
+        "  - expert 1: scale, a buffer that is not saved, differs from that of expert 0" + advice,
+        f"  - expert 2: the module is {here}.Doubled, expert 0: {here}.Scaled" + advice,
+        "  - expert 2: act is nn.ReLU(), expert 0: nn.GELU(approximate='none')" + advice,
+        "  - expert 3: last is nn.Tanh(), expert 0: missing" + advice,
+        "  - expert 3: mask, a buffer that is not saved, differs from that of expert 0" + advice,
+    ]
+    assert ExpertPool([experts[0], *(e.state_dict() for e in experts[1:])]).num_experts == 5
+    with pytest.raises(ValueError, match=r"expert 0: act is nn\.GELU.*, the template: nn\.ReLU"):
+        ExpertPool(experts[:1], template=Scaled(nn.ReLU))
+    assert ExpertPool([Scaled().half()], template=Scaled()).params.dtype == torch.float16
+    with pytest.raises(ValueError, match="scale, a buffer that is not saved"):
+        ExpertPool([Scaled()], template=Scaled().to("meta"))
+
+
+def test_device_zero_is_a_device():
+    if torch.cuda.is_available():
+        assert ExpertPool(state_dicts(1), device=0).params.device == torch.device(0)
+    else:  # not the CPU, where the experts are
+        with pytest.raises((RuntimeError, AssertionError)):
+            ExpertPool(state_dicts(1), device=0)
 
 
 # --- segments ---------------------------------------------------------------------------------

@@ -20,7 +20,13 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from neulig_fast.state_files import read_state_dict, write_json, write_safetensors
+from neulig_fast.state_files import (
+    make_writable_folder,
+    read_state_dict,
+    write_json,
+    write_safetensors,
+    write_text,
+)
 
 TENSORS = {
     "visual.weight": torch.arange(6.0).view(2, 3) / 7,
@@ -377,6 +383,28 @@ def test_a_missing_folder_is_said(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX permissions and links")
+def test_a_folder_is_made_and_tried(tmp_path):
+    make_writable_folder(tmp_path / "a" / "b")
+    assert list((tmp_path / "a" / "b").iterdir()) == []
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"cannot write to .*file/folder"):
+        make_writable_folder(tmp_path / "file" / "folder")
+
+
+def test_a_folder_that_takes_no_files_is_named(tmp_path, monkeypatch):
+    def refused(**_):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refused)
+    with pytest.raises(PermissionError, match=f"cannot write to {tmp_path}: Permission denied"):
+        make_writable_folder(tmp_path)
+
+
+def test_text_is_written_in_utf_8(tmp_path):
+    write_text(tmp_path / "report.txt", "Σ über\n")
+    assert (tmp_path / "report.txt").read_bytes() == "Σ über\n".encode()
+
+
 def test_permissions_and_links_are_those_of_a_plain_write(tmp_path):
     real, link = tmp_path / "real.json", tmp_path / "link.json"
     link.symlink_to(real)

@@ -1,5 +1,6 @@
 """Training the Portland: against a naive loop, and to the bit across kills and resumes."""
 
+import errno
 import signal
 import subprocess
 import sys
@@ -9,7 +10,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from neulig_fast import testing
+from neulig_fast import NeuligFastWarning, testing
+from neulig_fast.neulig import checkpoint as checkpoint_module
 from neulig_fast.neulig.checkpoint import Checkpoint
 from neulig_fast.neulig.heads import Head
 from neulig_fast.neulig.penalty import Penalty
@@ -305,9 +307,77 @@ def test_a_killed_process_resumes_to_the_same_bits(tmp_path):
 def test_a_checkpoint_of_another_fit_lists_the_differences(tmp_path):
     path = tmp_path / "fit.safetensors"
     Checkpoint(path, {"lr": 0.1, "seed": 0, "epochs": 3}).write({"x": torch.ones(1)}, {"epoch": 1})
-    with pytest.raises(ValueError, match=r"belongs to another fit: 2 problems(.|\n)*lr was 0.1, is "
-                       r"0.2(.|\n)*starts was None, is 2"):  # fmt: skip
+    with pytest.raises(ValueError, match=r"another fit \(delete it to start anew\): 2 problems"
+                       r"(.|\n)*lr was 0.1, is 0.2(.|\n)*starts was None, is 2"):  # fmt: skip
         Checkpoint(path, {"lr": 0.2, "seed": 0, "epochs": 3, "starts": 2}).read()
+
+
+def test_in_a_folder_every_fit_has_a_file_of_its_own(tmp_path):
+    for lr in (0.1, 0.2):
+        Checkpoint(tmp_path, {"lr": lr}).write({"x": torch.ones(1)}, {"epoch": lr})
+    assert len(list(tmp_path.glob("fit-*.safetensors"))) == 2
+    assert Checkpoint(tmp_path, {"lr": 0.2}).read()[1] == {"epoch": 0.2}
+    assert Checkpoint(tmp_path, {"lr": 0.3}).read() is None
+
+
+def full_disk(*_):
+    raise OSError(errno.ENOSPC, "No space left")
+
+
+def test_a_full_disk_does_not_end_the_fit(tmp_path, monkeypatch):
+    whole = trainer_of("validated").run()
+    monkeypatch.setattr(checkpoint_module, "write_safetensors", full_disk)
+    with pytest.warns(NeuligFastWarning, match="No space left.*the fit goes on"):
+        same(whole, trainer_of("validated", tmp_path / "fit.safetensors").run())
+
+
+def test_a_full_disk_does_not_hide_an_interrupt(tmp_path, monkeypatch):
+    def interrupt(report):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint_module, "write_safetensors", full_disk)
+    with pytest.warns(NeuligFastWarning), pytest.raises(KeyboardInterrupt):
+        trainer_of("plain", tmp_path / "fit.safetensors").run(interrupt)
+
+
+# -- what is not finite ----------------------------------------------------------------------------
+
+
+def test_a_loss_that_is_not_finite_names_task_and_epoch_and_keeps_the_epochs_before(
+    tmp_path, monkeypatch
+):
+    """The features of the second task turn into zeros in the third epoch."""
+    data, checkpoint = tasks(torch.float32), Checkpoint(tmp_path / "fit.safetensors", {})
+    trainer = Trainer(data, penalty(), settings(), checkpoint=checkpoint)
+
+    def spoil(report):
+        if report.epoch == 2:
+            data[1].features.zero_()
+
+    with pytest.raises(
+        ValueError, match="epoch 3, lr 0\\.001, the loss of task 'task1' is not finite"
+    ):
+        trainer.run(spoil)
+    tensors, progress = checkpoint.read()
+    assert progress["epoch"] == 2 and tensors["weight"].isfinite().all()
+
+
+def test_weights_that_are_not_finite_are_found_although_the_losses_are(monkeypatch):
+    """After the last step: no loss has seen them."""
+    steps, original = [], Trainer._step
+
+    def step(self, *args):
+        original(self, *args)
+        steps.append(args)
+        if len(steps) == 3 * self.rounds:
+            self.portland.weight.data[0, 0] = torch.inf
+
+    monkeypatch.setattr(Trainer, "_step", step)
+    with pytest.raises(ValueError, match=r"in epoch 1, .* weights are not finite"):
+        Trainer(tasks(), penalty(), settings(epochs=1)).run()
+
+
+# -- files that are none ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("content", [b"", b"not safetensors"])

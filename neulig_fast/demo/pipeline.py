@@ -80,6 +80,7 @@ def run(folder: Path, settings: DemoSettings, console: Console) -> dict[str, Rep
     best = next(iter(reports.values()))
     best.seconds = sum(stages.seconds.values())
     best.settings["demo"] = {**asdict(settings), "stage_seconds": stages.seconds}
+    tasks.contact_sheet(list(_draw(settings, "test").values()), folder / "tasks.png")
     config = clip.write_config(folder, settings)
     closing = write_results(
         next(iter(engines.values())), best, origin.state_dict(), folder, model_config=config

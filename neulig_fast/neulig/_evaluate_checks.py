@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import _checks
 from . import batchnorm as bn
-from .features import unpack
+from .batches import Peeked
 from .modes import MODES
 
 if TYPE_CHECKING:
@@ -17,6 +17,16 @@ if TYPE_CHECKING:
 
 BASELINES = ("uniform", "hard")
 Loader = Iterable[tuple[Tensor, Tensor]]
+
+
+def check_mappings(**arguments: Any) -> None:
+    """TypeError naming every argument that is neither a mapping nor None."""
+    faults = [
+        f"{name} must map tasks to their values, got {type(value).__name__}"
+        for name, value in arguments.items()
+        if value is not None and not isinstance(value, Mapping)
+    ]
+    _checks.raise_all("evaluate", faults, TypeError)
 
 
 def all_modes(
@@ -67,34 +77,32 @@ def own_experts(
     return known, faults
 
 
-def peeked(engine: NeuLig, loaders: Mapping[str, Loader]) -> tuple[dict[str, Loader], list[str]]:
-    """The loaders, and what their names and first batches tell.
+def peeked(
+    engine: NeuLig, loaders: Mapping[str, Loader], looks: dict[int, Peeked]
+) -> tuple[dict[str, Peeked], list[str]]:
+    """The loaders of known tasks, and what their names and first batches tell.
 
-    A one-shot iterator gets its first batch back; anything else is asked for a new iterator later.
+    ``looks`` gets them by the loader's id: a loader that serves twice is looked at once, for a
+    second ``iter`` may end the first one's reading.
     """
-    found: dict[str, Loader] = {}
+    found: dict[str, Peeked] = {}
     faults = [] if loaders else ["loaders must hold at least one task"]
     for task, loader in loaders.items():
         if task not in engine.heads:
-            hint = _checks.did_you_mean(task, engine.heads)
+            hint = _checks.did_you_mean(str(task), engine.heads)
             faults.append(f"no head for task {task!r} (known: {', '.join(engine.heads)}){hint}")
             continue
-        iterator = iter(loader)
-        first = next(iterator, None)
-        found[task] = _chained(first, iterator) if iterator is loader else loader
-        if first is None:
-            faults.append(f"the loader of task {task!r} is empty")
+        if not isinstance(loader, Iterable):
+            got = type(loader).__name__
+            faults.append(f"the loader of task {task!r} must be iterable, got {got}")
             continue
-        try:
-            unpack(first, engine.heads[task].num_classes, f"task {task!r}, batch 0")
-        except (TypeError, ValueError) as error:
-            faults.append(str(error))
+        if id(loader) not in looks:
+            looks[id(loader)] = Peeked(loader)
+        found[task] = looks[id(loader)]
+        fault = found[task].fault(engine.heads[task].num_classes, f"task {task!r}")
+        if fault is not None:
+            faults.append(fault)
     return found, faults
-
-
-def _chained(first: Any, rest: Iterator[Any]) -> Iterator[Any]:
-    yield first
-    yield from rest
 
 
 def calibration_faults(
@@ -103,7 +111,7 @@ def calibration_faults(
     """Tasks without a merge vector, and calibration loaders that cannot serve."""
     faults = []
     for task in tasks:
-        if task not in calibration and task not in engine.calibration:
+        if task in engine.heads and task not in {*calibration, *engine.calibration}:
             faults.append(
                 f"task {task!r} has no calibration vector: call fit(), or pass "
                 f"calibration={{{task!r}: loader}}"
@@ -112,6 +120,7 @@ def calibration_faults(
         if task not in engine.heads:
             hint = _checks.did_you_mean(task, engine.heads)
             faults.append(f"calibration: no head for task {task!r}{hint}")
-        elif iter(loader) is loader:
-            faults.append(f"calibration[{task!r}] must be re-iterable, got an iterator")
+        elif not isinstance(loader, Iterable) or isinstance(loader, Iterator):
+            got = type(loader).__name__
+            faults.append(f"calibration[{task!r}] must be re-iterable, got {got}")
     return faults

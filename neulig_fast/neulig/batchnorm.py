@@ -18,7 +18,8 @@ policy                 running statistics of the merged model
 The last two need many images per merged model and are refused where every image has its own.
 Models without BatchNorm are the same under all four. Scale and shift are parameters and always
 blended. Other float buffers are blended linearly; integer buffers (``num_batches_tracked``) come
-from expert 0 and never enter a sum, except that ``re_estimate`` counts its own batches.
+from expert 0 and never enter a sum, except that ``re_estimate`` counts its own batches. The mode
+``hard``, an expert as it is, keeps the expert's statistics under every policy.
 """
 
 from __future__ import annotations
@@ -29,11 +30,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import _checks
 from ..ops.blend import blend
+from .encoder import evaluating, run
 
 if TYPE_CHECKING:
     from ..pool import ExpertPool
@@ -135,28 +136,27 @@ def _re_estimate(pool: ExpertPool, state: dict[str, Tensor], calibration: Iterab
     modules = batchnorms(pool.template)
     for name in modules:
         counter = f"{name}.num_batches_tracked"
-        if counter in state:  # expert 0's own tensor until now
-            state[counter] = torch.zeros_like(state[counter])
+        if counter in state:
+            state[counter].zero_()
     seen = 0
-    with _attributes(modules.values(), training=True, track_running_stats=True, momentum=1.0):
+    settings = {"training": True, "track_running_stats": True, "momentum": 1.0}
+    with evaluating(pool.template), _attributes(modules.values(), **settings):
         for batch in calibration:
             images = as_input(pool, images_of(batch))
             seen += images.shape[0]
             for module in modules.values():
                 module.momentum = images.shape[0] / max(seen, 1)
-            functional_call(pool.template, state, (images,), tie_weights=False)
+            run(pool.template, state, images)
     if not seen:
         raise ValueError("merge: the calibration loader yields no images to re-estimate from")
 
 
 @contextlib.contextmanager
 def inference(pool: ExpertPool, policy: str) -> Iterator[None]:
-    """Within the block the template normalises as ``policy`` says. Not for concurrent threads."""
-    if policy != "batch_statistics":
-        yield
-        return
-    modules = batchnorms(pool.template).values()
-    with _attributes(modules, training=True, track_running_stats=False):
+    """Eval mode for a block, but BatchNorm as ``policy`` says. Not for concurrent threads."""
+    own = batchnorms(pool.template).values() if policy == "batch_statistics" else ()
+    settings = {"training": True, "track_running_stats": False}
+    with evaluating(pool.template), _attributes(own, **settings):
         yield
 
 

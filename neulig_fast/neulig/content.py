@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,7 +17,11 @@ KEY_BYTES = 16
 
 
 def pool_identity(pool: ExpertPool) -> str:
-    """Hex hash of the experts' weights and of what the encoder does with them."""
+    """Hex hash of the experts' weights and of what the encoder does with them.
+
+    Of code and foreign objects only the names are known, so two encoders may share an identity:
+    who relies on it recomputes a sample.
+    """
     digest = hashlib.blake2b(pool.fingerprint.encode(), digest_size=KEY_BYTES)
     for line in _describe(pool.template):
         digest.update(line.encode() + b"\n")
@@ -43,18 +48,25 @@ def _describe(template: nn.Module | None) -> Iterator[str]:
     for name, module in template.named_modules():
         yield f"{name}: {type(module).__module__}.{type(module).__qualname__}"
         for key, value in sorted(vars(module).items()):
-            if callable(value) and hasattr(value, "__qualname__"):
-                yield f"{name}.{key} = {value.__module__}.{value.__qualname__}"
-            elif key != "training" and not key.startswith("_") and _is_plain(value):
-                yield f"{name}.{key} = {value!r}"
+            if key != "training" and not key.startswith("_"):
+                yield f"{name}.{key} = {_said(value)}"
     stored = template.state_dict().keys()
     for name, buffer in template.named_buffers():
-        if name not in stored and buffer.numel():
-            yield f"{name} = {image_keys(buffer.reshape(1, -1))[0].hex()}"
+        if name not in stored:
+            yield f"{name} = {_said(buffer)}"
 
 
-def _is_plain(value: object) -> bool:
-    """Whether ``repr`` says all there is to say, and the same in every process."""
+def _said(value: object) -> str:
+    """A setting as text, the same in every process; of what cannot be said so, the type."""
+    if isinstance(value, bool | int | float | str | None):
+        return repr(value)
     if isinstance(value, tuple | list):
-        return all(map(_is_plain, value))
-    return isinstance(value, bool | int | float | str | None)
+        return f"[{', '.join(map(_said, value))}]"
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{_said(k)}: {_said(v)}' for k, v in value.items())}}}"
+    if isinstance(value, functools.partial):
+        return f"partial({_said(value.func)}, {_said(value.args)}, {_said(value.keywords)})"
+    if isinstance(value, Tensor) and value.layout == torch.strided and value.numel():
+        return image_keys(value.reshape(1, -1))[0].hex()
+    named = value if hasattr(value, "__qualname__") else type(value)
+    return f"{named.__module__}.{named.__qualname__}"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +45,8 @@ class NeuLig:
         cache_folder: keeps the experts' features between runs.
 
     Attributes:
-        pool, heads, alignment, boosting, scaling, seed: as given (heads on the pool's device).
+        pool, heads, alignment, boosting, scaling, seed: as given (heads on the pool's device, in
+            the Portland's dtype). given_heads: the heads as given.
         portland: the trainable part. cache: the experts' features.
         alignment_matrix, centered: of the alignment term.
         history: of the last fit, or None. calibration: task -> (N,) float64 on the CPU, the mean
@@ -65,6 +68,7 @@ class NeuLig:
         cache_folder: str | Path | None = None,
     ) -> None:
         _checks.raise_all("NeuLig", _faults(heads, alignment, boosting, scaling, seed))
+        self.given_heads = dict(heads)
         self.pool = experts if isinstance(experts, ExpertPool) else ExpertPool(experts)
         width = next(iter(heads.values())).feature_dim
         _checks.raise_all("NeuLig", _width_faults(self.pool.template, heads))
@@ -107,24 +111,27 @@ class NeuLig:
     ) -> NeuLig:
         """Train the Portland, from its seed, on the experts' features.
 
-        Every image runs through every expert once; then the loop needs features only. The result
-        does not depend on the order of the loaders' images, and on one machine is the same to the
-        bit for the same features and settings.
+        Every image runs through every expert once; then the loop needs features only. For the
+        same features and settings the result is the same to the bit on one machine, in whatever
+        order the loaders bring the images. The features are, up to rounding: an encoder may
+        round an image's differently in another batch.
 
         Args:
             loaders: task -> batches of (images, labels), one for every head. Bare batches of
                 images will do when no labels are used (entropy without a validation fraction).
             epochs, lr, batch_size: of Adam; one step per task and batch, and as many batches per
                 epoch as the smallest task has.
-            validation: labelled loaders per task, or the fraction of every task's images to set
-                aside. The weights with the best mean accuracy of the ensemble are kept; without
-                validation, the last ones.
+            validation: labelled loaders per task, or the fraction of every task's different
+                images to set aside. The weights with the best mean accuracy of the ensemble are
+                kept; without validation, the last ones.
             patience: stop after so many epochs without a better validation accuracy.
             starts: fit with the seeds seed, seed + 1, … and keep the best on validation.
             views: passes over the loaders, for loaders that augment; epoch k uses view k mod views.
                 Seed the augmentation if the fit is to be repeated or resumed.
             checkpoint: a file that is saved every ``checkpoint_every`` epochs and when the fit is
                 interrupted. Where it exists, the fit goes on from it and ends with the same bits.
+                In an existing folder, every fit has a file of its own. When the disk fills up, the
+                fit goes on with a ``NeuligFastWarning``.
             progress: show bars on stderr.
             callback: called with an :class:`EpochReport` after every epoch.
 
@@ -132,8 +139,11 @@ class NeuLig:
             The engine itself.
 
         Raises:
-            ValueError, TypeError: settings, tasks or batches that do not fit; an empty loader;
-                labels out of range; a checkpoint of another fit, each difference named.
+            ValueError, TypeError: settings, tasks or first batches that do not fit, all of them
+                before any image is encoded; later batches; features that are zero under a head
+                that normalises; a checkpoint of another fit, each difference named; a loss that is
+                not finite.
+            OSError: the checkpoint cannot be written, found before any image is encoded.
         """
         options = fitting.FitOptions(
             epochs,
@@ -151,19 +161,23 @@ class NeuLig:
         return self
 
     def features(self, images: Tensor) -> Tensor:
-        """Features (B, N, D) of all experts, from the cache where it has them."""
+        """Features (B, N, D) of all experts, from the cache or put there.
+
+        Everything else that takes images (``coopvec``, ``ensemble``, ``merged_forward``) reads
+        the cache but does not fill it.
+        """
         return self.cache.features(images)
 
     @torch.no_grad()
     def coopvec(self, images: Tensor) -> Tensor:
         """CoopVecs (B, N) of a batch of images."""
-        return self.portland.coopvec(self.features(images))
+        return self.portland.coopvec(self.cache.features(images, store=False))
 
     @torch.no_grad()
     def ensemble(self, images: Tensor, head: Head | str) -> Tensor:
         """Logits (B, C) of the ensembled features Σ_i w_bi z_bi; ``head`` or a task's name."""
         known, _ = modes.resolve_head(self, head)
-        features = self.features(images)
+        features = self.cache.features(images, store=False)
         return known(ensemble_features(self.portland.coopvec(features), features))
 
     def merged_forward(
@@ -240,10 +254,10 @@ def _faults(
     if boosting not in BOOSTING:
         hint = _checks.did_you_mean(boosting, BOOSTING)
         yield f"boosting must be one of {', '.join(BOOSTING)}, got {boosting!r}{hint}"
-    if scaling is not None and not scaling > 0:
-        yield f"scaling must be positive, got {scaling}"
-    if not isinstance(seed, int) or seed < 0:
-        yield f"seed must be an int >= 0, got {seed!r}"
+    if scaling is not None and not (isinstance(scaling, Real) and 0 < scaling < math.inf):
+        yield f"scaling must be positive and finite, got {scaling!r}"
+    if not isinstance(seed, int) or not 0 <= seed < 2**63:
+        yield f"seed must be an int >= 0 and < 2**63, got {seed!r}"
 
 
 def _width_faults(template: nn.Module | None, heads: Mapping[str, Head]) -> Iterator[str]:

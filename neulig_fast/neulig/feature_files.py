@@ -8,17 +8,21 @@ rewritten, so several processes may add to one folder.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import safetensors
 import torch
 from torch import Tensor
 
+from .._checks import shape
 from ..state_files import write_safetensors
 from .content import KEY_BYTES
 
 _FORMAT = "neulig_fast.features.1"
+# Relative; what rounding does to features: other batch sizes, devices, TF32.
+_ROUNDING = {torch.bfloat16: 0.1, torch.float16: 0.03}
+_ROUNDING_ELSE = 0.01
 
 
 def write_shard(folder: Path, keys: Sequence[bytes], features: Tensor) -> None:
@@ -40,6 +44,20 @@ def read_shards(folder: Path) -> Iterator[tuple[list[bytes], Tensor]]:
     for path in sorted(folder.glob("*.safetensors")):
         raw, features = _read(path, folder.name)
         yield [raw[k : k + KEY_BYTES] for k in range(0, len(raw), KEY_BYTES)], features
+
+
+def stale_faults(stored: Tensor, computed: Tensor, names: Iterable[str]) -> Iterator[str]:
+    """Experts that now give something else than is stored, (B, N, D) each."""
+    remedy = "delete the folder, or use another for every encoder"
+    if stored.shape != computed.shape or stored.dtype != computed.dtype:
+        yield f"holds features of another encoder, {shape(stored)} {stored.dtype}; {remedy}"
+        return
+    rounding = _ROUNDING.get(stored.dtype, _ROUNDING_ELSE)
+    error = (stored - computed).double().norm(dim=2)
+    scale = stored.double().norm(dim=2) + computed.double().norm(dim=2)
+    for i, name in enumerate(names):
+        if bool((error[:, i] > rounding * scale[:, i]).any()):
+            yield f"holds features of another encoder, expert {name!r} gives others now; {remedy}"
 
 
 def _read(path: Path, identity: str) -> tuple[bytes, Tensor]:

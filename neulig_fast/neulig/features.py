@@ -6,23 +6,26 @@ a description of the encoder. So weights, data and transform are all in the key,
 batch size and split are not; the same image in two data sets is computed once.
 
 With a folder, rows are also kept in ``folder/<identity>/<content hash>.safetensors``, written
-whole or not at all and checked when read.
+whole or not at all and checked when read. What an encoder's code does is not in its identity, so
+one image of every file is computed again when the file is first used, and has to agree.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from .._checks import raise_all, shape
+from .batches import unpack
 from .batchnorm import as_input
 from .content import KEY_BYTES, image_keys, pool_identity
-from .feature_files import read_shards, write_shard
+from .encoder import evaluating, run
+from .feature_files import read_shards, stale_faults, write_shard
 
 if TYPE_CHECKING:
     from ..pool import ExpertPool
@@ -44,21 +47,15 @@ class Collected(NamedTuple):
 
 
 def expert_features(template: nn.Module, state: Mapping[str, Tensor], images: Tensor) -> Tensor:
-    """(B, D) of one expert: ``template`` run with the tensors of ``state``.
+    """(B, D) of one expert: ``template`` run in eval mode with the tensors of ``state``.
 
     Where the encoder returns a tuple (pooled, tokens), the first entry counts.
 
     Raises:
         ValueError: the encoder does not map the batch to (B, D).
     """
-    output = functional_call(template, dict(state), (images,), tie_weights=False)
-    features = output[0] if isinstance(output, tuple | list) else output
-    if not isinstance(features, Tensor) or features.ndim != 2 or len(features) != len(images):
-        got = shape(features) if isinstance(features, Tensor) else type(features).__name__
-        raise ValueError(
-            f"features: the encoder must map {shape(images)} to ({len(images)}, D), got {got}"
-        )
-    return features
+    with evaluating(template):
+        return run(template, state, images)
 
 
 class FeatureCache:
@@ -78,25 +75,37 @@ class FeatureCache:
     ) -> None:
         self.pool, self.widths = pool, dict(widths or {})
         self.folder = None if folder is None else Path(folder) / pool_identity(pool)
-        self.computed = 0  # images that went through the experts
-        self._row_of: dict[bytes, int] = {}
-        self._rows = torch.empty(0)  # then (capacity, N, D)
-        self._flushed = 0
+        self.computed = 0  # images whose features were not there
+        self._forget()
         if self.folder is not None:
             self._read_folder(self.folder)
 
     def __len__(self) -> int:
         return len(self._row_of)
 
-    def features(self, images: Tensor) -> Tensor:
+    def features(self, images: Tensor, *, store: bool = True) -> Tensor:
         """Features (B, N, D) of images (B, ...), on the pool's device, without gradient.
 
-        Only images never seen before run, duplicates within the batch once.
+        Only images that are not in the cache run, duplicates within the batch once.
+
+        Args:
+            store: keep what is new. A service that sees ever new images would fill the memory.
 
         Raises:
-            ValueError: no images; no template; a feature that is not finite, its expert named.
+            ValueError: no images; no template; a feature that is not finite, its expert named;
+                a folder whose features are another encoder's.
         """
-        return self._gather(self._look_up(images))
+        if store:
+            return self._gather(self._look_up(images))
+        keys, new, block = self._missing(images)
+        at = {key: k for k, key in enumerate(new)}
+        rows = [block[at[key]] if key in at else self._rows[self._row_of[key]] for key in keys]
+        return torch.stack(rows)
+
+    def clear(self) -> None:
+        """Free the memory. What a folder holds stays there, unread until the next cache."""
+        self.flush()
+        self._forget()
 
     def collect(
         self,
@@ -147,16 +156,46 @@ class FeatureCache:
 
     # -- rows ----------------------------------------------------------------------------------
 
+    def _forget(self) -> None:
+        self._row_of: dict[bytes, int] = {}
+        self._rows = torch.empty(0)  # then (capacity, N, D)
+        self._flushed = 0
+        self._ends: list[int] = []  # file k holds the rows from the end of file k - 1 to its own
+        self._unproven: set[int] = set()  # files
+
     def _look_up(self, images: Tensor) -> list[int]:
+        keys, new, block = self._missing(images)
+        if new:
+            self._append(new, block)
+        return [self._row_of[key] for key in keys]
+
+    def _missing(self, images: Tensor) -> tuple[list[bytes], list[bytes], Tensor]:
+        """The images' keys, those that have no row, and the latter's features."""
         if not isinstance(images, Tensor) or images.ndim < 2 or not images.numel():
             got = shape(images) if isinstance(images, Tensor) else type(images).__name__
             raise ValueError(f"features: images must be a non-empty batch (B, ...), got {got}")
         keys = image_keys(images)
-        unknown = {key: b for b, key in enumerate(keys) if key not in self._row_of}
-        if unknown:
-            where = torch.tensor(list(unknown.values()), device=images.device)
-            self._append(list(unknown), self._compute(images[where]))
-        return [self._row_of[key] for key in keys]
+        self._prove(images, keys)
+        new = {key: b for b, key in enumerate(keys) if key not in self._row_of}
+        if not new:
+            return keys, [], self._rows[:0]
+        block = self._compute(images[torch.tensor(list(new.values()), device=images.device)])
+        self.computed += len(new)
+        return keys, list(new), block
+
+    def _prove(self, images: Tensor, keys: list[bytes]) -> None:
+        """Compute one image of every file that is used for the first time, and compare."""
+        found = {}
+        for b, key in enumerate(keys if self._unproven else ()):
+            file = bisect_right(self._ends, self._row_of.get(key, len(self)))
+            if file in self._unproven:
+                found[file] = b
+        if found:
+            at = list(found.values())
+            computed = self._compute(images[torch.tensor(at, device=images.device)])
+            stored = self._gather([self._row_of[keys[b]] for b in at])
+            raise_all(f"features: {self.folder}", stale_faults(stored, computed, self.pool.names))
+            self._unproven -= found.keys()
 
     @torch.no_grad()
     def _compute(self, images: Tensor) -> Tensor:
@@ -171,7 +210,6 @@ class FeatureCache:
                 "features: the experts are whole CLIP models, whose forward returns normalised "
                 "image features and text features; make experts of the image tower (.visual)"
             )
-        template.eval()
         images = as_input(self.pool, images)
         features = torch.stack(
             [
@@ -182,13 +220,12 @@ class FeatureCache:
         )
         finite = features.isfinite().all(2)
         raise_all("features", _finite_faults(finite, self.pool.names))
-        self.computed += len(images)
+        raise_all("features", _width_faults(self.widths, features.shape[2]))
         return features
 
     def _append(self, keys: list[bytes], block: Tensor) -> None:
         count = len(self)
         if self._rows.ndim == 1:
-            raise_all("features", _width_faults(self.widths, block.shape[2]))
             self._rows = block.new_empty((0, *block.shape[1:]))
         if block.shape[1:] != self._rows.shape[1:] or block.dtype != self._rows.dtype:
             raise ValueError(
@@ -224,28 +261,9 @@ class FeatureCache:
             if new:
                 block = features[torch.tensor(new)].to(self.pool.params.device)
                 self._append([keys[k] for k in new], block)
+                self._unproven.add(len(self._ends))
+                self._ends.append(len(self))
         self._flushed = len(self)
-
-
-def unpack(batch: Any, num_classes: int | None, where: str) -> tuple[Tensor, Tensor | None]:
-    """Images and int64 labels of a loader's batch, checked; labels None without num_classes."""
-    if num_classes is None:
-        return (batch if isinstance(batch, Tensor) else batch[0]), None
-    if not isinstance(batch, tuple | list) or len(batch) != 2:
-        raise TypeError(f"{where} must be (images, labels), got {type(batch).__name__}")
-    images, labels = batch[0], torch.as_tensor(batch[1])
-    if labels.ndim != 1 or labels.is_floating_point() or labels.is_complex():
-        raise TypeError(
-            f"{where}: labels must be (B,) integers, got {shape(labels)} {labels.dtype}"
-        )
-    if len(labels) != len(images):
-        raise ValueError(f"{where} has {len(images)} images but {len(labels)} labels")
-    wrong = labels[(labels < 0) | (labels >= num_classes)]
-    if len(wrong):
-        raise ValueError(
-            f"{where}: labels must be in [0, {num_classes}), got {wrong.unique().tolist()[:8]}"
-        )
-    return images, labels.to("cpu", torch.int64)
 
 
 def _length_faults(lengths: list[int]) -> Iterator[str]:

@@ -119,6 +119,9 @@ def _ink(group: str) -> str:
     return {"ensemble": BLUE, "merged": "#A84800"}.get(group, "#555555")
 
 
+_FRAME: dict[str, Any] = {"fill": False, "ec": ORANGE, "lw": 2.2, "zorder": 3, "clip_on": False}
+
+
 def coopvecs(report: Report) -> Figure:
     """Mean CoopVec of each task's images; frames mark every task's own expert."""
     names = report.settings["experts"]
@@ -136,11 +139,8 @@ def coopvecs(report: Report) -> Figure:
     own = report.settings.get("own") or {}
     for y, task in enumerate(report.tasks):
         if task in own:
-            x = names.index(own[task]) - 0.5
-            frame = Rectangle(
-                (x, y - 0.5), 1, 1, fill=False, ec=ORANGE, lw=2.2, zorder=3, clip_on=False
-            )
-            axis.add_patch(frame)
+            corner = (names.index(own[task]) - 0.5, y - 0.5)
+            axis.add_patch(Rectangle(corner, 1, 1, **_FRAME))
     axis.set_xticks(range(len(names)), names)
     if max(map(len, names)) > 9:
         axis.tick_params(axis="x", labelrotation=25)

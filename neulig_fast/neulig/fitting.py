@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sized
+from collections.abc import Iterator, Mapping
+from operator import length_hint
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,7 +15,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
-from .._checks import did_you_mean, raise_all
+from .._checks import raise_all
+from ..state_files import make_writable_folder
+from ._fit_checks import FitOptions, Loaders, Source, setting_faults, sources, zero_faults
+from .batches import Peeked
 from .checkpoint import Checkpoint
 from .features import Collected
 from .history import Callback, EpochReport, History
@@ -24,22 +28,6 @@ from .train import FitSettings, TaskData, Trainer, derived_generator
 
 if TYPE_CHECKING:
     from .engine import NeuLig
-
-Loaders = Mapping[str, Iterable[Any]]
-
-
-class FitOptions(NamedTuple):
-    """The arguments of :meth:`NeuLig.fit`."""
-
-    epochs: int
-    lr: float
-    batch_size: int
-    validation: Loaders | float | None
-    patience: int | None
-    starts: int
-    views: int
-    checkpoint: str | Path | None
-    checkpoint_every: int
 
 
 class Fitted(NamedTuple):
@@ -54,12 +42,15 @@ def fit(
     engine: NeuLig, loaders: Loaders, options: FitOptions, progress: bool, callback: Callback | None
 ) -> Fitted:
     """Collect the features, train on them, and average each task's CoopVecs."""
-    raise_all("fit", _faults(engine, loaders, options))
+    raise_all("fit", setting_faults(engine, loaders, options))
+    if options.checkpoint is not None:
+        path = Path(options.checkpoint)
+        make_writable_folder(path if path.is_dir() else path.parent)
     with _bars(progress) as bars:
         training, validation = _rows(engine, loaders, options, bars)
         settings = FitSettings(
             options.epochs,
-            options.lr,
+            float(options.lr),
             options.batch_size,
             engine.boosting,
             engine.scaling,
@@ -78,81 +69,54 @@ def fit(
     return Fitted(portland, history, _calibrate(portland, training))
 
 
-def _faults(engine: NeuLig, loaders: Any, options: FitOptions) -> Iterator[str]:
-    yield from _task_faults("loaders", loaders, engine)
-    for name in ("epochs", "batch_size", "starts", "views", "checkpoint_every"):
-        value = getattr(options, name)
-        if not isinstance(value, int) or value < 1:
-            yield f"{name} must be an int >= 1, got {value!r}"
-    if not options.lr > 0:
-        yield f"lr must be positive, got {options.lr}"
-    validation = options.validation
-    if isinstance(validation, float):
-        if not 0 < validation < 1:
-            yield f"validation must be between 0 and 1 as a fraction, got {validation}"
-        if options.views > 1:
-            yield (
-                "a validation fraction would put views of one image on both sides; "
-                "pass validation loaders with views > 1"
-            )
-    elif validation is not None:
-        yield from _task_faults("validation", validation, engine)
-    elif options.patience is not None or options.starts > 1:
-        yield "patience and starts > 1 choose by validation accuracy: pass validation="
-    if options.patience is not None and options.patience < 1:
-        yield f"patience must be an int >= 1, got {options.patience!r}"
-
-
-def _task_faults(name: str, loaders: Any, engine: NeuLig) -> Iterator[str]:
-    if not isinstance(loaders, Mapping):
-        yield f"{name} must map tasks to iterables of (images, labels), got {loaders!r}"
-        return
-    for task in loaders:
-        if task not in engine.heads:
-            yield f"{name}: no head for task {task!r}{did_you_mean(str(task), engine.heads)}"
-    for task in engine.heads:
-        if task not in loaders:
-            yield f"{name}: no loader for task {task!r}"
-
-
 # -- features ----------------------------------------------------------------------------------
 
 
 def _rows(
     engine: NeuLig, loaders: Loaders, options: FitOptions, bars: Progress
 ) -> tuple[list[TaskData], list[TaskData]]:
-    fraction = options.validation if isinstance(options.validation, float) else None
+    """Training and validation rows of every task; all first batches are looked at before."""
+    fraction = options.fraction
     labelled = engine.boosting == "supervised" or fraction is not None
-    training, validation = [], []
-    for task in engine.heads:
-        data = _collect(engine, task, loaders[task], options.views, labelled, bars)
-        if fraction is not None:
-            data, aside = _split(data, fraction, engine.seed)
-            validation.append(aside)
-        training.append(data)
+    looks: dict[int, Peeked] = {}
+    plan = [(sources(engine, loaders, labelled, "task", looks), options.views)]
     if isinstance(options.validation, Mapping):
-        for task in engine.heads:
-            validation.append(_collect(engine, task, options.validation[task], 1, True, bars))
-    return training, validation
+        plan.append((sources(engine, options.validation, True, "validation of task", looks), 1))
+    every = [source for part, _ in plan for source in part.values()]
+    faults = [source.loader.fault(source.num_classes, source.name) for source in every]
+    raise_all("fit", filter(None, faults))
+    training, *rest = [
+        [_collect(engine, task, source, views, bars) for task, source in part.items()]
+        for part, views in plan
+    ]
+    if fraction is not None:
+        halves = [_split(rows, fraction, engine.seed) for rows in training]
+        return [kept.data for kept, _ in halves], [aside.data for _, aside in halves]
+    return [rows.data for rows in training], [rows.data for part in rest for rows in part]
 
 
-def _collect(
-    engine: NeuLig, task: str, loader: Iterable[Any], views: int, labelled: bool, bars: Progress
-) -> TaskData:
+class _Rows(NamedTuple):
+    """A task's rows sorted by content, and the content of each, (V·M, 16) uint8."""
+
+    data: TaskData
+    keys: Tensor
+
+
+def _collect(engine: NeuLig, task: str, source: Source, views: int, bars: Progress) -> _Rows:
     head = engine.heads[task]
-    total = len(loader) * views if isinstance(loader, Sized) else None
-    bar = bars.add_task(f"features {task}", total=total)
+    bar = bars.add_task(f"features {task}", total=length_hint(source.loader) * views or None)
     collected = engine.cache.collect(
-        loader,
-        name=f"task {task!r}",
-        num_classes=head.num_classes if labelled else None,
+        source.loader,
+        name=source.name,
+        num_classes=source.num_classes,
         views=views,
         advance=lambda: bars.advance(bar),
     )
     bars.remove_task(bar)
-    order = _canonical_order(collected).to(collected.features.device)
-    labels = None if collected.labels is None else collected.labels[order]
-    return TaskData(task, collected.features[order], labels, head, views)
+    if head.normalize:
+        raise_all(f"fit: {source.name}", zero_faults(collected.features, engine.pool.names))
+    data = TaskData(task, collected.features, collected.labels, head, views)
+    return _subset(_Rows(data, collected.keys), _canonical_order(collected))
 
 
 def _canonical_order(rows: Collected) -> Tensor:
@@ -164,21 +128,28 @@ def _canonical_order(rows: Collected) -> Tensor:
     return torch.from_numpy(np.lexsort((*columns, view)))
 
 
-def _split(data: TaskData, fraction: float, seed: int) -> tuple[TaskData, TaskData]:
-    size = len(data.features)
+def _split(rows: _Rows, fraction: float, seed: int) -> tuple[_Rows, _Rows]:
+    """Set aside a fraction of the different images, each with all its copies."""
+    name = rows.data.name
+    different, image = torch.unique(rows.keys, dim=0, return_inverse=True)
+    size = len(different)
     aside = max(1, round(fraction * size))
     if aside >= size:
         raise ValueError(
-            f"fit: task {data.name!r} has {size} images, too few to set {fraction:g} of them aside"
+            f"fit: task {name!r} has {size} different images, too few to set {fraction:g} of them "
+            "aside"
         )
-    generator = derived_generator(seed, "validation", data.name)
-    order = torch.randperm(size, generator=generator).to(data.features.device)
-    return _subset(data, order[aside:].sort().values), _subset(data, order[:aside].sort().values)
+    drawn = torch.zeros(size, dtype=torch.bool)
+    drawn[torch.randperm(size, generator=derived_generator(seed, "validation", name))[:aside]] = 1
+    aside_too = drawn[image]
+    return _subset(rows, (~aside_too).nonzero()[:, 0]), _subset(rows, aside_too.nonzero()[:, 0])
 
 
-def _subset(data: TaskData, rows: Tensor) -> TaskData:
-    labels = None if data.labels is None else data.labels[rows]
-    return data._replace(features=data.features[rows], labels=labels)
+def _subset(rows: _Rows, chosen: Tensor) -> _Rows:
+    data, there = rows.data, chosen.to(rows.data.features.device)
+    labels = None if data.labels is None else data.labels[there]
+    data = data._replace(features=data.features[there], labels=labels)
+    return _Rows(data, rows.keys[chosen])
 
 
 def _facts(
@@ -188,16 +159,20 @@ def _facts(
     facts = {
         key: value
         for key, value in options._asdict().items()
-        if key not in ("validation", "checkpoint", "checkpoint_every")
+        if key not in ("lr", "validation", "checkpoint", "checkpoint_every")
     }
+    facts["lr"] = float(options.lr)
     for key in ("alignment", "boosting", "scaling", "seed"):
         facts[key] = getattr(engine, key)
+    facts["order of tasks"] = list(engine.heads)
     facts["experts"] = engine.pool.fingerprint
     facts["alignment matrix"] = _hash(engine.alignment_matrix)
     for kind, rows in (("training", training), ("validation", validation)):
         for data in rows:
             facts[f"{kind} data of {data.name}"] = _hash(data.features, data.labels)
-            facts[f"head of {data.name}"] = _hash(data.head.weight, data.head.bias)
+    for task, head in engine.heads.items():
+        facts[f"head of {task}"] = _hash(head.weight, head.bias)
+        facts[f"normalize of {task}"] = head.normalize
     return facts
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import raise_all, shape
+from .encoder import evaluating
 
 _TEXTS_PER_CALL = 256
 
@@ -24,6 +25,7 @@ class Head:
         normalize: divide the features by their L2 norm first.
 
     Raises:
+        TypeError: weight or bias is not a tensor.
         ValueError: shapes or dtypes that do not fit, or values that are not finite; all of them
             named.
     """
@@ -33,7 +35,13 @@ class Head:
     normalize: bool = True
 
     def __post_init__(self) -> None:
+        raise_all("Head", self._strangers(), TypeError)
         raise_all("Head", self._faults())
+
+    def _strangers(self) -> Iterator[str]:
+        for name, value in (("weight", self.weight), ("bias", self.bias)):
+            if not isinstance(value, Tensor) and (name, value) != ("bias", None):
+                yield f"{name} must be a tensor, got {type(value).__name__}"
 
     def _faults(self) -> Iterator[str]:
         if self.weight.ndim != 2 or 0 in self.weight.shape:
@@ -64,6 +72,13 @@ class Head:
             return self
         bias = None if self.bias is None else self.bias.detach().to(device, dtype)
         return Head(self.weight.detach().to(device, dtype), bias, self.normalize)
+
+    def same_as(self, other: Head) -> bool:
+        """Whether both compute the same: equal shapes and values, on one device."""
+        if self.normalize != other.normalize or (self.bias is None) != (other.bias is None):
+            return False
+        pairs = [(self.weight, other.weight), (self.bias, other.bias)]
+        return all(mine is None or torch.equal(mine, theirs) for mine, theirs in pairs)
 
     def __call__(self, features: Tensor) -> Tensor:
         """Logits (..., C) of features (..., D), in the dtype of the head.
@@ -96,7 +111,7 @@ def zero_shot_head(
 
     Args:
         clip_model: has ``encode_text`` and ``logit_scale``; runs in eval mode, in batches of 256
-            texts, and gets its mode back.
+            texts, and every submodule gets its mode back.
         tokenizer: list of texts -> (texts, context) token ids.
         class_names: C names.
         templates: texts with ``{}`` for the name, or functions of the name.
@@ -138,13 +153,9 @@ def _encode_texts(
     model: nn.Module, tokenizer: Callable[[list[str]], Tensor], texts: list[str]
 ) -> Tensor:
     device = model.logit_scale.device
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         batches = [
             model.encode_text(tokenizer(texts[k : k + _TEXTS_PER_CALL]).to(device)).float()
             for k in range(0, len(texts), _TEXTS_PER_CALL)
         ]
-    finally:
-        model.train(was_training)
     return torch.cat(batches)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from torch.func import vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import batchnorm as bn
-from .features import expert_features
+from .encoder import evaluating, run
 
 if TYPE_CHECKING:
     from ..pool import ExpertPool
@@ -32,7 +32,7 @@ def state_features(
     """(B, D) features of one merged model."""
     template = runnable(pool)
     with bn.inference(pool, batchnorm):
-        return expert_features(template, state, bn.as_input(pool, images))
+        return run(template, state, bn.as_input(pool, images))
 
 
 def runnable(pool: ExpertPool) -> nn.Module:
@@ -56,19 +56,35 @@ def per_sample_features(
 
     ``chunk`` merged models at a time are blended and run side by side with ``torch.func.vmap``;
     a chunk of one runs without it, for encoders that vmap cannot batch.
+
+    Raises:
+        ValueError: an encoder that vmap cannot batch.
     """
-    if chunk is None:
-        limit = CHUNK_BYTES.get(pool.params.device.type, CHUNK_BYTES_DEVICE)
-        chunk = max(1, limit // (pool.params.shape[1] * pool.params.element_size()))
+    chunk = chunk or default_chunk(pool)
     images = bn.as_input(pool, images)
     pieces = []
-    for some, weights in zip(images.split(chunk), coopvec.split(chunk), strict=True):
-        rows = bn.blended_rows(pool, weights, batchnorm)
-        if chunk == 1:
-            pieces.append(state_features(pool, pool.row_state_dict(rows[0]), some))
-        else:
-            pieces.append(_side_by_side(pool, rows, some))
+    template = runnable(pool)
+    with evaluating(template):
+        for some, weights in zip(images.split(chunk), coopvec.split(chunk), strict=True):
+            rows = bn.blended_rows(pool, weights, batchnorm)
+            if chunk == 1:
+                pieces.append(run(template, pool.row_state_dict(rows[0]), some))
+            else:
+                pieces.append(_side_by_side(pool, rows, some))
     return torch.cat(pieces)
+
+
+def default_chunk(pool: ExpertPool) -> int:
+    """Merged models to hold at a time: as many as fit :data:`CHUNK_BYTES`, at least one."""
+    limit = CHUNK_BYTES.get(pool.params.device.type, CHUNK_BYTES_DEVICE)
+    return max(1, limit // (pool.params.shape[1] * pool.params.element_size()))
+
+
+def chunk_faults(chunk: Any) -> list[str]:
+    """What is wrong with a ``chunk`` that a caller gave."""
+    if chunk is None or (isinstance(chunk, int) and chunk >= 1):
+        return []
+    return [f"chunk must be a positive integer or None, got {chunk!r}"]
 
 
 def _side_by_side(pool: ExpertPool, rows: Tensor, images: Tensor) -> Tensor:
@@ -76,10 +92,19 @@ def _side_by_side(pool: ExpertPool, rows: Tensor, images: Tensor) -> Tensor:
     template = runnable(pool)
 
     def one(row: Tensor, image: Tensor) -> Tensor:
-        return expert_features(template, pool.row_state_dict(row), image[None])[0]
+        return run(template, pool.row_state_dict(row), image[None])[0]
 
-    with _batchable_attention():
-        return vmap(one)(rows, images)
+    try:
+        with _batchable_attention():
+            return vmap(one)(rows, images)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        run(template, pool.row_state_dict(rows[0]), images[:1])  # may fail by itself: then that
+        raise ValueError(
+            "per_sample: torch.func.vmap cannot run this encoder for several merged models at "
+            f"once; pass chunk=1 to run them one at a time ({error})"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ like plain averaging.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,12 +29,12 @@ from torch import Tensor
 
 from .. import _checks
 from . import batchnorm as bn
-from .merged import per_sample_features, state_features
+from .heads import Head
+from .merged import chunk_faults, per_sample_features, state_features
 
 if TYPE_CHECKING:
     from ..pool import ExpertPool
     from .engine import NeuLig
-    from .heads import Head
 
 BATCH_MODES = ("per_sample", "batch_mean", "first_sample")
 TASK_MODES = ("dataset", "hard")
@@ -70,11 +70,13 @@ def merged_forward(
 
     Args:
         images: (B, ...), whatever the encoder takes.
-        head: a head, or the name of one of the engine's tasks.
+        head: the name of one of the engine's tasks, or a head. One that equals a task's head is
+            that task's.
         mode: one of :data:`MODES`.
         weights: replaces the engine's CoopVecs. (B, N) for ``per_sample``, ``batch_mean`` and
             ``first_sample``; (N,), the data set's vector, for ``dataset``, ``global`` and ``hard``.
-        batchnorm: one of :data:`~neulig_fast.neulig.batchnorm.POLICIES`.
+        batchnorm: one of :data:`~neulig_fast.neulig.batchnorm.POLICIES`; ``hard``, an expert as it
+            is, has the expert's own statistics under every one.
         chunk: images merged at a time in ``per_sample``; by default as many as fit 32 MiB of
             merged parameters on the CPU and 1 GiB elsewhere, and at least one.
         calibration: batches of images for ``batchnorm="re_estimate"``.
@@ -85,13 +87,20 @@ def merged_forward(
 
     Raises:
         ValueError: an unknown mode or policy; a policy that the mode cannot have; weights of the
-            wrong shape; a mode that needs a data set's vector where there is none.
+            wrong shape; a mode that needs a data set's vector where there is none, or a head of
+            several tasks; an encoder that vmap cannot batch (``chunk=1`` runs it).
+        TypeError: ``head`` is neither a head nor a name.
     """
     check_mode(mode)
-    known, task = resolve_head(engine, head)
-    faults = bn.policy_faults(
-        engine.pool, batchnorm, per_sample=mode == "per_sample", calibrated=calibration is not None
+    known, tasks = resolve_head(engine, head)
+    faults = chunk_faults(chunk) + bn.policy_faults(
+        engine.pool,
+        batchnorm,
+        per_sample=mode == "per_sample",
+        calibrated=calibration is not None or mode == "hard",
     )
+    if mode in TASK_MODES and weights is None and len(tasks) > 1:
+        faults.append(f"the head is that of {', '.join(tasks)}: name the task instead")
     if not len(images):
         faults.append("images must hold at least one image")
     _checks.raise_all("merged_forward", faults)
@@ -101,7 +110,8 @@ def merged_forward(
             return known(per_sample_features(engine.pool, images, coopvec, batchnorm, chunk))
         vector = coopvec[0] if mode == "first_sample" else coopvec.mean(0)
     else:
-        vector = merge_vector(engine, mode, task=task, weights=weights)
+        vector = merge_vector(engine, mode, task=tasks[0] if tasks else None, weights=weights)
+    batchnorm = "blend" if mode == "hard" else batchnorm
     state = bn.merged_state_dict(engine.pool, vector, batchnorm, calibration)
     return known(state_features(engine.pool, state, images, batchnorm))
 
@@ -131,16 +141,25 @@ def merge(
         Name -> tensor, views of one new row; load it with ``encoder.load_state_dict``.
 
     Raises:
-        ValueError: a mode that has no single model; no vector to merge with; an empty loader.
+        ValueError: a mode that has no single model; no vector to merge with; an unknown task, or
+            none where there are several; an empty loader.
     """
     check_mode(mode, FIXED_MODES)
-    if loader is not None and iter(loader) is loader and batchnorm == "re_estimate":
+    calibrated = loader is not None or mode == "hard"
+    faults = bn.policy_faults(engine.pool, batchnorm, calibrated=calibrated)
+    if task is not None and task not in engine.heads:
+        faults.append(_unknown_task(engine, task))
+    elif mode in TASK_MODES and loader is weights is task is None and len(engine.heads) > 1:
+        faults.append(f"mode {mode!r}: name the task, one of {', '.join(engine.heads)}")
+    _checks.raise_all("merge", faults)
+    if loader is not None and isinstance(loader, Iterator) and batchnorm == "re_estimate":
         loader = list(loader)
     if loader is not None and weights is None and mode in TASK_MODES:
         weights = mean_coopvec(engine, loader)
     if task is None and len(engine.heads) == 1:
         task = next(iter(engine.heads))
     vector = merge_vector(engine, mode, task=task, weights=weights)
+    batchnorm = "blend" if mode == "hard" else batchnorm
     return bn.merged_state_dict(engine.pool, vector, batchnorm, loader)
 
 
@@ -194,7 +213,7 @@ def mean_coopvec(engine: NeuLig, loader: Iterable[Any]) -> Tensor:
     total = torch.zeros(engine.pool.num_experts, dtype=torch.float64)
     seen = 0
     for batch in loader:
-        coopvec = engine.coopvec(bn.images_of(batch))
+        coopvec = engine.portland.coopvec(engine.features(bn.images_of(batch)))
         total += coopvec.to("cpu", torch.float64).sum(0)
         seen += coopvec.shape[0]
     if not seen:
@@ -211,7 +230,8 @@ def task_arithmetic(
         pretrained: state dict of the experts' common ancestor.
 
     Returns:
-        Name -> tensor in the pool's dtype. Float buffers are the experts' mean, not extrapolated:
+        Name -> tensor in the pool's dtype, summed in fp32 (fp64 for fp64) and rounded once. Float
+        buffers are the experts' mean, not extrapolated:
         a variance may not turn negative. Integer buffers come from expert 0.
 
     Raises:
@@ -227,22 +247,36 @@ def task_arithmetic(
     _checks.raise_all("task_arithmetic: pretrained", faults)
     count = pool.num_experts
     merged = pool.blend(torch.full((count,), 1 / count, dtype=torch.float64))
-    for segment in pool.segments:
-        if segment.kind == "parameter":
-            mean = merged[segment.name]
-            base = pretrained[segment.name].to(mean.device, mean.dtype)
-            mean.sub_(base).mul_(scale * count).add_(base)
+    accumulate = _checks.accumulation_dtype(pool.params.dtype)
+    for s in pool.segments:
+        if s.kind == "parameter":
+            base = pretrained[s.name].detach().to(pool.params.device, accumulate)
+            rows = pool.params[:, s.start : s.start + s.length]
+            total = sum(row.view(s.shape).to(accumulate) - base for row in rows)
+            merged[s.name].copy_(base + scale * total)
     return merged
 
 
-def resolve_head(engine: NeuLig, head: Head | str) -> tuple[Head, str | None]:
-    """The head, and the task it belongs to (None for a head the engine does not know)."""
+def resolve_head(engine: NeuLig, head: Head | str) -> tuple[Head, tuple[str, ...]]:
+    """The head as the engine runs it, and the tasks whose head it is, none or several maybe.
+
+    A head belongs to the tasks whose head has its values, on the pool's device and in the dtype
+    that the engine keeps heads in.
+    """
     if isinstance(head, str):
         if head not in engine.heads:
-            hint = _checks.did_you_mean(head, engine.heads)
-            raise ValueError(f"unknown task {head!r} (known: {', '.join(engine.heads)}){hint}")
-        return engine.heads[head], head
-    return head, next((task for task, known in engine.heads.items() if known is head), None)
+            raise ValueError(_unknown_task(engine, head))
+        return engine.heads[head], (head,)
+    if not isinstance(head, Head):
+        raise TypeError(f"head must be a Head or a task's name, got {type(head).__name__}")
+    params = engine.pool.params
+    head = head.to(params.device, _checks.accumulation_dtype(params.dtype))
+    return head, tuple(task for task, known in engine.heads.items() if known.same_as(head))
+
+
+def _unknown_task(engine: NeuLig, task: str) -> str:
+    hint = _checks.did_you_mean(task, engine.heads)
+    return f"unknown task {task!r} (known: {', '.join(engine.heads)}){hint}"
 
 
 def _batch_coopvecs(engine: NeuLig, images: Tensor, weights: Tensor | None) -> Tensor:

@@ -5,21 +5,22 @@
 ``expert<i>-<hash>.safetensors``     expert i's state dict, loadable on its own
 
 The JSON file is replaced last. Files of different content have different names, so until then the
-previous save stays whole; afterwards the files only it used are removed.
+previous save stays whole; afterwards all other files with such names are removed.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from .._checks import FLOAT_DTYPES
+from .._checks import FLOAT_DTYPES, raise_all
 from ..pool import ExpertPool
 from ..state_files import read_state_dict, write_json, write_safetensors
 from .heads import Head
@@ -30,24 +31,46 @@ if TYPE_CHECKING:
 
 _FORMAT = "neulig_fast.engine.1"
 _INDEX = "neulig.json"
+_FILE = re.compile(r"(state|expert\d+)-[0-9a-f]{16}\.safetensors")
 _HISTORY_TENSORS = ("boosting", "alignment", "validation")
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOAT_DTYPES}
+# Of the JSON file: a type, a list of one layout, or an object with a layout for every key.
+_LAYOUT: dict[str, Any] = {
+    "format": str,
+    "settings": {"alignment": str, "boosting": str, "scaling": float, "seed": int},
+    "tasks": [{"name": str, "normalize": bool}],
+    "experts": {
+        "names": [str],
+        "files": [str],
+        "dtype": str,
+        "keys": [str],
+        "buffers": [str],
+        "fingerprint": str,
+    },
+    "state": str,
+}
+_HISTORY = {
+    "tasks": [str],
+    "epoch": int,
+    "start": int,
+    "starts": [float],
+    "rounds_per_epoch": int,
+}
 
 
 def save(engine: NeuLig, path: str | Path) -> None:
     """See :meth:`NeuLig.save`."""
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    previous = _files(_read_index(folder)) if (folder / _INDEX).exists() else set()
     state = _state(engine)
     index = _index(engine, f"state-{_hash(state)}.safetensors")
     write_safetensors(folder / index["state"], state)
     for i, name in enumerate(index["experts"]["files"]):
-        if not (folder / name).exists():  # its name is its content
-            write_safetensors(folder / name, _stored(engine.pool, i))
+        write_safetensors(folder / name, _stored(engine.pool, i))
     write_json(folder / _INDEX, index)
-    for stale in previous - _files(index):
-        (folder / stale).unlink(missing_ok=True)
+    for path in folder.iterdir():
+        if _FILE.fullmatch(path.name) and path.name not in _files(index):
+            path.unlink(missing_ok=True)
 
 
 def load(
@@ -63,6 +86,7 @@ def load(
     state = read_state_dict(folder / index["state"])
     if index["state"] != f"state-{_hash(state)}.safetensors":
         raise ValueError(f"{folder / index['state']} is damaged: its hash does not fit its name")
+    raise_all(str(folder / index["state"]), _state_faults(index, state))
     pool = _load_pool(folder, index["experts"], template, device)
     heads = {
         task["name"]: Head(
@@ -74,8 +98,12 @@ def load(
     with torch.no_grad():
         engine.portland.weight.copy_(state["portland.weight"])
         engine.portland.bias.copy_(state["portland.bias"])
+    engine.calibration = {
+        task: state[f"calibration.{k}"]
+        for k, task in enumerate(heads)
+        if f"calibration.{k}" in state
+    }
     if index["history"] is not None:
-        engine.calibration = {task: state[f"calibration.{k}"] for k, task in enumerate(heads)}
         engine.history = _history(index["history"], state)
     return engine
 
@@ -185,7 +213,44 @@ def _read_index(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(index, dict) or index.get("format") != _FORMAT:
         raise ValueError(f"{path} is not of the format {_FORMAT}")
+    history = type(None) if index.get("history") is None else _HISTORY
+    raise_all(str(path), _layout_faults(index, {**_LAYOUT, "history": history}))
+    raise_all(str(path), _content_faults(index))
     return index
+
+
+def _layout_faults(value: Any, layout: Any, place: str = "the file") -> Iterator[str]:
+    """Where ``value`` is not what ``layout`` says."""
+    kind = type(layout) if isinstance(layout, dict | list) else layout
+    if not isinstance(value, kind):
+        yield f"{place} must be of the type {kind.__name__}, got {value!r}"
+    elif isinstance(layout, list):
+        for k, item in enumerate(value):
+            yield from _layout_faults(item, layout[0], f"{place}[{k}]")
+    elif isinstance(layout, dict):
+        for key in sorted({*layout, *value}):
+            if key in layout and key in value:
+                yield from _layout_faults(value[key], layout[key], key)
+            else:
+                yield f"{place} {'lacks' if key in layout else 'has an unknown'} {key!r}"
+
+
+def _content_faults(index: Mapping[str, Any]) -> Iterator[str]:
+    for name in sorted(_files(index)):
+        if not _FILE.fullmatch(name):
+            yield f"{name!r} is no name of a file of an engine"
+    if index["experts"]["dtype"] not in _DTYPES:
+        yield f"dtype must be one of {', '.join(_DTYPES)}, got {index['experts']['dtype']!r}"
+
+
+def _state_faults(index: Mapping[str, Any], state: Mapping[str, Tensor]) -> Iterator[str]:
+    names = ["portland.weight", "portland.bias"]
+    names += [f"head.{k}.weight" for k in range(len(index["tasks"]))]
+    if index["history"] is not None:
+        names += [f"history.{key}" for key in _HISTORY_TENSORS]
+    for name in names:
+        if name not in state:
+            yield f"lacks {name}"
 
 
 def _files(index: Mapping[str, Any]) -> set[str]:

@@ -113,6 +113,9 @@ class Trainer:
         """Train from the start, or from the checkpoint when it holds a state.
 
         Any exception, KeyboardInterrupt included, first saves the last finished epoch.
+
+        Raises:
+            ValueError: an epoch with a loss or weights that are not finite, and its task.
         """
         saved = self.checkpoint.read() if self.checkpoint else None
         if saved is not None:
@@ -152,6 +155,7 @@ class Trainer:
             for t, task in enumerate(self.tasks):
                 terms = self.terms[self.start, first + k, t]
                 self._step(task, orders[t][k], terms)
+        self._check_finite(self.terms[self.start, first : first + self.rounds])
         mean = 0.0
         if self.validation:
             self.accuracy[self.start, self.epoch] = self._validate()
@@ -159,6 +163,16 @@ class Trainer:
         # Of equally good epochs of one start the last is kept: its CoopVecs are the most decided.
         if mean > self.best or (mean == self.best and self.best_start == self.start):
             self._keep(mean)
+
+    def _check_finite(self, terms: Tensor) -> None:
+        """Once per epoch: every look waits for a GPU."""
+        where = f"fit: in epoch {self.epoch + 1}, lr {self.settings.lr:g},"
+        bad = (~terms.isfinite().all(2)).flatten().nonzero()
+        if len(bad):
+            task = self.tasks[int(bad[0]) % len(self.tasks)]  # the first; it infects the others
+            raise ValueError(f"{where} the loss of task {task.name!r} is not finite")
+        if not self.portland.weight.isfinite().all():
+            raise ValueError(f"{where} the Portland's weights are not finite")
 
     def _order(self, t: int) -> Tensor:
         """The row numbers of task ``t`` in the order of this epoch."""
