@@ -46,7 +46,7 @@ class NeuLig:
 
     Attributes:
         pool, heads, alignment, boosting, scaling, seed: as given (heads on the pool's device, in
-            the Portland's dtype). given_heads: the heads as given.
+            the Portland's dtype).
         portland: the trainable part. cache: the experts' features.
         alignment_matrix, centered: of the alignment term.
         history: of the last fit, or None. calibration: task -> (N,) float64 on the CPU, the mean
@@ -68,7 +68,6 @@ class NeuLig:
         cache_folder: str | Path | None = None,
     ) -> None:
         _checks.raise_all("NeuLig", _faults(heads, alignment, boosting, scaling, seed))
-        self.given_heads = dict(heads)
         self.pool = experts if isinstance(experts, ExpertPool) else ExpertPool(experts)
         width = next(iter(heads.values())).feature_dim
         _checks.raise_all("NeuLig", _width_faults(self.pool.template, heads))
