@@ -37,6 +37,7 @@ from rich.progress import Progress
 from rows import Row
 
 import neulig_fast
+from neulig_fast._experts import return_freed_memory
 from neulig_fast._registry import BACKENDS, Op
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -232,6 +233,7 @@ def run(cases: Iterator[Case], *, quick: bool) -> list[Row]:
         console.print(report.table(str(case), new))
         del case  # and with it its inputs, before the next ones are made
         gc.collect()
+        return_freed_memory()  # holes of one case rarely fit the next one's tensors
     return rows
 
 

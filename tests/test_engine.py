@@ -255,7 +255,7 @@ def test_inference_does_not_fill_the_cache():
     assert len(made.cache) == rows + 5
 
 
-def test_the_heads_are_also_kept_as_given():
+def test_the_heads_take_the_portlands_dtype():
     given = heads(torch.float64)
     made = NeuLig(experts(), given)
     assert made.heads["digits"].weight.dtype == torch.float32
