@@ -1,6 +1,8 @@
 """The README says what is true: its example runs as printed, its tables match the registry."""
 
 import ast
+import csv
+import json
 import re
 import subprocess
 import sys
@@ -38,6 +40,36 @@ def test_the_table_of_operators_is_the_registry():
 def test_nothing_is_left_to_fill_in():
     assert not re.findall(r"\b[A-Z]+_TEXT\b|TODO|TBD", README)
     assert re.search(r"!\[[^]]+\]\(docs/figures/", README)
+
+
+def test_every_speed_in_the_table_is_a_committed_row():
+    file = ROOT / "benchmarks/results/amd-epyc-2-cores/blend.csv"
+    with file.open(newline="") as opened:
+        rows = [
+            r for r in csv.DictReader(opened) if (r["K"], r["S"], r["threads"]) == ("1", "1", "2")
+        ]
+    providers = ["torch.compile", "torch._foreach", "flat matmul", "python loop"]
+    table = re.findall(r"^\| (\d+) \| (float32|bfloat16) \|(.*)\|$", README, flags=re.M)
+    assert len(table) == 10
+    for experts, dtype, cells in table:
+        found = {r["provider"]: r for r in rows if (r["N"], r["dtype"]) == (experts, dtype)}
+        ours = found["neulig_fast/cpu"]
+        expected = [ours["ms_q50"], ours["pct_copy"], *(found[p]["ms_q50"] for p in providers)]
+        assert [cell.strip() for cell in cells.split("|")] == expected
+
+
+def test_the_demos_figures_are_those_of_the_committed_run():
+    report = json.loads((ROOT / "benchmarks/results/amd-epyc-2-cores/demo.json").read_text())
+    mean = {row: f"{values['mean']:.1f}" for row, values in report["accuracy"].items()}
+    for row in (
+        "| pre-trained model, each task's own expert | {pretrained}, {expert} |",
+        "| uniform average of the experts, task arithmetic | {uniform}, {task_arithmetic} |",
+        "| **ensemble** of the experts, weighted per image | {ensemble} |",
+        "(`dataset`) | {per_sample} / {dataset} |",
+        "points to | {hard} |",
+        "(`global`) | {global} |",
+    ):
+        assert row.format(**mean) in README
 
 
 def test_every_linked_file_exists():
