@@ -41,8 +41,8 @@ def settings(quick: bool, device: str) -> Iterator[tuple[torch.dtype, Setting]]:
         yield dtype, (5, None, True, many)
         if device == "cpu" and many > 1:
             yield dtype, (5, None, False, 1)
-    if not quick:  # last: eight outputs take the most memory beside the experts
-        yield torch.float32, (5, 8, False, many)
+    if not quick:  # last: several outputs take the most memory beside the experts
+        yield torch.float32, (5, 4, False, many)
 
 
 # -- other people's ways: weights as (S or 1, N) floats, one result per row of weights ------------
