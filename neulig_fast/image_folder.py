@@ -130,7 +130,7 @@ def _subset(folder: ImageFolder, indices: Sequence[int]) -> ImageFolder:
 
 
 def unreadable(folder: ImageFolder) -> str | None:
-    """Open every file as far as its header (0.05 ms each); what cannot be, by name, or None."""
+    """Open every file as far as its header; what cannot be, by name, or None."""
     faults = []
     for path in folder.files:
         try:

@@ -20,7 +20,7 @@ from .segments import Segments
 
 ALIGNMENT = 128  # bytes: a pair of CPU cache lines, one cache line of a GPU
 _HASH_BYTES = 1 << 26  # copied from a GPU at a time
-_RETURN_BYTES = 1 << 24  # consumed between two returns of freed memory, 0.5 to 2 ms each
+_RETURN_BYTES = 1 << 24  # consumed between two returns of freed memory
 
 
 class ExpertPool:

@@ -9,8 +9,8 @@
 
 namespace neulig_fast {
 
-// Below this many elements read or written, waking a second thread costs more than it saves: a tiny
-// region took 8-20 ms in the OpenMP barrier when another process held a core.
+// Below this many elements read or written, waking a second thread costs more than it saves,
+// far more when another process holds a core and the region waits for it in OpenMP's barrier.
 constexpr int64_t kSerialElements = 6 * 65536;
 
 // Calls body(item) once for each item in [0, items). Threads take items as they become free, so a

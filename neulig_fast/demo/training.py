@@ -34,14 +34,12 @@ NamedProgress = Callable[[str, int, int, float], None]  # the same, after the ta
 def _thread_pool(threads: int) -> Iterator[ThreadPoolExecutor]:
     """Python threads that each run torch's operators on one thread, and the faster matrix product.
 
-    On two quiet cores a pre-training step takes 158 ms with one such thread and 96 ms with two,
-    five experts 81 s of CPU time and 43 s. torch's own two threads gain about as much there, but
-    where another program keeps a core busy they lose far more than that: OpenMP's threads spin at
-    the end of every operator.
+    torch's own two threads gain about as much on quiet cores, but where another program keeps a
+    core busy they lose far more: OpenMP's threads spin at the end of every operator.
 
-    "medium" lets torch take oneDNN's product, 250 against MKL's 115 GFLOP/s on one core of an AMD
-    EPYC with AVX-512 (and still in fp32 there); the math form of attention goes with it (the flash
-    kernel calls tiny products, 13 times slower that way). One step of 64 images: 39 ms, not 69.
+    "medium" lets torch take oneDNN's product, which is faster than MKL's on a CPU with AVX-512 (and
+    still in fp32 on an AMD EPYC); the math form of attention goes with it, because the flash kernel
+    calls tiny products, which are slow that way.
     """
     before = torch.get_num_threads(), torch.get_float32_matmul_precision()
     torch.set_num_threads(1)
