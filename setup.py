@@ -181,9 +181,10 @@ def write_info(package: Path, built: str, reason: str) -> None:
 class BuildAlways(build):
     """Runs build_ext even when there is nothing to compile, to write down why."""
 
-    sub_commands = tuple(
+    # A list: plugins of setuptools append to it.
+    sub_commands = [  # noqa: RUF012
         (name, None if name == "build_ext" else test) for name, test in build.sub_commands
-    )
+    ]
 
 
 # Not optional=True, which would hide a failed link from BuildNative.

@@ -9,7 +9,7 @@
 // A thread owns one pack of columns in every row: 16 bytes where pointers and rows are aligned,
 // else one column. Up to 8 experts stay in registers; beyond, they are loaded by eights, and kept
 // in shared memory, each thread its own columns, if there is more than one output.
-#include "cuda/launch.h"
+#include "cuda/blend.h"
 #include "cuda/pieces.h"
 
 namespace neulig_fast {

@@ -11,7 +11,7 @@
 // even on alignment, because a thread owns the same columns whether or not it may load them as one
 // pack. First, a block of threads per piece of columns (pieces.h): a partial sum per (k, i). Then a
 // block of threads per result adds the partial sums of its segment.
-#include "cuda/launch.h"
+#include "cuda/blend_weight_grad.h"
 #include "cuda/pieces.h"
 
 namespace neulig_fast {

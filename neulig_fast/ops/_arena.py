@@ -15,7 +15,7 @@ import torch
 from .. import _checks
 from ..segments import Segments
 
-MAX_GPU_EXPERTS = 64  # as csrc/cuda/bindings.cpp and kernels/_launch.py have it
+MAX_GPU_EXPERTS = 64  # as csrc/cuda/bindings.h and kernels/_launch.py have it
 
 
 def boundaries(
