@@ -44,11 +44,16 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 @dataclass(frozen=True)
 class Config:
-    """Columns and warps of a program, and how many rows (experts, gradients) it holds at once."""
+    """How a kernel is cut into programs.
+
+    ``block`` columns of a program, ``num_warps``, ``held`` rows (experts, gradients) at once;
+    ``lanes`` columns at a time, for kernels that walk through their block.
+    """
 
     block: int
     num_warps: int
     held: int
+    lanes: int = 0
 
 
 def config(op: str, dtype: torch.dtype, experts: int, outputs: int) -> Config:
@@ -61,8 +66,8 @@ def config(op: str, dtype: torch.dtype, experts: int, outputs: int) -> Config:
     if op == "blend":
         return _blend(registers, experts, outputs)
     if op == "blend_weight_grad":
-        block = 2048 if outputs <= 2 else 1024
-        return Config(block=block // registers, num_warps=4, held=min(outputs, 4))
+        lanes = (1024 if outputs == 1 else 512) // registers
+        return Config(block=8 * lanes, num_warps=4, held=min(outputs, 4), lanes=lanes)
     raise ValueError(f"config: {op!r} has no kernel")
 
 

@@ -24,39 +24,69 @@ from ._launch import (
 )
 from ._segments import find_segment, search_steps
 
+EXPERTS = 8  # whose sums a program keeps
 CHUNK = 4096  # partial sums that a program of the second stage adds at once
 
 
 @triton.jit
-def _sum_piece(
-    grad_ptr, params_ptr, partials_ptr, mask, other, K, P, row_stride, slots,
-    N: tl.constexpr, ROWS: tl.constexpr, UNROLL: tl.constexpr, BLOCK: tl.constexpr,
+def _add_columns(
+    sums, grad_ptr, params_ptr, lanes, mask, other, k, i, K, P, row_stride,
+    N: tl.constexpr, ROWS: tl.constexpr, EXPERTS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """The partial sums of a piece: ROWS rows of grad are held, experts pass by, UNROLL at once."""
+    """``sums``, a vector per row and expert, plus the products of the columns ``lanes``.
+
+    Rows and experts past the last one are the last one again, and their sums are not stored.
+    """
+    held, passing = (), ()
+    for r in tl.static_range(ROWS):
+        row = grad_ptr + tl.minimum(k + r, K - 1) * P
+        held += (tl.load(row + lanes, mask=mask, other=other),)
+    for n in tl.static_range(EXPERTS):
+        expert = params_ptr + tl.minimum(i + n, N - 1) * row_stride
+        passing += (tl.load(expert + lanes, mask=mask, other=other),)
+    added = ()
+    for r in tl.static_range(ROWS):
+        for n in tl.static_range(EXPERTS):
+            added += (sums[r * EXPERTS + n] + held[r].to(ACC) * passing[n].to(ACC),)
+    return added
+
+
+@triton.jit
+def _sum_piece(
+    grad_ptr, params_ptr, partials_ptr, block, start, stop, masked: tl.constexpr, k, i, K, P,
+    row_stride, slots, N: tl.constexpr, ROWS: tl.constexpr, EXPERTS: tl.constexpr,
+    LANES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The partial sums of one piece: LANES columns at a time, and the lanes added at the end."""
     ACC: tl.constexpr = partials_ptr.dtype.element_ty
-    lanes = tl.arange(0, BLOCK)
-    k = K * 0
-    while k < K:  # the interpreter's range() refuses kernel arguments since numpy 2.4
-        held = ()
-        for j in tl.static_range(ROWS):
-            row = tl.minimum(k + j, K - 1)  # a row too many is read twice and not stored
-            held += (tl.load(grad_ptr + row * P + lanes, mask=mask, other=other),)
-        for first in range(0, N, UNROLL):
-            for u in tl.static_range(UNROLL):
-                expert = params_ptr + (first + u) * row_stride
-                x = tl.load(expert + lanes, mask=mask, other=other).to(ACC)
-                for j in tl.static_range(ROWS):
-                    entry = partials_ptr + ((k + j) * N + first + u) * slots
-                    tl.store(entry, tl.sum(held[j].to(ACC) * x), mask=k + j < K)
-        k += ROWS
+    sums = ()
+    for _ in tl.static_range(ROWS * EXPERTS):
+        sums += (tl.zeros((LANES,), ACC),)
+    for offset in range(0, BLOCK, LANES):
+        lanes = block + offset + tl.arange(0, LANES)
+        if masked:
+            mask = (lanes >= start) & (lanes < stop)
+            sums = _add_columns(
+                sums, grad_ptr, params_ptr, lanes, mask, 0.0, k, i, K, P, row_stride,
+                N, ROWS, EXPERTS, ACC,
+            )  # fmt: skip
+        else:
+            sums = _add_columns(
+                sums, grad_ptr, params_ptr, lanes, None, None, k, i, K, P, row_stride,
+                N, ROWS, EXPERTS, ACC,
+            )  # fmt: skip
+    for r in tl.static_range(ROWS):
+        for n in tl.static_range(EXPERTS):
+            entry = partials_ptr + ((k + r) * N + i + n) * slots
+            tl.store(entry, tl.sum(sums[r * EXPERTS + n]), mask=(k + r < K) & (i + n < N))
 
 
 @triton.jit(do_not_specialize=["K", "S", "slots", "column_units", "stride_units"])
 def blend_weight_grad_partial_kernel(
     grad_ptr, params_ptr, bounds_ptr, partials_ptr,
     K: tl.int64, S: tl.int64, slots: tl.int64, column_units: tl.int64, stride_units: tl.int64,
-    N: tl.constexpr, ROWS: tl.constexpr, UNROLL: tl.constexpr, STEPS: tl.constexpr,
-    COLUMN_UNIT: tl.constexpr, STRIDE_UNIT: tl.constexpr, BLOCK: tl.constexpr,
+    N: tl.constexpr, ROWS: tl.constexpr, EXPERTS: tl.constexpr, STEPS: tl.constexpr,
+    COLUMN_UNIT: tl.constexpr, STRIDE_UNIT: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """partials[k, i, slot] = sum over the columns p of a slot's piece of grad[k, p] * params[i, p].
 
@@ -64,13 +94,19 @@ def blend_weight_grad_partial_kernel(
     or fp64; bounds (S+1,) int64, not read when S = 1; partials (K, N, slots) contiguous, fp32
     (fp64 for fp64 params). P and the row stride come as multiples of COLUMN_UNIT and STRIDE_UNIT.
     Accumulates in partials' type over at most BLOCK columns.
-    Reads (N + K) * P * itemsize bytes once if K <= ROWS; for more rows a program reads its
-    N * BLOCK values of params again, from cache. Writes K * N / BLOCK values per column.
+    A program sums ROWS gradients with EXPERTS experts; neighbouring programs take the next ones
+    of the same columns, so that (N + K) * P * itemsize bytes come from memory, the rest from cache.
+    Writes K * N / BLOCK values per column.
     """
     # The interpreter gives an annotated argument the smallest type that holds it.
     P = column_units.to(tl.int64) * COLUMN_UNIT
     row_stride = stride_units.to(tl.int64) * STRIDE_UNIT
-    slot = tl.program_id(0).to(tl.int64)
+    expert_groups = (N + EXPERTS - 1) // EXPERTS
+    groups = (K + ROWS - 1) // ROWS * expert_groups
+    program = tl.program_id(0).to(tl.int64)
+    slot = program // groups
+    k = program % groups // expert_groups * ROWS
+    i = program % expert_groups * EXPERTS
     segment = find_segment(bounds_ptr, slot, S, STEPS, BLOCK)
     block = (slot - segment) * BLOCK
     start = block
@@ -80,15 +116,13 @@ def blend_weight_grad_partial_kernel(
         stop = tl.minimum(stop, tl.load(bounds_ptr + segment + 1))
     if stop - start == BLOCK:
         _sum_piece(
-            grad_ptr + block, params_ptr + block, partials_ptr + slot, None, None, K, P,
-            row_stride, slots, N, ROWS, UNROLL, BLOCK,
+            grad_ptr, params_ptr, partials_ptr + slot, block, start, stop, False, k, i, K, P,
+            row_stride, slots, N, ROWS, EXPERTS, LANES, BLOCK,
         )  # fmt: skip
-    elif start < stop:  # narrow accesses, as little code as possible: a small part of the columns
-        lanes = tl.arange(0, BLOCK)
-        mask = (lanes >= (start - block).to(tl.int32)) & (lanes < (stop - block).to(tl.int32))
+    elif start < stop:  # narrow accesses: a small part of the columns
         _sum_piece(
-            grad_ptr + block, params_ptr + block, partials_ptr + slot, mask, 0.0, K, P,
-            row_stride, slots, N, ROWS, 1, BLOCK,
+            grad_ptr, params_ptr, partials_ptr + slot, block, start, stop, True, k, i, K, P,
+            row_stride, slots, N, ROWS, EXPERTS, LANES, BLOCK,
         )  # fmt: skip
 
 
@@ -174,13 +208,16 @@ def launches(
     bounds = segments.contiguous() if segments is not None and S > 1 else None
     units = (P // column_unit, row_stride // stride_unit)
     arguments = (grad.contiguous(), params, bounds, partials, KN // N, S, slots, *units)
+    experts = min(N, EXPERTS)
+    groups = -(-(KN // N) // launch.held) * -(-N // experts)
     options = {
         "N": N,
         "ROWS": launch.held,
-        "UNROLL": N if N <= 8 else 1,
+        "EXPERTS": experts,
         "STEPS": search_steps(S),
         "COLUMN_UNIT": column_unit,
         "STRIDE_UNIT": stride_unit,
+        "LANES": launch.lanes,
         "BLOCK": launch.block,
         "num_warps": launch.num_warps,
         "maxnreg": REGISTERS,
@@ -193,6 +230,6 @@ def launches(
         "maxnreg": REGISTERS,
     }
     return [
-        Launch(blend_weight_grad_partial_kernel, slots, arguments, options),
+        Launch(blend_weight_grad_partial_kernel, slots * groups, arguments, options),
         Launch(blend_weight_grad_total_kernel, KN * S, total_arguments, total_options),
     ]

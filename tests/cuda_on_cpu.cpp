@@ -30,37 +30,45 @@ void blend_from(const BlendCall& call, int path, int64_t p) {
   if (path == 2) many<T, 1>(call, p);
 }
 
-template <typename T, int kRows>
+// The partial sums of one slot. Threads' sums are added in order instead of by warps.
+template <typename T, int kRows, int kExperts>
 void partial_sums(const BlendWeightGradCall& call, bool wide, int64_t slot) {
-  const Piece piece = find_piece(call.bounds, call.segments, call.columns, slot);
+  const Piece piece = find_piece(call.bounds, call.segments, call.columns, slot, kPieceColumns);
   if (piece.begin >= piece.end) return;
-  for (int64_t k = 0; k < call.outputs; k += kRows)
-    for (int64_t expert = 0; expert < call.experts; expert += kExperts) {
-      const Group<T> group = make_group<T, kRows>(call, wide, k, expert);
-      Accumulator<T> total[kRows][kExperts] = {};
-      for (int thread = 0; thread < 256; ++thread) {
-        Accumulator<T> sums[kRows][kExperts] = {};
-        add_piece<T, kRows>(group, piece, thread, sums);
-        for (int r = 0; r < kRows; ++r)
-          for (int i = 0; i < kExperts; ++i) total[r][i] += sums[r][i];
-      }
-      for (int r = 0; r < group.rows; ++r)
-        for (int i = 0; i < group.experts; ++i)
-          static_cast<Accumulator<T>*>(
-              call.partials)[((k + r) * call.experts + expert + i) * call.slots + slot] =
-              total[r][i];
+  for (int64_t index = 0; index < count_groups(call, kRows, kExperts); ++index) {
+    const auto group = make_group<T, kRows, kExperts>(call, index);
+    Accumulator<T> total[kRows][kExperts] = {};
+    for (int thread = 0; thread < kThreads; ++thread) {
+      Accumulator<T> sums[kRows][kExperts] = {};
+      add_piece<T>(group, piece, wide, thread, sums);
+      for (int r = 0; r < kRows; ++r)
+        for (int n = 0; n < kExperts; ++n) total[r][n] += sums[r][n];
     }
+    for (int64_t k = group.k; k < least(group.k + kRows, call.outputs); ++k)
+      for (int64_t i = group.i; i < least(group.i + kExperts, call.experts); ++i)
+        static_cast<Accumulator<T>*>(call.partials)[(k * call.experts + i) * call.slots + slot] =
+            total[k - group.k][i - group.i];
+  }
+}
+
+template <typename T, int kRows, int kExperts>
+void all_partial_sums(const BlendWeightGradCall& call, bool wide) {
+  if constexpr (kExperts > 1) {
+    if (call.experts < kExperts) return all_partial_sums<T, kRows, kExperts - 1>(call, wide);
+  }
+  for (int64_t slot = 0; slot < call.slots; ++slot)
+    partial_sums<T, kRows, kExperts>(call, wide, slot);
 }
 
 template <typename T>
 void weight_grad_all(const BlendWeightGradCall& call, bool wide, int rows) {
   using A = Accumulator<T>;
-  for (int64_t slot = 0; slot < call.slots; ++slot)
-    rows == 1 ? partial_sums<T, 1>(call, wide, slot) : partial_sums<T, 4>(call, wide, slot);
+  if (rows == 1) all_partial_sums<T, 1, kMostExperts>(call, wide);
+  else all_partial_sums<T, kMostRows, kMostExperts>(call, wide);
   for (int64_t segment = 0; segment < call.segments; ++segment)
     for (int64_t entry = 0; entry < call.outputs * call.experts; ++entry) {
       double sum = 0;
-      for (int thread = 0; thread < 256; ++thread)
+      for (int thread = 0; thread < kTotalThreads; ++thread)
         sum += add_partials<A>(call, segment, entry, thread);
       const int64_t k = entry / call.experts, i = entry % call.experts;
       static_cast<A*>(call.result)[(k * call.segments + segment) * call.experts + i] =
@@ -91,19 +99,24 @@ void weight_grad(int element, const BlendWeightGradCall* call, bool wide, int ro
   }
 }
 
-int64_t slot_count(int64_t columns, int64_t segments) {
+int64_t weight_grad_slots(int64_t columns, int64_t segments) {
   return blend_weight_grad_slots(columns, segments);
+}
+
+int64_t slot_count(int64_t columns, int64_t segments, int64_t width) {
+  return count_slots(columns, segments, width);
 }
 
 int64_t segment_of(const int64_t* bounds, int64_t count, int64_t p) {
   return find_segment(bounds, count, p);
 }
 
-Piece piece_of(const int64_t* bounds, int64_t count, int64_t columns, int64_t slot) {
-  return find_piece(bounds, count, columns, slot);
+Piece piece_of(const int64_t* bounds, int64_t count, int64_t columns, int64_t slot, int64_t width) {
+  return find_piece(bounds, count, columns, slot, width);
 }
 
-SlotRange slots_of(const int64_t* bounds, int64_t count, int64_t slots, int64_t segment) {
-  return find_slots(bounds, count, slots, segment);
+SlotRange slots_of(const int64_t* bounds, int64_t count, int64_t slots, int64_t segment,
+                   int64_t width) {
+  return find_slots(bounds, count, slots, segment, width);
 }
 }
