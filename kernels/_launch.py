@@ -46,14 +46,16 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 class Config:
     """How a kernel is cut into programs.
 
-    ``block`` columns of a program, ``num_warps``, ``held`` rows (experts, gradients) at once;
-    ``lanes`` columns at a time, for kernels that walk through their block.
+    ``block`` columns of a program, ``num_warps``, ``held`` rows (experts; of blend_weight_grad:
+    gradients) at once. Kernels that walk through their block take ``lanes`` columns at a time and
+    keep sums for ``experts`` experts.
     """
 
     block: int
     num_warps: int
     held: int
     lanes: int = 0
+    experts: int = 0
 
 
 def config(op: str, dtype: torch.dtype, experts: int, outputs: int) -> Config:
@@ -66,8 +68,7 @@ def config(op: str, dtype: torch.dtype, experts: int, outputs: int) -> Config:
     if op == "blend":
         return _blend(registers, experts, outputs)
     if op == "blend_weight_grad":
-        lanes = (1024 if outputs == 1 else 512) // registers
-        return Config(block=8 * lanes, num_warps=4, held=min(outputs, 4), lanes=lanes)
+        return _blend_weight_grad(registers, experts, outputs)
     raise ValueError(f"config: {op!r} has no kernel")
 
 
@@ -85,6 +86,14 @@ def _blend(registers: int, experts: int, outputs: int) -> Config:
         while experts * columns * registers > 128:
             columns //= 2
     return Config(block=128 * columns, num_warps=4, held=held)
+
+
+def _blend_weight_grad(registers: int, experts: int, outputs: int) -> Config:
+    """Sums of up to 8 gradients with up to 8 experts, in at most 160 registers a thread."""
+    lanes = (1024 if outputs == 1 else 512) // registers
+    held = min(outputs, 8)
+    groups = -(-experts // min(8, 40 // held))
+    return Config(8 * lanes, 4, held, lanes, experts=-(-experts // groups))
 
 
 @dataclass(frozen=True)

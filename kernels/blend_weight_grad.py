@@ -24,7 +24,6 @@ from ._launch import (
 )
 from ._segments import find_segment, search_steps
 
-EXPERTS = 8  # whose sums a program keeps
 CHUNK = 4096  # partial sums that a program of the second stage adds at once
 
 
@@ -208,12 +207,11 @@ def launches(
     bounds = segments.contiguous() if segments is not None and S > 1 else None
     units = (P // column_unit, row_stride // stride_unit)
     arguments = (grad.contiguous(), params, bounds, partials, KN // N, S, slots, *units)
-    experts = min(N, EXPERTS)
-    groups = -(-(KN // N) // launch.held) * -(-N // experts)
+    groups = -(-(KN // N) // launch.held) * -(-N // launch.experts)
     options = {
         "N": N,
         "ROWS": launch.held,
-        "EXPERTS": experts,
+        "EXPERTS": launch.experts,
         "STEPS": search_steps(S),
         "COLUMN_UNIT": column_unit,
         "STRIDE_UNIT": stride_unit,

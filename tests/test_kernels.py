@@ -178,7 +178,7 @@ def test_wrong_bounds_harm_nothing(bounds):
     _launch.run(params, blend_module.launches(weights, params, segments, out, launch))
     assert_intact(buffer, out)
     assert (out == 2).all(), "weights of no segment"
-    (grad, _), launch = fenced(torch.ones(1, 130)), Config(32, 1, 1, 16)
+    (grad, _), launch = fenced(torch.ones(1, 130)), Config(32, 1, 1, 16, 2)
     partials, partial_buffer = fenced(torch.zeros(2, 7))
     result, result_buffer = fenced(torch.zeros(3, 2))
     arguments = (grad, params, segments, partials, result, launch)
@@ -212,7 +212,7 @@ def test_weight_grad_per_segment_is_exact_where_sums_are(dtype, block):
     slots = -(-130 // block) + s - 1
     partials = torch.full((k * n, slots), float("nan"), dtype=accumulator(dtype), device=DEVICE)
     out = torch.empty(k, s, n, dtype=accumulator(dtype), device=DEVICE)
-    launch = Config(block, 1, 2, 16)
+    launch = Config(block, 1, 2, 16, 2)
     _launch.run(params, grad_module.launches(grad, params, segments, partials, out, launch))
     assert torch.equal(out, blend_weight_grad_reference(grad, params, segments))
     assert torch.equal(out, grad_module.blend_weight_grad(grad, params, segments, launch))

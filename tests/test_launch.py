@@ -24,6 +24,8 @@ def test_configurations_are_possible(op, dtype):
             assert c.block >= 32 * c.num_warps and c.block & (c.block - 1) == 0
             if op == "blend":
                 assert c.held == n or (k == 1 and (n - c.held) % 8 == 0 and 1 <= c.held <= 8)
+            else:
+                assert c.block % c.lanes == 0 and 1 <= c.experts <= 8 and 1 <= c.held <= 8
     with pytest.raises(ValueError, match="'blond' has no kernel"):
         config("blond", dtype, 1, 1)
 

@@ -4,8 +4,8 @@
 // grad (K, P) and params (N, P), any row stride, column stride 1, fp32 | bf16 | fp16 | fp64 alike;
 // bounds (S + 1,) int64; result (K, S, N) contiguous in the accumulation type, fp32 (fp64 for
 // fp64). Accumulates over at most 16384 columns in the accumulation type, and those partial sums in
-// fp64. Bytes: (N + K) * P * itemsize for K <= 4 and N <= 8. Beyond, neighbouring blocks of threads
-// read the same columns for the next 4 gradients or 8 experts at about the same time, from cache.
+// fp64. Bytes: (N + K) * P * itemsize for K <= 8 and N <= 8. Beyond, neighbouring blocks of threads
+// read the same columns for the next 8 gradients or experts at about the same time, from cache.
 //
 // Two launches, no atomics, and an order that depends on nothing but the shapes and bounds: not
 // even on alignment, because a thread owns the same columns whether or not it may load them as one
@@ -19,7 +19,7 @@ namespace {
 
 constexpr int64_t kPieceColumns = 16384;
 constexpr int kMostExperts = 8;  // whose sums a thread keeps
-constexpr int kMostRows = 4;     // of grad, likewise
+constexpr int kMostRows = 8;     // of grad, likewise
 constexpr int kTotalThreads = 1024;
 
 NF_DEVICE float multiply_add(float a, float b, float sum) {
@@ -175,7 +175,8 @@ __device__ __forceinline__ A add_warp(A value) {
   return value;
 }
 
-// Two blocks per multiprocessor at the least for one gradient; for four, 128 registers would spill.
+// Two blocks per multiprocessor at the least for one gradient; for eight, 128 registers would
+// spill.
 template <typename T, int kRows, int kExperts>
 __global__ void __launch_bounds__(kThreads, kRows == 1 ? 2 : 1)
     blend_weight_grad_partial_kernel(const __grid_constant__ BlendWeightGradCall call,
