@@ -13,6 +13,7 @@ from torch import nn
 
 from . import _checks, _experts
 from ._experts import Expert
+from ._memory import large_pages
 from .offsets import OffsetStats
 from .ops.blend import blend
 from .ops.offset_gram import offset_gram
@@ -276,5 +277,6 @@ class ExpertPool:
 def _empty_arena(n: int, width: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """(n, width), not yet touched, starting on an ALIGNMENT boundary (torch's CPU grants 64)."""
     flat = torch.empty(n * width + ALIGNMENT // dtype.itemsize, dtype=dtype, device=device)
+    large_pages(flat)
     skip = -flat.data_ptr() % ALIGNMENT // dtype.itemsize
     return flat[skip : skip + n * width].view(n, width)
