@@ -18,7 +18,7 @@ import torch
 import neulig_fast as nf
 from neulig_fast import testing
 from neulig_fast._registry import OPS
-from neulig_fast.ops import _sharded
+from neulig_fast.ops import _sharded, _sharded_lists
 
 RANKS = 2
 CHECKS = {}
@@ -41,7 +41,7 @@ def mesh():
 
 
 def draw(*shape, dtype=torch.float32, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def placed(tensor, placement, dim=-1):
@@ -212,6 +212,48 @@ def a_layout_gives_any_tensor_its_place_back():
         back = layout.wrap(tensor.to_local() * 2)
         assert back.placements == tensor.placements
         assert torch.equal(back.full_tensor(), 2 * tensor.full_tensor())
+
+
+def loop(weights, lists):
+    """The list form in plain PyTorch."""
+    rows = weights if weights.ndim == 2 else weights.expand(len(lists[0]), -1)
+    return [
+        sum(w * x for w, x in zip(row, tensors, strict=True))
+        for row, tensors in zip(rows, zip(*lists, strict=True), strict=True)
+    ]
+
+
+@check
+def lists_are_blended_where_they_lie():
+    shapes, dims = ((5, 3), (4,), (2, 7), ()), (0, 0, 1, None)
+    lists = [[draw(*s, seed=10 * i + t) for t, s in enumerate(shapes)] for i in range(3)]
+
+    def place(tensor, dim):
+        return placed(tensor, "Replicate") if dim is None else placed(tensor, "Shard", dim)
+
+    cut = [[place(x, dim) for x, dim in zip(xs, dims, strict=True)] for xs in lists]
+    for shape in ((3,), (4, 3)):
+        weights = draw(*shape, dtype=torch.float64).requires_grad_()
+        got, expected = _sharded_lists.blend_lists(loop, weights, cut), loop(weights, lists)
+        for blended, tensor, whole in zip(got, cut[0], expected, strict=True):
+            assert blended.placements == tensor.placements
+            assert torch.equal(blended.full_tensor(), whole)
+        (grad,) = torch.autograd.grad(sum(x.full_tensor().square().sum() for x in got), weights)
+        (exact,) = torch.autograd.grad(sum(x.square().sum() for x in expected), weights)
+        torch.testing.assert_close(grad, exact)
+        same_on_all_ranks(grad)
+
+
+@check
+def lists_that_lie_apart_are_refused():
+    from torch.distributed import tensor as dt
+
+    rows, columns = placed(draw(4, 2), "Shard", 0), placed(draw(4, 2), "Shard", 1)
+    parts = dt.DTensor.from_local(draw(4, 2), mesh(), [dt.Partial()])
+    run = _sharded_lists.blend_lists
+    refused("expert 1, position 0: placed as .*dim=1", run, loop, draw(2), [[rows], [columns]])
+    refused("as a plain tensor, expert 0 as", run, loop, draw(2), [[rows], [draw(4, 2)]])
+    refused("position 0: sums not yet reduced", run, loop, draw(2), [[parts], [parts]])
 
 
 def same_on_all_ranks(tensor):

@@ -87,9 +87,18 @@ class Layout:
         """The sum of the shards' parts, on every rank."""
         return _Sum.apply(part, self._groups())
 
+    @property
+    def split(self) -> tuple[int, ...]:
+        """The dimensions of the mesh along which ranks hold different elements."""
+        return tuple(d for d, p in enumerate(self.placements) if not p.is_replicate())
+
     def _groups(self) -> list[Any]:
-        split = [d for d, placement in enumerate(self.placements) if not placement.is_replicate()]
-        return [self.mesh.get_group(d) for d in split]
+        return [self.mesh.get_group(d) for d in self.split]
+
+
+def shown(placements: Sequence[Placement]) -> str:
+    """Placements as messages have them."""
+    return f"({', '.join(map(repr, placements))})"
 
 
 class _Copy(torch.autograd.Function):
@@ -125,34 +134,42 @@ class _Sum(torch.autograd.Function):
 
 
 def blend(
-    weights: torch.Tensor, params: torch.Tensor, segments: Bounds, *options: Any
+    weights: torch.Tensor,
+    params: torch.Tensor,
+    segments: Bounds,
+    out_dtype: torch.dtype | None = None,
+    rounding_seed: int | None = None,
 ) -> torch.Tensor:
-    """:func:`neulig_fast.blend` of a sharded arena: (P,) or (K, P) with the columns' placements."""
-    layout, local, bounds = _open("blend", params, segments, weights=weights)
-    rows = OPS["blend"](layout.replicated(_whole(weights)), local, bounds, *options)
+    """:func:`neulig_fast.blend` of a sharded arena: (P,) or (K, P) with the columns' placements.
+
+    Raises:
+        ValueError: also for stochastic rounding of cut rows, whose bits are those of whole ones.
+    """
+    given = out_dtype is not None or rounding_seed is not None
+    options = (out_dtype, rounding_seed) if given else ()
+    layout, local, bounds = _open("blend", params, segments, *options, weights=weights)
+    if rounding_seed is not None and layout.split:
+        raise ValueError("blend: rounding_seed is for whole rows, and those of params are cut")
+    rows = OPS["blend"](layout.replicated(whole(weights)), local, bounds, *options)
     return _rows(layout, rows.shape[:-1]).wrap(rows)
 
 
-def blend_weight_grad(
-    grad: torch.Tensor, params: torch.Tensor, segments: Bounds, *options: Any
-) -> torch.Tensor:
+def blend_weight_grad(grad: torch.Tensor, params: torch.Tensor, segments: Bounds) -> torch.Tensor:
     """:func:`neulig_fast.blend_weight_grad` of shards: the whole sums, a plain tensor."""
     layout, local, bounds = _open("blend_weight_grad", params, segments, grad=grad)
-    dots = OPS["blend_weight_grad"](grad.to_local(), local, bounds, *options)
+    dots = OPS["blend_weight_grad"](grad.to_local(), local, bounds)
     return layout.total(dots)
 
 
-def offset_gram(
-    params: torch.Tensor, segments: Bounds, *options: Any
-) -> tuple[torch.Tensor, torch.Tensor]:
+def offset_gram(params: torch.Tensor, segments: Bounds) -> tuple[torch.Tensor, torch.Tensor]:
     """:func:`neulig_fast.offset_gram` of shards: the whole sums and Gram, plain tensors."""
     layout, local, bounds = _open("offset_gram", params, segments)
-    sums, gram = OPS["offset_gram"](local, bounds, *options)
+    sums, gram = OPS["offset_gram"](local, bounds)
     return layout.total(sums), layout.total(gram)
 
 
 def _open(
-    op: str, params: torch.Tensor, segments: Bounds, **other: torch.Tensor
+    op: str, params: torch.Tensor, segments: Bounds, *options: Any, **other: torch.Tensor
 ) -> tuple[Layout, torch.Tensor, torch.Tensor | None]:
     """The layout of ``params``, its shard on this rank, and the segments cut to the shard.
 
@@ -162,7 +179,7 @@ def _open(
         ValueError: whatever the op says of whole tensors, and placements it cannot work on.
     """
     bounds = _arena.boundaries(op, segments, params)
-    args = (*other.values(), params, bounds)
+    args = (*other.values(), params, bounds, *options)
     found = list(OPS[op].faults(*args))
     found += _faults(params, **other)
     _checks.raise_all(op, found)
@@ -184,8 +201,15 @@ def _rows(layout: Layout, leading: Sequence[int]) -> Layout:
     return Layout(layout.mesh, placements, (*leading, layout.shape[1]))
 
 
-def _whole(weights: torch.Tensor) -> torch.Tensor:
+def whole(weights: torch.Tensor) -> torch.Tensor:
+    """Weights that every rank has, as a plain tensor."""
     return weights.to_local() if is_dtensor(weights) else weights
+
+
+def weight_faults(weights: torch.Tensor) -> Iterator[str]:
+    """What keeps every rank from having the weights."""
+    if is_dtensor(weights) and not all(p.is_replicate() for p in weights.placements):
+        yield f"weights must be plain or Replicate, got {shown(weights.placements)}"
 
 
 def _faults(
@@ -198,23 +222,17 @@ def _faults(
     if not all(p.is_replicate() or p.is_shard(1) for p in layout.placements):
         yield (
             "a DTensor's params must be Replicate or Shard(1), which cuts columns, on every mesh "
-            f"dimension, got {_shown(layout.placements)}; redistribute them first"
+            f"dimension, got {shown(layout.placements)}; redistribute them first"
         )
     elif layout.mesh.get_coordinate() is None:
         yield "params lie on a mesh that this rank is not part of"
-    if weights is not None and is_dtensor(weights):
-        placements = tuple(weights.placements)
-        if not all(p.is_replicate() for p in placements):
-            yield f"weights must be plain or Replicate, got {_shown(placements)}"
+    if weights is not None:
+        yield from weight_faults(weights)
     if grad is not None:
         expected = _rows(layout, grad.shape[:-1])
         if not is_dtensor(grad) or Layout.of(grad) != expected:
-            got = _shown(grad.placements) if is_dtensor(grad) else "a plain tensor"
+            got = shown(grad.placements) if is_dtensor(grad) else "a plain tensor"
             yield (
                 "grad must be a DTensor on the mesh of params with its columns where theirs are, "
-                f"{_shown(expected.placements)}; got {got}"
+                f"{shown(expected.placements)}; got {got}"
             )
-
-
-def _shown(placements: Sequence[Placement]) -> str:
-    return f"({', '.join(map(repr, placements))})"
