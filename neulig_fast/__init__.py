@@ -5,6 +5,7 @@ from pathlib import Path
 
 from ._backends import read_environment, show_backends, use_backend
 from ._registry import NeuligFastWarning
+from .coefficients import CoefficientModule
 from .neulig import Head, NeuLig, Report, zero_shot_head
 from .offsets import OffsetStats
 from .ops import NeuLigLoss, blend, blend_weight_grad, neulig_loss, offset_gram
@@ -23,6 +24,7 @@ if not (_ROOT / "neulig_fast" / "kernels").exists() and (_ROOT / "kernels/__init
 read_environment()
 
 __all__ = [
+    "CoefficientModule",
     "ExpertPool",
     "Head",
     "NeuLig",

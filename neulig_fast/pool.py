@@ -104,6 +104,10 @@ class ExpertPool:
             ((name, tuple(floats[name].shape), floats[name].dtype, kinds[name]) for name in order),
             ALIGNMENT // dtype.itemsize,
         )
+        # Lengths of tensor, padding, tensor, padding, ...
+        spans = self.segments.bounds.diff().tolist()
+        pairs = ((s.length, span - s.length) for s, span in zip(self.segments, spans, strict=True))
+        self._pieces = list(chain.from_iterable(pairs))
         self._keys = tuple(tensors)
         self._device = torch.device(
             next(iter(floats.values())).device if device is None else device
@@ -202,13 +206,6 @@ class ExpertPool:
         }
         views.update(integers)
         return {key: views[key] for key in self._keys}
-
-    @cached_property
-    def _pieces(self) -> list[int]:
-        """Lengths of tensor, padding, tensor, padding, ..."""
-        spans = self.segments.bounds.diff().tolist()
-        pairs = ((s.length, span - s.length) for s, span in zip(self.segments, spans, strict=True))
-        return list(chain.from_iterable(pairs))
 
     def blend(self, weights: torch.Tensor | Sequence[float]) -> dict[str, torch.Tensor]:
         """The merged state dict sum_i w_i theta_i: views of one new row, in the arena's dtype.

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from open_clip import CLIP
 from rich.console import Console
@@ -56,14 +57,7 @@ def run(folder: Path, settings: DemoSettings, console: Console) -> dict[str, Rep
     """
     folder.mkdir(parents=True, exist_ok=True)
     stages = Stages(console)
-    origin = _pretrain(settings, stages)
-    with stages.stage("text heads and training images"):
-        train, encode = _draw(settings, "train"), clip.tokenizer()
-        heads = {
-            name: zero_shot_head(origin, encode, data.class_names, data.templates)
-            for name, data in train.items()
-        }
-    experts = _fine_tune(origin, heads, train, settings, stages)
+    origin, heads, train, experts = make_experts(settings, stages)
     pool = ExpertPool(
         list(experts.values()), template=origin.visual, names=TASK_NAMES, consume=True
     )
@@ -88,6 +82,27 @@ def run(folder: Path, settings: DemoSettings, console: Console) -> dict[str, Rep
     reports["offset_sum"].to_json(folder / "report_published.json")
     _show(reports, closing, folder, console)
     return reports
+
+
+class Made(NamedTuple):
+    """What the demo makes before anything is merged; all but ``origin`` by task."""
+
+    origin: CLIP  # pre-trained; its image tower is what the experts started from
+    heads: dict[str, Head]
+    train: dict[str, TaskData]
+    experts: dict[str, dict[str, Tensor]]  # state dicts of image towers
+
+
+def make_experts(settings: DemoSettings, stages: Stages) -> Made:
+    """Pre-train one CLIP, make its text heads and fine-tune one image tower per task."""
+    origin = _pretrain(settings, stages)
+    with stages.stage("text heads and training images"):
+        train, encode = _draw(settings, "train"), clip.tokenizer()
+        heads = {
+            name: zero_shot_head(origin, encode, data.class_names, data.templates)
+            for name, data in train.items()
+        }
+    return Made(origin, heads, train, _fine_tune(origin, heads, train, settings, stages))
 
 
 def _pretrain(settings: DemoSettings, stages: Stages) -> CLIP:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -14,14 +15,12 @@ from .._checks import shape
 def run(encoder: nn.Module, state: Mapping[str, Tensor], images: Tensor) -> Tensor:
     """(B, D): ``encoder`` in the modes its submodules are in, with the tensors of ``state``.
 
-    Buffers that ``state`` lacks, not being saved, follow its device and dtype for the call. Where
-    the encoder returns a tuple (pooled, tokens), the first entry counts.
+    Where the encoder returns a tuple (pooled, tokens), the first entry counts.
 
     Raises:
         ValueError: the encoder does not map the batch to (B, D).
     """
-    tensors = {**_unsaved_buffers(encoder, state), **state}
-    output = functional_call(encoder, tensors, (images,), tie_weights=False)
+    output = call(encoder, state, images)
     features = output[0] if isinstance(output, tuple | list) else output
     if not isinstance(features, Tensor) or features.ndim != 2 or len(features) != len(images):
         got = shape(features) if isinstance(features, Tensor) else type(features).__name__
@@ -29,6 +28,15 @@ def run(encoder: nn.Module, state: Mapping[str, Tensor], images: Tensor) -> Tens
             f"features: the encoder must map {shape(images)} to ({len(images)}, D), got {got}"
         )
     return features
+
+
+def call(module: nn.Module, state: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+    """``module(*args, **kwargs)`` with the tensors of ``state`` in place of its own.
+
+    Buffers that ``state`` lacks, not being saved, follow its device and dtype for the call.
+    """
+    tensors = {**_unsaved_buffers(module, state), **state}
+    return functional_call(module, tensors, args, kwargs, tie_weights=False)
 
 
 def _unsaved_buffers(encoder: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -22,7 +22,7 @@ import torch
 
 from .. import _checks
 from .._registry import Op
-from . import _arena
+from . import _arena, _sharded
 
 if TYPE_CHECKING:
     from ..segments import Segments
@@ -49,6 +49,8 @@ def blend(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, all of them listed.
     """
+    if _sharded.is_dtensor(weights, params):
+        return _sharded.blend(weights, params, segments)
     return OP(weights, params, _arena.boundaries("blend", segments, params))
 
 

@@ -21,7 +21,7 @@ import torch
 
 from .. import _checks
 from .._registry import Op
-from . import _arena
+from . import _arena, _sharded
 from .blend import blend_transposed
 
 if TYPE_CHECKING:
@@ -47,6 +47,8 @@ def blend_weight_grad(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, all of them listed.
     """
+    if _sharded.is_dtensor(grad, params):
+        return _sharded.blend_weight_grad(grad, params, segments)
     return OP(grad, params, _arena.boundaries("blend_weight_grad", segments, params))
 
 

@@ -23,7 +23,7 @@ import torch
 
 from .. import _checks
 from .._registry import Op
-from . import _arena
+from . import _arena, _sharded
 
 if TYPE_CHECKING:
     from ..segments import Segments
@@ -49,6 +49,8 @@ def offset_gram(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, all of them listed.
     """
+    if _sharded.is_dtensor(params):
+        return _sharded.offset_gram(params, segments)
     return OP(params, _arena.boundaries("offset_gram", segments, params))
 
 
