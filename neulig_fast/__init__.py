@@ -7,7 +7,7 @@ from ._backends import read_environment, show_backends, use_backend
 from ._registry import NeuligFastWarning
 from .neulig import Head, NeuLig, Report, zero_shot_head
 from .offsets import OffsetStats
-from .ops import NeuLigLoss, blend, blend_weight_grad, neulig_loss, offset_gram
+from .ops import NeuLigLoss, blend, blend_, blend_weight_grad, neulig_loss, offset_gram
 from .pool import ExpertPool
 
 try:
@@ -31,6 +31,7 @@ __all__ = [
     "OffsetStats",
     "Report",
     "blend",
+    "blend_",
     "blend_weight_grad",
     "neulig_loss",
     "offset_gram",
