@@ -66,20 +66,22 @@ def config(op: str, dtype: torch.dtype, experts: int, outputs: int) -> Config:
     """
     registers = 2 if dtype == torch.float64 else 1  # per value
     if op == "blend":
-        return _blend(registers, experts, outputs)
+        return _blend(dtype.itemsize, registers, experts, outputs)
     if op == "blend_weight_grad":
         return _blend_weight_grad(registers, experts, outputs)
     raise ValueError(f"config: {op!r} has no kernel")
 
 
-def _blend(registers: int, experts: int, outputs: int) -> Config:
-    """Two 16-byte loads per thread and expert in fp32 and fp64, one in the 2-byte types.
+def _blend(itemsize: int, registers: int, experts: int, outputs: int) -> Config:
+    """Two 16-byte loads per thread and expert, one in fp8; in the 2-byte types for few experts.
 
     With one output, experts beyond eight stream by in eights. With several, all experts of a column
     are held, so that each is read once: the more experts, the fewer columns per thread, for at most
     128 registers of values.
     """
     columns = 8 // registers
+    if itemsize == 1 or (itemsize == 2 and experts <= 8):
+        columns = 16
     held = (experts - 1) % 8 + 1
     if outputs > 1:
         held = experts
@@ -122,11 +124,13 @@ def missing(device: str) -> str | None:
     return None
 
 
-def why_not_arena(params: torch.Tensor, segments: torch.Tensor | None) -> str | None:
+def why_not_arena(
+    params: torch.Tensor, segments: torch.Tensor | None, *, bytes_: bool = False
+) -> str | None:
     """Why a kernel cannot read ``params`` (N, P) with ``segments`` (S + 1,); None when it can."""
     if (reason := missing(params.device.type)) is not None:
         return reason
-    if params.dtype not in DTYPES:
+    if params.dtype not in DTYPES and not bytes_:
         return f"params are {params.dtype}, not fp32, bf16, fp16 or fp64"
     if params.shape[0] > MAX_EXPERTS:
         return f"{params.shape[0]} experts, more than {MAX_EXPERTS}"

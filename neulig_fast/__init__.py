@@ -8,7 +8,7 @@ from ._registry import NeuligFastWarning
 from .coefficients import CoefficientModule
 from .neulig import Head, NeuLig, Report, zero_shot_head
 from .offsets import OffsetStats
-from .ops import NeuLigLoss, blend, blend_weight_grad, neulig_loss, offset_gram
+from .ops import NeuLigLoss, blend, blend_, blend_weight_grad, neulig_loss, offset_gram
 from .pool import ExpertPool
 
 try:
@@ -33,6 +33,7 @@ __all__ = [
     "OffsetStats",
     "Report",
     "blend",
+    "blend_",
     "blend_weight_grad",
     "neulig_loss",
     "offset_gram",

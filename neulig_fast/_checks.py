@@ -8,22 +8,25 @@ from collections.abc import Iterable
 import torch
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
+STORED_DTYPES = (*FLOAT_DTYPES, *FP8_DTYPES)
+STORED = "fp32, bf16, fp16, fp64, float8_e4m3fn or float8_e5m2"
 
 
 def raise_all(subject: str, faults: Iterable[str], error: type[Exception] = ValueError) -> None:
     """Raise ``error`` naming every fault, one per line when there are several; else return."""
     faults = list(faults)
+    if not faults:
+        return
     if len(faults) == 1:
         raise error(f"{subject}: {faults[0]}")
-    if faults:
-        raise error(f"{subject}: {len(faults)} problems\n  - " + "\n  - ".join(faults))
+    raise error(f"{subject}: {len(faults)} problems\n  - " + "\n  - ".join(faults))
 
 
-def shape(tensor: torch.Tensor) -> str:
+def shape(of: torch.Tensor | tuple[int, ...]) -> str:
     """``(2, 3)``: how a shape is written in every message."""
-    return (
-        "(" + ", ".join(str(int(n)) for n in tensor.shape) + ("," if tensor.ndim == 1 else "") + ")"
-    )
+    sizes = of.shape if isinstance(of, torch.Tensor) else of
+    return "(" + ", ".join(str(int(n)) for n in sizes) + ("," if len(sizes) == 1 else "") + ")"
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -9,6 +9,7 @@ first choice, one :class:`NeuligFastWarning` gives the reason and the remedy.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import logging
 import warnings
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
-from . import _checks, _native
+from . import _autograd, _checks, _native
 
 BACKENDS = ("cuda", "triton", "cpu", "torch")
 DEVICES = ("cpu", "cuda")
@@ -68,16 +69,6 @@ def _always(*_args: Any, **_kwargs: Any) -> None:
     return None
 
 
-def _not_differentiable(name: str) -> tuple[Callable[..., None], Callable[..., Any]]:
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        return None
-
-    def backward(ctx: Any, *grads: Any) -> Any:
-        raise RuntimeError(f"{name}: not differentiable; detach its inputs")
-
-    return setup_context, backward
-
-
 class Op:
     """An operator of the ``neulig_fast`` namespace and the backends that can run it.
 
@@ -96,6 +87,13 @@ class Op:
         terms: the number of terms per output element, for the tolerance of reductions.
         elementwise: promises the same bits on every backend.
         not_offered: backend -> why this op does not have it.
+        native: the schema of the native twin where it is not ``schema``. Such a twin, and the
+            Triton launcher, write into their first argument, which ``prepare`` supplies.
+        room: the op whose files, native twin and Triton launcher this variant of it shares.
+        guard: looks at the memory and the state of the arguments before anything is written.
+
+    An op that writes into its first argument (``Tensor(a!)`` in the schema) returns nothing, has no
+    gradient, and refuses arguments that ask for one.
     """
 
     def __init__(
@@ -109,28 +107,34 @@ class Op:
         order: Mapping[str, Sequence[str]],
         samples: Callable[[torch.device | str, torch.dtype], Iterator[tuple[Any, ...]]],
         check: Callable[..., None] = _always,
-        autograd: tuple[Callable[..., None], Callable[..., Any]] | None = None,
+        autograd: _autograd.Formula | None = None,
         differentiable: Sequence[str] = (),
         terms: Callable[..., int] = lambda *args: 1,
         elementwise: bool = False,
         not_offered: Mapping[str, str] | None = None,
+        native: str | None = None,
+        room: str | None = None,
+        guard: Callable[..., None] = _always,
     ) -> None:
-        self.name, self.schema = name, schema
+        self.name, self.schema, self.room, self.guard = name, schema, room or name, guard
         self.reference, self.fake, self.faults, self.check = reference, fake, faults, check
         self.order = {device: tuple(order[device]) for device in DEVICES}
         self.samples, self.terms, self.elementwise = samples, terms, elementwise
         self.differentiable = tuple(differentiable)
         self.not_offered = dict(not_offered or {})
         self.impls: dict[str, Impl] = {"torch": Impl(reference, _always, _always)}
+        self.kernels_write = native is not None if room is None else OPS[room].kernels_write
+        self._able: set[tuple[str, str]] = set()
 
-        qualified = f"neulig_fast::{name}"
         _LIB.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-        _NATIVE_LIB.define(name + schema)
-        _LIB.impl(name, self._run, "CompositeExplicitAutograd")
-        torch.library.register_fake(qualified, self._run_fake, lib=_LIB)
-        setup_context, backward = autograd or _not_differentiable(name)
-        torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_LIB)
+        if room is None:
+            _NATIVE_LIB.define(name + (native or schema))
         self.overload = getattr(torch.ops.neulig_fast, name).default
+        self.arguments = [argument.name for argument in self.overload._schema.arguments]
+        self.writes = self.overload._schema.is_mutable
+        _LIB.impl(name, self._run, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"neulig_fast::{name}", self._run_fake, lib=_LIB)
+        _autograd.register(self, _LIB, autograd)
         OPS[name] = self
 
     def __call__(self, *args: Any) -> Any:
@@ -141,14 +145,9 @@ class Op:
             NotImplementedError: an argument with a forward-mode tangent.
         """
         # torch.library has no forward-mode formula and would drop the tangent without a word.
-        if forward_ad._current_level >= 0 and any(map(_has_tangent, args)):
+        if forward_ad._current_level >= 0 and any(map(_autograd.has_tangent, args)):
             raise NotImplementedError(f"{self.name}: no forward-mode derivative")
         return self.overload(*args)
-
-    @property
-    def arguments(self) -> list[str]:
-        """The names of the schema's arguments, in order."""
-        return [argument.name for argument in self.overload._schema.arguments]
 
     # -- offering backends ---------------------------------------------------------------------
 
@@ -161,32 +160,51 @@ class Op:
     ) -> None:
         """Offer the C++ (``cpu``) or CUDA C++ (``cuda``) room; ``prepare`` makes its arguments."""
         key = backend.upper()
-        overload = getattr(torch.ops.neulig_fast_C, self.name).default
+        overload = getattr(torch.ops.neulig_fast_C, self.room).default
 
         def missing(device: str) -> str | None:
             if device != backend:
                 return f"for {backend} tensors"
-            return _native.why_missing(self.name, key) or _no_device(device)
+            return _native.why_missing(self.room, key) or _no_device(device)
 
-        def run(*args: Any) -> Any:
-            return overload(*prepare(*args))
+        self.impls[backend] = Impl(self._adapted(lambda: overload, prepare), missing, why_not)
 
-        self.impls[backend] = Impl(run, missing, why_not)
-
-    def add_triton(self, *, prepare: Callable[..., tuple[Any, ...]]) -> None:
+    def add_triton(
+        self,
+        *,
+        prepare: Callable[..., tuple[Any, ...]],
+        why_not: Callable[..., str | None] = lambda module, *args: module.why_not(*args),
+    ) -> None:
         """Offer ``kernels/<op>.py``, which says itself what it cannot take; imported when asked."""
 
+        @functools.cache
         def module() -> Any:
-            return importlib.import_module(f"neulig_fast.kernels.{self.name}")
-
-        def run(*args: Any) -> Any:
-            return getattr(module(), self.name)(*prepare(*args))
+            return importlib.import_module(f"neulig_fast.kernels.{self.room}")
 
         def missing(device: str) -> str | None:
             launch = importlib.import_module("neulig_fast.kernels._launch")
             return launch.missing(device) or _no_device(device)
 
-        self.impls["triton"] = Impl(run, missing, lambda *args: module().why_not(*args))
+        self.impls["triton"] = Impl(
+            self._adapted(lambda: getattr(module(), self.room), prepare),
+            missing,
+            lambda *args: why_not(module(), *args),
+        )
+
+    def _adapted(
+        self, kernel: Callable[[], Callable[..., Any]], prepare: Callable[..., tuple[Any, ...]]
+    ) -> Callable[..., Any]:
+        """The op, from a kernel that takes what ``prepare`` makes of the op's arguments."""
+
+        def call(*args: Any) -> Any:
+            return kernel()(*prepare(*args))
+
+        def write(*args: Any) -> Any:
+            prepared = prepare(*args)
+            kernel()(*prepared)
+            return prepared[0]
+
+        return write if self.kernels_write else call
 
     # -- choosing ------------------------------------------------------------------------------
 
@@ -195,6 +213,8 @@ class Op:
         for choices in reversed(forcing):
             if self.name in choices:
                 return choices[self.name]
+            if self.room in choices:
+                return choices[self.room]
             if choices.get(None) in self.impls:
                 return choices[None]
         return None
@@ -204,7 +224,13 @@ class Op:
         if backend not in self.impls:
             return self.not_offered.get(backend, "not offered")
         impl = self.impls[backend]
-        return impl.missing(device) or (impl.why_not(*args) if args is not None else None)
+        if args is None:
+            return impl.missing(device)
+        if (backend, device) not in self._able:  # what can run here goes on to
+            if (reason := impl.missing(device)) is not None:
+                return reason
+            self._able.add((backend, device))
+        return impl.why_not(*args)
 
     def choose(self, device: str, args: Sequence[Any]) -> str:
         """The backend that runs this call. RuntimeError when a forced one is unable."""
@@ -236,17 +262,22 @@ class Op:
         return backend
 
     def _run(self, *args: Any) -> Any:
-        _checks.raise_all(self.name, self.faults(*args))
+        if found := list(self.faults(*args)):
+            _checks.raise_all(self.name, found)
         device = next(a for a in args if isinstance(a, torch.Tensor)).device.type
         if device == "cpu":
             self.check(*args)
+        self.guard(*args)
         backend = self.choose(device, args)
-        log.debug("%s: %s on %s", self.name, backend, device)
+        if log.isEnabledFor(logging.DEBUG):
+            log.debug("%s: %s on %s", self.name, backend, device)
         run = self.impls[backend].run
         if torch.is_autocast_enabled(device):  # the op states its own types
             with torch.autocast(device, enabled=False):
-                return run(*args)
-        return run(*args)
+                result = run(*args)
+        else:
+            result = run(*args)
+        return None if self.writes else result
 
     def _run_fake(self, *args: Any) -> Any:
         _checks.raise_all(self.name, self.faults(*args))
@@ -266,8 +297,3 @@ class Op:
 def _no_device(device: str) -> str | None:
     return "no CUDA device" if device == "cuda" and not torch.cuda.is_available() else None
 
-
-def _has_tangent(argument: Any) -> bool:
-    return (
-        isinstance(argument, torch.Tensor) and forward_ad.unpack_dual(argument).tangent is not None
-    )

@@ -14,13 +14,17 @@ void few(const BlendCall& call, int64_t p) {
   if constexpr (kExperts > 1) {
     if (call.experts < kExperts) return few<T, kExperts - 1>(call, p);
   }
-  for (; p < call.columns; p += kWideLanes<T>) blend_few<T, kExperts>(call, p);
+  constexpr int kLanes = kWideLanes<T>, kStep = kLanes * kPacks<T, kExperts>;
+  for (; p < call.columns; p += kStep) blend_few<T, kExperts>(call, p, kLanes);
 }
 
 template <typename T, int kLanes>
 void many(const BlendCall& call, int64_t p) {
-  std::vector<Pack<T, kLanes>> stage(call.experts * 3);
-  for (; p < call.columns; p += kLanes) blend_many<T, kLanes>(call, p, stage.data() + 1, 3);
+  std::vector<Loaded<T, kLanes>> stage(call.experts * 3);
+  for (; p < call.columns; p += kLanes) {
+    if (call.stochastic) blend_many<T, kLanes, true>(call, p, stage.data() + 1, 3);
+    else blend_many<T, kLanes, false>(call, p, stage.data() + 1, 3);
+  }
 }
 
 template <typename T>
@@ -80,13 +84,15 @@ void weight_grad_all(const BlendWeightGradCall& call, bool wide, int rows) {
 
 extern "C" {
 
-// Columns first .. of every output, `first` a multiple of 16.
+// Columns first .. of every output, `first` a multiple of 16: packs a thread owns are side by side here, on a GPU apart.
 void blend_columns_from(int element, const BlendCall* call, int path, int64_t first) {
   switch (static_cast<Element>(element)) {
     case Element::kFloat: return blend_from<float>(*call, path, first);
     case Element::kDouble: return blend_from<double>(*call, path, first);
     case Element::kBFloat16: return blend_from<__nv_bfloat16>(*call, path, first);
     case Element::kHalf: return blend_from<__half>(*call, path, first);
+    case Element::kFloat8E4M3: return blend_from<Float8E4M3>(*call, path, first);
+    case Element::kFloat8E5M2: return blend_from<Float8E5M2>(*call, path, first);
   }
 }
 
@@ -96,6 +102,7 @@ void weight_grad(int element, const BlendWeightGradCall* call, bool wide, int ro
     case Element::kDouble: return weight_grad_all<double>(*call, wide, rows);
     case Element::kBFloat16: return weight_grad_all<__nv_bfloat16>(*call, wide, rows);
     case Element::kHalf: return weight_grad_all<__half>(*call, wide, rows);
+    default: return;  // no fp8
   }
 }
 

@@ -15,11 +15,20 @@ import pytest
 import torch
 
 from neulig_fast import testing
+from neulig_fast.ops._rounding import FORMATS
 from neulig_fast.ops.blend import blend_reference
 from neulig_fast.ops.blend_weight_grad import blend_weight_grad_reference
 
 ROOT = Path(__file__).resolve().parents[1]
-ELEMENTS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+ELEMENTS = {
+    dtype: index
+    for index, dtype in enumerate(
+        (
+            *(torch.float32, torch.float64, torch.bfloat16, torch.float16),
+            *(torch.float8_e4m3fn, torch.float8_e5m2),
+        )
+    )
+}
 FEW, MANY, SCALAR = 0, 1, 2  # the three paths of blend.cu
 BLOCK = 4096  # columns, for the tests of pieces.h
 SEGMENTS = [0, 0, 1, 40, 40, 40, 77, 130, 130]  # for 130 columns
@@ -29,8 +38,12 @@ I64, POINTER = ctypes.c_int64, ctypes.c_void_p
 
 class BlendCall(ctypes.Structure):
     _fields_ = [(name, POINTER) for name in ("weights", "params", "bounds", "theta")] + [
-        (name, I64) for name in ("outputs", "segments", "experts", "columns", "row_stride")
+        (name, I64)
+        for name in (
+            *("outputs", "segments", "experts", "columns", "row_stride", "theta_stride", "seed"),
+        )
     ]
+    _fields_ += [("out", ctypes.c_int), ("stochastic", ctypes.c_bool)]
 
 
 class BlendWeightGradCall(ctypes.Structure):
@@ -95,20 +108,22 @@ def integers(*shape, dtype=torch.float32, seed=0):
 
 
 def accumulator(dtype):
-    return torch.promote_types(dtype, torch.float32)
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def pointer(tensor):
     return None if tensor is None else tensor.data_ptr()
 
 
-def run_blend(threads, path, weights, params, segments=None, first=0):
+def run_blend(threads, path, weights, params, segments=None, first=0, dtype=None, seed=None):
     """theta (K, P) of weights (K, S, N), from column ``first`` on."""
     k, s, n = weights.shape
-    theta = torch.empty(k, params.shape[1], dtype=params.dtype)
+    dtype = dtype or params.dtype
+    theta = torch.empty(k, params.shape[1], dtype=dtype)
     call = BlendCall(
         *(pointer(t) for t in (weights, params, segments, theta)),
-        *(k, s, n, params.shape[1], params.stride(0)),
+        *(k, s, n, params.shape[1], params.stride(0), theta.stride(0), seed or 0),
+        *(ELEMENTS[dtype], seed is not None),
     )
     element = ELEMENTS[params.dtype]
     threads.blend_columns_from(element, ctypes.addressof(call), path, first)
@@ -154,6 +169,36 @@ def test_blend_with_segments_and_a_part_of_a_pack(threads, dtype, path, p):
     weights = normal(k, len(SEGMENTS) - 1, 5, dtype=accumulator(dtype))
     got = run_blend(threads, path, weights, params, segments)
     assert torch.equal(got, blend_reference(weights, params, segments))
+
+
+def bits(tensor):
+    """The bits, with one NaN for all."""
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return torch.where(tensor.isnan(), -1, tensor.view(integers[tensor.itemsize]).long())
+
+
+@pytest.mark.parametrize("out", ELEMENTS, ids=str)
+@pytest.mark.parametrize("dtype", ELEMENTS, ids=str)
+def test_blend_from_any_type_to_any_type(threads, dtype, out):
+    """Values over the whole range of the narrow types, subnormals and beyond included."""
+    scale = torch.exp2(torch.randint(-18, 12, (5, 160), generator=torch.Generator().manual_seed(2)))
+    params = (normal(5, 160, seed=1) * scale).to(dtype)[:, :130]
+    weights = normal(1, len(SEGMENTS) - 1, 5, dtype=accumulator(dtype))
+    segments = torch.tensor(SEGMENTS)
+    for seed in (None, -7) if out in FORMATS else (None,):
+        expected = blend_reference(weights, params, segments, out, seed)
+        for path in (FEW, MANY, SCALAR) if seed is None else (MANY, SCALAR):
+            got = run_blend(threads, path, weights, params, segments, dtype=out, seed=seed)
+            assert torch.equal(bits(got), bits(expected)), (path, seed)
+
+
+@pytest.mark.parametrize("dtype", FORMATS, ids=str)
+def test_every_output_row_is_rounded_with_its_own_words(threads, dtype):
+    params, weights = normal(3, 144, seed=1), normal(4, 1, 3)
+    expected = blend_reference(weights[:, 0], params, None, dtype, 2**40 + 3)
+    for path in (MANY, SCALAR):
+        got = run_blend(threads, path, weights, params, dtype=dtype, seed=2**40 + 3)
+        assert torch.equal(bits(got), bits(expected))
 
 
 def test_blend_beyond_2_to_the_31_columns(threads):

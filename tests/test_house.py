@@ -39,7 +39,7 @@ on_every_backend = pytest.mark.parametrize("device, name, backend", runnable())
 
 def forced(name, backend, args):
     with neulig_fast.use_backend(**{name: backend}):
-        return getattr(torch.ops.neulig_fast, name).default(*args)
+        return testing.result(OPS[name], OPS[name].overload, args)
 
 
 def small(op, device, dtype):
@@ -55,6 +55,10 @@ def small(op, device, dtype):
 @on_every_op
 def test_every_room_is_there_or_declared_missing(name):
     op = OPS[name]
+    if op.room != name:  # a variant: its own definition, and the same backends in the same room
+        assert (ROOT / ALWAYS[0].format(name)).is_file()
+        assert set(op.impls) == set(OPS[op.room].impls) and op.room == OPS[op.room].room
+        return
     needed = [room.format(name) for room in ALWAYS]
     for backend, room in ROOMS.items():
         declared = backend in op.not_offered
@@ -80,7 +84,9 @@ def test_schema_names_the_arguments_of_the_python_function(name):
     assert list(inspect.signature(op.reference).parameters) == names
     assert list(inspect.signature(op.fake).parameters) == names
     if hasattr(neulig_fast, name):
-        assert list(inspect.signature(getattr(neulig_fast, name)).parameters) == names
+        public = inspect.signature(getattr(neulig_fast, name)).parameters.values()
+        # What is keyword-only becomes part of other arguments before the op is called.
+        assert [p.name for p in public if p.kind != p.KEYWORD_ONLY] == names
 
 
 # -- every backend, every sample ------------------------------------------------------------------
@@ -113,7 +119,22 @@ def test_elementwise_ops_give_the_references_bits(device, name, backend, dtype):
         pytest.skip("Triton's interpreter truncates fp32 to bf16; the tolerance rule covers it")
     for args in op.samples(device, dtype):
         if op.why_not(backend, device, args) is None:
-            assert torch.equal(forced(name, backend, args), op.reference(*args))
+            expected = testing.result(op, op.reference, args)
+            assert torch.equal(forced(name, backend, args), expected)
+
+
+@in_every_dtype
+@on_every_backend
+def test_a_variant_gives_the_bits_of_its_op(device, name, backend, dtype):
+    op = OPS[name]
+    if op.room == name:
+        return
+    for out, *args in op.samples(device, dtype):
+        if op.why_not(backend, device, (out, *args)) is None:
+            named = dict(zip(op.arguments[1:], args, strict=True))
+            with neulig_fast.use_backend(**{op.room: backend}):
+                expected = OPS[op.room].overload(**named, out_dtype=out.dtype)
+                assert torch.equal(testing.result(op, op.overload, (out, *args)), expected)
 
 
 @on_every_backend
@@ -164,8 +185,8 @@ def test_what_is_not_differentiable_says_so(name):
         a.clone().requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() else a
         for a in args
     ]
-    result = testing.outputs(getattr(torch.ops.neulig_fast, name).default(*tracked))
     with pytest.raises(RuntimeError, match=f"{name}: not differentiable"):
+        result = testing.outputs(op.overload(*tracked))
         sum(r.sum() for r in result if r.requires_grad).backward()
 
 
@@ -187,9 +208,9 @@ def test_opcheck(device, name, backend):
 def test_autocast_changes_nothing(name):
     op = OPS[name]
     for args in op.samples("cpu", torch.float32):
-        expected = testing.outputs(op.overload(*args))
+        expected = testing.outputs(testing.result(op, op.overload, args))
         with torch.autocast("cpu", torch.bfloat16):
-            got = testing.outputs(op.overload(*args))
+            got = testing.outputs(testing.result(op, op.overload, args))
         for a, b in zip(got, expected, strict=True):
             assert a.dtype == b.dtype and torch.equal(a, b)
 
@@ -227,10 +248,9 @@ def test_compiles_to_one_graph(name, dynamic):
     torch._dynamo.reset()
     compiled = torch.compile(overload, backend="aot_eager", fullgraph=True, dynamic=dynamic)
     for args in op.samples("cpu", torch.float32):
-        for got, expected in zip(
-            testing.outputs(compiled(*args)), testing.outputs(overload(*args)), strict=True
-        ):
-            assert torch.equal(got, expected)
+        got, expected = (testing.result(op, run, args) for run in (compiled, overload))
+        for a, b in zip(testing.outputs(got), testing.outputs(expected), strict=True):
+            assert torch.equal(a, b)
 
 
 @on_every_op
@@ -238,8 +258,9 @@ def test_meta_tensors_have_the_right_shape(name):
     op = OPS[name]
     for args in op.samples("cpu", torch.float32):
         meta = [a.to("meta") if isinstance(a, torch.Tensor) else a for a in args]
-        got = testing.outputs(getattr(torch.ops.neulig_fast, name).default(*meta))
-        for shape, real in zip(got, testing.outputs(op.reference(*args)), strict=True):
+        got = testing.outputs(testing.result(op, op.overload, tuple(meta)))
+        expected = testing.outputs(testing.result(op, op.reference, args))
+        for shape, real in zip(got, expected, strict=True):
             assert (shape.shape, shape.dtype) == (real.shape, real.dtype)
 
 

@@ -11,7 +11,7 @@ from neulig_fast.kernels import blend_weight_grad as grad_module
 from neulig_fast.kernels._launch import Config, config
 
 from neulig_fast import testing
-from neulig_fast.ops.blend import blend_reference
+from neulig_fast.ops.blend import blend_fake, blend_reference
 from neulig_fast.ops.blend_weight_grad import blend_weight_grad_reference
 
 DEVICE = "cpu" if _launch.INTERPRETED else "cuda"
@@ -40,6 +40,13 @@ def bounds_of(*values):
     return torch.tensor(values, dtype=torch.int64, device=DEVICE)
 
 
+def blend(weights, params, segments=None, launch=None):
+    """What the launcher writes into a new tensor."""
+    out = blend_fake(weights, params, segments)
+    assert blend_module.blend(out, weights, params, segments, None, launch) is None
+    return out
+
+
 def expected_blend(weights, params, segments=None):
     """The reference's bits. The interpreter truncates fp32 to bf16 where a GPU rounds."""
     if params.dtype != torch.bfloat16 or not _launch.INTERPRETED:
@@ -58,15 +65,15 @@ def expected_blend(weights, params, segments=None):
 )
 def test_blend_gives_the_references_bits(dtype, n, k, p):
     weights, params = normal(k, n, dtype=accumulator(dtype)), normal(n, p, dtype=dtype, seed=1)
-    assert torch.equal(blend_module.blend(weights, params), expected_blend(weights, params))
-    assert torch.equal(blend_module.blend(weights[0], params), expected_blend(weights[0], params))
+    assert torch.equal(blend(weights, params), expected_blend(weights, params))
+    assert torch.equal(blend(weights[0], params), expected_blend(weights[0], params))
 
 
 @needs_triton
 @pytest.mark.parametrize("n", [3, 4, 6, 7, 9, 16, 17, 24, 25, 33, 64])
 def test_blend_streams_any_number_of_experts(n):
     weights, params = normal(n), normal(n, 130, seed=1)
-    assert torch.equal(blend_module.blend(weights, params), expected_blend(weights, params))
+    assert torch.equal(blend(weights, params), expected_blend(weights, params))
 
 
 @needs_triton
@@ -78,7 +85,7 @@ def test_blend_with_segments_in_blocks_and_blocks_in_segments(dtype, k, n, block
     segments, params = bounds_of(*SEGMENTS), normal(n, 130, dtype=dtype, seed=1)
     weights = normal(k, len(SEGMENTS) - 1, n, dtype=accumulator(dtype))
     launch = Config(block, 1, config("blend", dtype, n, k).held)
-    got = blend_module.blend(weights, params, segments, launch)
+    got = blend(weights, params, segments, launch)
     assert torch.equal(got, expected_blend(weights, params, segments))
 
 
@@ -87,7 +94,7 @@ def test_blend_with_hundreds_of_segments():
     cuts = torch.randint(0, 1500, (301,), generator=torch.Generator().manual_seed(2)).sort().values
     segments = torch.cat([torch.tensor([0]), cuts, torch.tensor([1500])]).to(DEVICE)
     weights, params = normal(302, 2), normal(2, 1500, seed=1)
-    got = blend_module.blend(weights, params, segments)
+    got = blend(weights, params, segments)
     assert torch.equal(got, expected_blend(weights, params, segments))
 
 
@@ -95,7 +102,7 @@ def test_blend_with_hundreds_of_segments():
 @pytest.mark.parametrize("k", [1, 8])
 def test_k_outputs_are_k_calls_bit_for_bit(k):
     weights, params = normal(k, 6), normal(6, 1030, seed=1)
-    together = blend_module.blend(weights, params)
+    together = blend(weights, params)
     for row, w in zip(together, weights, strict=True):
         assert torch.equal(row, blend_module.blend(w, params))
 
@@ -106,7 +113,7 @@ def test_k_outputs_are_k_calls_bit_for_bit(k):
 def test_blend_reads_strided_and_misaligned_rows(dtype, start, width):
     params = normal(4, 200, dtype=dtype)[:, start : start + width]
     weights = normal(2, 4, dtype=accumulator(dtype), seed=1)
-    assert torch.equal(blend_module.blend(weights, params), expected_blend(weights, params))
+    assert torch.equal(blend(weights, params), expected_blend(weights, params))
 
 
 @needs_triton
@@ -114,7 +121,7 @@ def test_nan_and_infinity_pass_through():
     params = normal(3, 40)
     params[0, 3], params[1, 5], params[2, 7] = float("nan"), float("inf"), float("-inf")
     weights = torch.tensor([0.0, 0.0, 2.0], device=DEVICE)
-    got, expected = blend_module.blend(weights, params), blend_reference(weights, params)
+    got, expected = blend(weights, params), blend_reference(weights, params)
     assert torch.equal(got.isnan(), expected.isnan())
     assert torch.equal(got.nan_to_num(), expected.nan_to_num())
     assert got[[3, 5]].isnan().all() and got[7] == float("-inf")
@@ -128,7 +135,7 @@ def test_offsets_beyond_2_to_the_31():
     )
     params.copy_(normal(2, 64, dtype=torch.bfloat16))
     weights = torch.tensor([0.0, 1.0], device=DEVICE)
-    assert torch.equal(blend_module.blend(weights, params), params[1])
+    assert torch.equal(blend(weights, params), params[1])
     ones = torch.ones(64, dtype=torch.bfloat16, device=DEVICE)
     got = grad_module.blend_weight_grad(ones, params)
     assert torch.allclose(got, params.float().sum(1), rtol=1e-5)
@@ -160,7 +167,7 @@ def test_blend_writes_its_output_and_nothing_else(dtype, p):
     params, weights = normal(3, p, dtype=dtype), normal(2, 1, 3, dtype=accumulator(dtype), seed=1)
     out, buffer = fenced(torch.zeros(2, p, dtype=dtype))
     launch = Config(64, 1, 3)
-    _launch.run(params, blend_module.launches(weights, params, None, out, launch))
+    _launch.run(params, blend_module.launches(out, weights, params, None, None, launch))
     assert torch.equal(out, expected_blend(weights[:, 0], params))
     assert_intact(buffer, out)
 
@@ -175,7 +182,7 @@ def test_wrong_bounds_harm_nothing(bounds):
     out, buffer = fenced(torch.zeros(1, 130))
     segments, _ = fenced(bounds_of(*bounds))
     launch = Config(32, 1, 2)
-    _launch.run(params, blend_module.launches(weights, params, segments, out, launch))
+    _launch.run(params, blend_module.launches(out, weights, params, segments, None, launch))
     assert_intact(buffer, out)
     assert (out == 2).all(), "weights of no segment"
     (grad, _), launch = fenced(torch.ones(1, 130)), Config(32, 1, 1, 16, 2)
@@ -243,9 +250,9 @@ def test_weight_grad_sums_no_neighbours():
 
 @needs_triton
 def test_empty_calls_launch_nothing():
-    assert blend_module.blend(normal(3), normal(3, 0)).shape == (0,)
-    assert blend_module.blend(normal(0, 3), normal(3, 5)).shape == (0, 5)
-    assert blend_module.blend(normal(2, 0, 3), normal(3, 0), bounds_of(0)).shape == (2, 0)
+    assert blend(normal(3), normal(3, 0)).shape == (0,)
+    assert blend(normal(0, 3), normal(3, 5)).shape == (0, 5)
+    assert blend(normal(2, 0, 3), normal(3, 0), bounds_of(0)).shape == (2, 0)
     assert torch.equal(
         grad_module.blend_weight_grad(normal(2, 0), normal(3, 0)), torch.zeros(2, 3, device=DEVICE)
     )
@@ -267,4 +274,4 @@ def test_what_triton_cannot_do_it_says(params, segments, reason):
     for module, first in ((blend_module, normal(3)), (grad_module, normal(4))):
         assert reason in module.why_not(first, params, segments)
     with pytest.raises(ValueError, match=f"blend: .*{reason}"):
-        blend_module.blend(normal(3), params, segments)
+        blend(normal(3), params, segments)

@@ -63,12 +63,15 @@ def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype)
 
 
-def blend_launches(module: ModuleType, dtype: torch.dtype, n: int, k: int, s: int, p: int) -> Any:
-    acc = torch.promote_types(dtype, torch.float32)
+def blend_launches(
+    module: ModuleType, dtype: torch.dtype, n: int, k: int, s: int, p: int,
+    out_dtype: torch.dtype | None = None, seed: int | None = None,
+) -> Any:  # fmt: skip
+    acc = torch.float64 if dtype == torch.float64 else torch.float32
     weights, params = empty(k, s, n, dtype=acc), empty(n, p, dtype=dtype)
-    bounds, out = empty(s + 1, dtype=torch.int64), empty(k, p, dtype=dtype)
+    bounds, out = empty(s + 1, dtype=torch.int64), empty(k, p, dtype=out_dtype or dtype)
     launch = module.config("blend", dtype, n, k)
-    return module.launches(weights, params, bounds, out, launch)
+    return module.launches(out, weights, params, bounds, seed, launch)
 
 
 def weight_grad_launches(

@@ -45,14 +45,23 @@ inline void check_inner_stride(const char* op, const char* name, const Tensor& t
                   " must have stride 1 along columns, got ", tensor.stride(last));
 }
 
-inline void check_params(const char* op, const Tensor& params) {
+inline bool is_fp8(ScalarType dtype) {
+  return dtype == ScalarType::Float8_e4m3fn || dtype == ScalarType::Float8_e5m2;
+}
+
+inline bool is_narrow(ScalarType dtype) {
+  return dtype == ScalarType::BFloat16 || dtype == ScalarType::Half || is_fp8(dtype);
+}
+
+inline void check_params(const char* op, const Tensor& params, bool fp8 = false) {
   const ScalarType dtype = params.scalar_type();
   STD_TORCH_CHECK(params.dim() == 2 && params.size(0) >= 1, op,
                   ": params must be (N, P) with N >= 1, got ", shape_text(params));
   STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double ||
-                      dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
-                  op, ": params must be float32, bfloat16, float16 or float64, got ",
-                  toString(dtype));
+                      dtype == ScalarType::BFloat16 || dtype == ScalarType::Half ||
+                      (fp8 && is_fp8(dtype)),
+                  op, ": params must be float32, bfloat16, float16 or float64",
+                  fp8 ? " or fp8" : "", ", got ", toString(dtype));
   check_inner_stride(op, "params", params);
 }
 
@@ -65,10 +74,30 @@ inline int64_t check_segments(const char* op, const std::optional<Tensor>& segme
   return segments->size(0) - 1;
 }
 
+// theta (P,) or (K, P), in any type that params may have; contiguous columns, rows apart.
+inline void check_theta(const Tensor& theta, const BlendShape& shape,
+                        const std::optional<int64_t>& seed) {
+  const ScalarType dtype = theta.scalar_type();
+  const int64_t dims = shape.many_outputs ? 2 : 1;
+  STD_TORCH_CHECK(theta.dim() == dims && theta.size(dims - 1) == shape.columns &&
+                      (dims == 1 || theta.size(0) == shape.outputs),
+                  "blend: out must be (P,) or (K, P) with P = ", shape.columns,
+                  ", K = ", shape.outputs, ", got ", shape_text(theta));
+  STD_TORCH_CHECK(
+      dtype == ScalarType::Float || dtype == ScalarType::Double || is_narrow(dtype),
+      "blend: out must be float32, bfloat16, float16, float64 or fp8, got ", toString(dtype));
+  STD_TORCH_CHECK(!seed.has_value() || is_narrow(dtype),
+                  "blend: nothing to round stochastically to ", toString(dtype));
+  check_inner_stride("blend", "out", theta);
+  STD_TORCH_CHECK(dims == 1 || shape.outputs == 1 || theta.stride(0) >= shape.columns,
+                  "blend: the rows of out overlap");
+}
+
 // weights (N,), (K, N), (S, N) or (K, S, N); params (N, P); segments (S + 1,) or none.
-inline BlendShape check_blend(const Tensor& weights, const Tensor& params,
-                              const std::optional<Tensor>& segments) {
-  check_params("blend", params);
+inline BlendShape check_blend(const Tensor& theta, const Tensor& weights, const Tensor& params,
+                              const std::optional<Tensor>& segments,
+                              const std::optional<int64_t>& seed) {
+  check_params("blend", params, true);
   const int64_t count = check_segments("blend", segments);
   const int64_t experts = params.size(0);
   const int64_t dims = weights.dim(), single = segments.has_value() ? 2 : 1;
@@ -83,7 +112,10 @@ inline BlendShape check_blend(const Tensor& weights, const Tensor& params,
                   toString(params.scalar_type()), " params, got ", toString(weights.scalar_type()));
   STD_TORCH_CHECK(weights.is_contiguous(), "blend: weights must be contiguous");
   const bool many = dims == single + 1;
-  return {many ? weights.size(0) : 1, count, experts, params.size(1), many, segments.has_value()};
+  const BlendShape shape = {many ? weights.size(0) : 1, count, experts, params.size(1), many,
+                            segments.has_value()};
+  check_theta(theta, shape, seed);
+  return shape;
 }
 
 // grad (P,) or (K, P); params (N, P); segments (S + 1,) or none.
@@ -129,6 +161,16 @@ void visit_dtype(ScalarType dtype, const Body& body) {
     case ScalarType::Double: return body(double{});
     case ScalarType::BFloat16: return body(BFloat16{});
     default: return body(Half{});
+  }
+}
+
+// The same with fp8.
+template <typename Body>
+void visit_stored(ScalarType dtype, const Body& body) {
+  switch (dtype) {
+    case ScalarType::Float8_e4m3fn: return body(Float8E4M3{});
+    case ScalarType::Float8_e5m2: return body(Float8E5M2{});
+    default: return visit_dtype(dtype, body);
   }
 }
 

@@ -8,6 +8,7 @@
 #include <cstring>
 
 #include "common/cpu_level.h"
+#include "common/formats.h"
 
 namespace neulig_fast {
 
@@ -64,19 +65,49 @@ NF_INLINE Vec<float, kLanes> load(const BFloat16* p) {
   return (Vec<float, kLanes>)(load_u16<kLanes>(p) << 16);
 }
 
-// Two branches that need no denormal fp32 arithmetic: rebias the exponent (normal, inf, NaN), or
-// let a subtraction of 0.5 normalise the mantissa (zero, subnormal).
+// fp16 in the upper half of a word. Two branches that need no denormal fp32 arithmetic: rebias the
+// exponent (normal, inf, NaN), or let a subtraction of 0.5 normalise the mantissa (zero,
+// subnormal).
 template <int kLanes>
-NF_INLINE Vec<float, kLanes> load(const Half* p) {
+NF_INLINE Vec<float, kLanes> widen_half(Vec<uint32_t, kLanes> word) {
   using F = Vec<float, kLanes>;
   using U = Vec<uint32_t, kLanes>;
-  const U word = load_u16<kLanes>(p) << 16;
   const U sign = word & 0x80000000u;
   const U twice = word + word;
   const U normal = (U)((F)((twice >> 4) + (0xE0u << 23)) * 0x1.0p-112f);
   const U subnormal = (U)((F)((twice >> 17) | (126u << 23)) - 0.5f);
   const U small = (U)(twice < (1u << 27));
   return (F)(sign | (subnormal & small) | (normal & ~small));
+}
+
+template <int kLanes>
+NF_INLINE Vec<float, kLanes> load(const Half* p) {
+  return widen_half<kLanes>(load_u16<kLanes>(p) << 16);
+}
+
+template <int kLanes>
+NF_INLINE Vec<uint32_t, kLanes> load_u8(const void* p) {
+  return __builtin_convertvector((load_bits<Vec<uint8_t, kLanes>>(p)), Vec<uint32_t, kLanes>);
+}
+
+// The upper byte of an fp16.
+template <int kLanes>
+NF_INLINE Vec<float, kLanes> load(const Float8E5M2* p) {
+  return widen_half<kLanes>(load_u8<kLanes>(p) << 24);
+}
+
+// As for fp16: rebias the exponent, or let a subtraction of 2^-6 normalise the mantissa.
+template <int kLanes>
+NF_INLINE Vec<float, kLanes> load(const Float8E4M3* p) {
+  using F = Vec<float, kLanes>;
+  using U = Vec<uint32_t, kLanes>;
+  const U byte = load_u8<kLanes>(p);
+  const U magnitude = (byte & 0x7Fu) << 20;
+  const U subnormal = (U)((F)(magnitude + (121u << 23)) - 0x1.0p-6f);
+  const U small = (U)(magnitude < (1u << 23));
+  const U nan = (U)(magnitude == (0x7Fu << 20));
+  const U normal = (magnitude + (120u << 23)) | (nan & 0x7FC00000u);
+  return (F)((byte & 0x80u) << 24 | (subnormal & small) | (normal & ~small));
 }
 
 // store<kLanes>(p, v): rounds to nearest even to p's type and writes; NaN stays NaN.

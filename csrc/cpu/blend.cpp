@@ -1,10 +1,13 @@
 // theta[k, p] = sum_i weights[k, s(p), i] * params[i, p]        (blend, CPU)
 //
-// params (N, P), any row stride, column stride 1, fp32 | bf16 | fp16 | fp64; weights (K, S, N)
-// contiguous in the accumulation type; segments (S + 1,) boundaries; theta (K, P) in params' dtype.
-// Sums in fp32 (fp64 for fp64): w_0 x_0, then + w_i x_i in expert order, multiplied then added, and
-// one rounding at the end, so the bits depend on nothing but the input.
-// Bytes: (N + K) * P * itemsize, each expert read once from memory, each output written once.
+// params (N, P) and theta (K, P), any row stride, column stride 1, each fp32 | bf16 | fp16 | fp64 |
+// fp8 (e4m3fn, e5m2); weights (K, S, N) contiguous in the accumulation type; segments (S + 1,)
+// boundaries. Sums in fp32 (fp64 for fp64 params): w_0 x_0, then + w_i x_i in expert order,
+// multiplied then added, and one rounding at the end, so the bits depend on nothing but the input.
+// Bytes: N * P read, each expert once from memory, and K * P written once.
+//
+// Rounded to nearest into params' dtype, sums go from registers to theta. Otherwise they stay in a
+// tile in L1, and store_tile.h converts that.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -19,19 +22,17 @@
 #include "common/parallel.h"
 #include "common/segments.h"
 #include "common/stream.h"
+#include "cpu/store_tile.h"
 
 namespace neulig_fast {
 namespace {
 
 // Chosen on a 2-core AMD EPYC (Zen 5, AVX-512), N = 5 in fp32, 2026-11-22.
-constexpr int kStep = 16;  // columns that one step keeps in registers
 // Experts one kernel reads side by side. Their number is a template argument, so each expert's load
 // is an instruction of its own, by which the hardware prefetchers follow it; one load instruction
 // for all experts, or expert after expert over a tile in L1, ran at about half the speed. Beyond
 // 16, groups of 16 over one tile beat all at once.
 constexpr int kMaxExperts = 16;
-// Columns that stay in cache while all outputs are computed; 512 to 8192 are alike.
-constexpr int64_t kTile = 4096;
 constexpr int64_t kItemTiles = 16;  // tiles a thread takes at a time
 // Outputs from here on bypass the caches. Below, nothing is gained and whoever reads theta next
 // pays.
@@ -108,8 +109,10 @@ struct Blend {
   const Acc<T>* weights;
   Segments segments;
   BlendShape shape;
-  T* theta;
-  bool stream;
+  char* theta;
+  int64_t theta_stride;    // bytes from one output to the next
+  const TileStore& store;
+  bool direct;             // registers to theta, past the store
   const Kernels<T>& kernels;
 
   // Fewer columns than a step: the same kernel on padded copies.
@@ -141,19 +144,21 @@ struct Blend {
   static void advance(Group<T>& g, int64_t columns) {
     g.x += columns;
     g.sum += columns;
-    g.theta += columns;
+    if (g.last) g.theta += columns;
   }
 
   void piece(int64_t k, int64_t segment, int64_t begin, int64_t end) const {
     alignas(64) Acc<T> sum[kTile];
     const Acc<T>* w = weights + (k * shape.segments + segment) * shape.experts;
+    char* out = theta + k * theta_stride + begin * store.itemsize;
     for (int64_t i = 0; i < shape.experts; i += kMaxExperts) {
       const int64_t experts = std::min<int64_t>(kMaxExperts, shape.experts - i);
-      const bool last = i + experts == shape.experts;
+      const bool last = direct && i + experts == shape.experts;
       group({params + i * row_stride + begin, row_stride, w + i, i == 0, last, sum,
-             theta + k * shape.columns + begin, 0, stream},
+             reinterpret_cast<T*>(out), 0, direct && store.stream},
             experts, end - begin);
     }
+    if (!direct) store.write(sum, k, segment, begin - segments.bounds[segment], end - begin, out);
   }
 
   // Every output of a tile before the next tile: the second output finds the experts in cache.
@@ -171,39 +176,44 @@ struct Blend {
       const int64_t end = std::min((item + 1) * kItemTiles * kTile, shape.columns);
       for (int64_t p = item * kItemTiles * kTile; p < end; p += kTile)
         tile(p, std::min(p + kTile, end));
-      if (stream) stream_fence();
+      if (store.stream) stream_fence();
     });
   }
 };
 
 template <typename T>
 void run(const Tensor& weights, const Tensor& params, const Segments& segments,
-         const BlendShape& shape, const Tensor& theta) {
+         const BlendShape& shape, const Tensor& theta, const TileStore& store, bool direct) {
   static const Kernels<T> kernels =
       make_kernels<T>(cpu_level(), std::make_integer_sequence<int, kMaxExperts>{});
-  const bool stream = theta.numel() * static_cast<int64_t>(sizeof(T)) >= kStreamBytes;
   Blend<T>{static_cast<const T*>(params.const_data_ptr()),
            params.stride(0),
            static_cast<const Acc<T>*>(weights.const_data_ptr()),
            segments,
            shape,
-           static_cast<T*>(theta.mutable_data_ptr()),
-           stream,
+           static_cast<char*>(theta.mutable_data_ptr()),
+           shape.many_outputs ? theta.stride(0) * store.itemsize : 0,
+           store,
+           direct,
            kernels}
       .all();
 }
 
-Tensor blend(const Tensor& weights, const Tensor& params, std::optional<Tensor> segments) {
-  const BlendShape shape = check_blend(weights, params, segments);
+void blend(Tensor theta, const Tensor& weights, const Tensor& params,
+           std::optional<Tensor> segments, std::optional<int64_t> seed) {
+  const BlendShape shape = check_blend(theta, weights, params, segments, seed);
   const int64_t whole[2] = {0, shape.columns};
   const Segments view = segments_view("blend", segments, whole, shape);
-  const std::array<int64_t, 2> size = {shape.outputs, shape.columns};
-  const int skip = shape.many_outputs ? 0 : 1;
-  Tensor theta = torch::stable::new_empty(params, {size.data() + skip, size_t(2 - skip)});
-  if (theta.numel() == 0) return theta;
-  visit_dtype(params.scalar_type(),
-              [&](auto element) { run<decltype(element)>(weights, params, view, shape, theta); });
-  return theta;
+  if (theta.numel() == 0) return;
+  TileStore store;
+  visit_stored(theta.scalar_type(), [&](auto element) {
+    const bool stream = theta.numel() * static_cast<int64_t>(sizeof element) >= kStreamBytes;
+    store = make_tile_store<decltype(element)>(cpu_level(), seed, stream);
+  });
+  const bool direct = !seed.has_value() && theta.scalar_type() == params.scalar_type();
+  visit_stored(params.scalar_type(), [&](auto element) {
+    run<decltype(element)>(weights, params, view, shape, theta, store, direct);
+  });
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// blend as an operator of CUDA tensors: checks, allocation, launch.
+// blend as an operator of CUDA tensors: checks and launch.
 #include "cuda/bindings.h"
 #include "cuda/blend.h"
 
@@ -7,15 +7,13 @@
 namespace neulig_fast {
 namespace {
 
-Tensor blend(const Tensor& weights, const Tensor& params, std::optional<Tensor> segments) {
-  const BlendShape shape = check_blend(weights, params, segments);
+void blend(Tensor theta, const Tensor& weights, const Tensor& params,
+           std::optional<Tensor> segments, std::optional<int64_t> seed) {
+  const BlendShape shape = check_blend(theta, weights, params, segments, seed);
   check_device_call("blend", "weights", weights, params, segments, shape);
-  std::vector<int64_t> size;
-  if (shape.many_outputs) size.push_back(shape.outputs);
-  size.push_back(shape.columns);
+  check_device_call("blend", "out", theta, params, segments, shape);
+  if (theta.numel() == 0) return;
   const torch::stable::accelerator::DeviceGuard guard(params.get_device_index());
-  Tensor theta = torch::stable::new_empty(params, size);
-  if (theta.numel() == 0) return theta;
   const BlendCall call = {weights.const_data_ptr(),
                           params.const_data_ptr(),
                           bounds_of(segments),
@@ -24,10 +22,13 @@ Tensor blend(const Tensor& weights, const Tensor& params, std::optional<Tensor> 
                           shape.segments,
                           shape.experts,
                           shape.columns,
-                          params.stride(0)};
+                          params.stride(0),
+                          shape.many_outputs ? theta.stride(0) : 0,
+                          static_cast<uint64_t>(seed.value_or(0)),
+                          element_of(theta.scalar_type()),
+                          seed.has_value()};
   check_launch("blend",
                launch_blend(element_of(params.scalar_type()), call, current_stream(params)));
-  return theta;
 }
 
 }  // namespace

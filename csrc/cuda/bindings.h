@@ -26,6 +26,8 @@ inline Element element_of(ScalarType dtype) {
     case ScalarType::Double: return Element::kDouble;
     case ScalarType::BFloat16: return Element::kBFloat16;
     case ScalarType::Half: return Element::kHalf;
+    case ScalarType::Float8_e4m3fn: return Element::kFloat8E4M3;
+    case ScalarType::Float8_e5m2: return Element::kFloat8E5M2;
     default: return Element::kFloat;  // check_params has refused all others
   }
 }

@@ -7,6 +7,6 @@
 
 namespace neulig_fast {
 
-enum class Element { kFloat, kDouble, kBFloat16, kHalf };
+enum class Element { kFloat, kDouble, kBFloat16, kHalf, kFloat8E4M3, kFloat8E5M2 };
 
 }  // namespace neulig_fast

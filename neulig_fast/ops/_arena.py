@@ -41,13 +41,16 @@ def boundaries(
     return bounds.to(params.device)
 
 
-def faults(params: torch.Tensor, segments: torch.Tensor | None = None) -> list[str]:
+def faults(
+    params: torch.Tensor, segments: torch.Tensor | None = None, *, fp8: bool = False
+) -> list[str]:
     """What is wrong with the form of ``params`` and ``segments``: rank, dtype, device."""
     found = []
     if params.ndim != 2 or params.shape[0] < 1:
         found.append(f"params must be (N, P) with N >= 1, got {_checks.shape(params)}")
-    if params.dtype not in _checks.FLOAT_DTYPES:
-        found.append(f"params must be fp32, bf16, fp16 or fp64, got {params.dtype}")
+    if params.dtype not in (_checks.STORED_DTYPES if fp8 else _checks.FLOAT_DTYPES):
+        stored = _checks.STORED if fp8 else "fp32, bf16, fp16 or fp64"
+        found.append(f"params must be {stored}, got {params.dtype}")
     if segments is None:
         return found
     if segments.ndim != 1 or segments.shape[0] < 1:
@@ -91,6 +94,34 @@ def why_not_cuda(params: torch.Tensor) -> str | None:
     if params.shape[0] > MAX_GPU_EXPERTS:
         return f"{params.shape[0]} experts, more than {MAX_GPU_EXPERTS}"
     return why_not(params)
+
+
+def overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether a row of ``a`` and a row of ``b`` have addresses in common."""
+    if a.numel() == 0 or b.numel() == 0:
+        return False
+    (start, stop), (first, last) = _extent(a), _extent(b)
+    if stop <= first or last <= start:
+        return False
+    return any(x < v and u < y for x, y in _rows(a) for u, v in _rows(b))
+
+
+def _extent(tensor: torch.Tensor) -> tuple[int, int]:
+    """The first address of a tensor, and the one after its last."""
+    reach = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (reach + 1) * tensor.itemsize
+
+
+def _rows(tensor: torch.Tensor) -> list[tuple[int, int]]:
+    """The extents of the rows along the last dimension."""
+    if tensor.ndim <= 1:
+        return [_extent(tensor)]
+    return [extent for part in tensor.unbind(0) for extent in _rows(part)]
+
+
+def other_dtype(dtype: torch.dtype) -> torch.dtype:
+    """A type for samples whose result is not stored as the parameters are; fp64 stays exact."""
+    return torch.float16 if dtype == torch.float32 else torch.promote_types(dtype, torch.float32)
 
 
 class Draw:

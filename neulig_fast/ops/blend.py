@@ -7,8 +7,9 @@ theta_w = sum_i w_i theta_i (NeuLig, arXiv 2503.01268), model soups, task arithm
 coefficients.
 
 Numerics: terms are formed and added in expert order, a multiplication and then an addition, in
-fp32 (fp64 for fp64 params), and rounded once at the end; every backend, thread count and tiling
-gives the same bits. A non-finite parameter passes through even where its weight is zero.
+fp32 (fp64 for fp64 params), and rounded once at the end (_rounding.py says how); every backend,
+thread count and tiling gives the same bits. A non-finite parameter passes through even where its
+weight is zero.
 
 Traffic: N * P values read once and K * P written once, whatever K. 2 * N * K * P flops.
 """
@@ -19,45 +20,72 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from .. import _checks
 from .._registry import Op
-from . import _arena, _sharded
+from . import _arena, _rounding, _scales, _sharded
 
 if TYPE_CHECKING:
     from ..segments import Segments
 
 _FORMS = "(N,) or (K, N), with segments (S, N) or (K, S, N)"
+_CONVERTED = 1 << 24  # values that a backward pass converts to another type at once
 
 
 def blend(
-    weights: torch.Tensor,
-    params: torch.Tensor,
-    segments: torch.Tensor | Sequence[int] | Segments | None = None,
-) -> torch.Tensor:
+    weights: Tensor,
+    params: Tensor,
+    segments: Tensor | Sequence[int] | Segments | None = None,
+    out_dtype: torch.dtype | None = None,
+    rounding_seed: int | None = None,
+    *,
+    scales: Tensor | None = None,
+    out_scales: Tensor | None = None,
+) -> Tensor:
     """Blend N rows of parameters into one row, or into K rows with K sets of weights.
 
     Args:
         weights: (N,) or (K, N); with ``segments`` (S, N) or (K, S, N). Any float dtype.
-        params: (N, P), one row per expert: fp32, bf16, fp16 or fp64. Rows may be strided.
+        params: (N, P), one row per expert: fp32, bf16, fp16, fp64, float8_e4m3fn or float8_e5m2.
+            Rows may be strided.
         segments: boundaries of S column ranges, (S + 1,) int64 ascending from 0 to P on the
             device of ``params`` (or a sequence of ints, or ``ExpertPool.segments``).
+        out_dtype: any of the types of ``params``; by default that of ``params``. fp8 saturates.
+        rounding_seed: None rounds to nearest even; a 64-bit integer rounds stochastically, keyed
+            by it: for bf16, fp16 and fp8 results.
+        scales: (N,), with ``segments`` also (S, N): a stored value times its scale is the
+            parameter.
+        out_scales: () or (K,), with ``segments`` (), (S,) or (K, S): a stored result times its
+            scale is the merged parameter. Both kinds of scales are folded into the weights.
 
     Returns:
-        (P,) or (K, P), in the dtype of ``params``. Differentiable in ``weights`` and ``params``.
+        (P,) or (K, P). Differentiable in ``weights``, in scales and in ``params`` unless fp8;
+        stochastic rounding has the gradient of no rounding.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, all of them listed.
     """
+    bounds = _arena.boundaries("blend", segments, params)
+    _rounding.check_seed("blend", rounding_seed)
+    if scales is not None or out_scales is not None:
+        found = blend_faults(weights, params, bounds, out_dtype, rounding_seed)
+        found += _scales.faults(weights, params, bounds, scales, out_scales)
+        _checks.raise_all("blend", found)
+        weights = _scales.fold(weights, params, scales, out_scales)
     if _sharded.is_dtensor(weights, params):
-        return _sharded.blend(weights, params, segments)
-    return OP(weights, params, _arena.boundaries("blend", segments, params))
+        return _sharded.blend(weights, params, bounds, out_dtype, rounding_seed)
+    return OP(weights, params, bounds, out_dtype, rounding_seed)
 
 
-def _faults(
-    weights: torch.Tensor, params: torch.Tensor, segments: torch.Tensor | None = None
+def blend_faults(
+    weights: Tensor,
+    params: Tensor,
+    segments: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    rounding_seed: int | None = None,
 ) -> list[str]:
-    found = _arena.faults(params, segments)
+    found = _arena.faults(params, segments, fp8=True)
     if not weights.is_floating_point():
         found.append(f"weights must be floating point, got {weights.dtype}")
     if weights.device != params.device:
@@ -68,57 +96,96 @@ def _faults(
         if weights.ndim not in (len(tail), len(tail) + 1) or weights.shape[-len(tail) :] != tail:
             sizes = f"N = {n}" if segments is None else f"N = {n}, S = {s}"
             found.append(f"weights must be {_FORMS}, here {sizes}; got {_checks.shape(weights)}")
+    if out_dtype is not None or rounding_seed is not None:
+        found += _rounding.faults(out_dtype or params.dtype, rounding_seed)
     return found
 
 
 def blend_reference(
-    weights: torch.Tensor, params: torch.Tensor, segments: torch.Tensor | None = None
-) -> torch.Tensor:
+    weights: Tensor,
+    params: Tensor,
+    segments: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    rounding_seed: int | None = None,
+) -> Tensor:
     """The formula in plain PyTorch."""
+    dtype = out_dtype or params.dtype
     w = weights.to(_checks.accumulation_dtype(params.dtype))
     if segments is None:
-        return _weighted_sum(w, params)
+        return _rounding.round_to(_weighted_sum(w, params), dtype, rounding_seed, 0)
     pieces = [
-        _weighted_sum(w[..., s, :], params[:, start:stop])
+        _rounding.round_to(
+            _weighted_sum(w[..., s, :], params[:, start:stop]), dtype, rounding_seed, s
+        )
         for s, (start, stop) in enumerate(_arena.slices(segments))
     ]
-    return torch.cat(pieces, -1) if pieces else params.new_empty((*w.shape[:-2], 0))
+    return torch.cat(pieces, -1) if pieces else params.new_empty((*w.shape[:-2], 0), dtype=dtype)
 
 
-def _weighted_sum(w: torch.Tensor, theta: torch.Tensor) -> torch.Tensor:
+def _weighted_sum(w: Tensor, theta: Tensor) -> Tensor:
     total = w[..., 0, None] * theta[0].to(w.dtype)
     for i in range(1, theta.shape[0]):
         total = total + w[..., i, None] * theta[i].to(w.dtype)
-    return total.to(theta.dtype)
+    return total
 
 
 def blend_fake(
-    weights: torch.Tensor, params: torch.Tensor, segments: torch.Tensor | None = None
-) -> torch.Tensor:
+    weights: Tensor,
+    params: Tensor,
+    segments: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    rounding_seed: int | None = None,
+) -> Tensor:
     leading = weights.shape[: -1 if segments is None else -2]
-    return params.new_empty((*leading, params.shape[1]))
+    return params.new_empty((*leading, params.shape[1]), dtype=out_dtype or params.dtype)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:3])
 
 
-def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     weights, params, segments = ctx.saved_tensors
     # One row of gradient, not N rows of parameters: autograd may hand over an expanded scalar.
     grad = grad.contiguous()
     grad_weights = grad_params = None
     if ctx.needs_input_grad[0]:
-        op = torch.ops.neulig_fast.blend_weight_grad.default
-        grad_weights = op(grad, params, segments).to(weights.dtype)
+        grad_weights = _weight_grad(grad, params, segments).to(weights.dtype)
     if ctx.needs_input_grad[1]:
-        grad_params = blend_transposed(weights, grad, segments)
-    return grad_weights, grad_params, None
+        if params.dtype in _checks.FP8_DTYPES:
+            raise RuntimeError("blend: not differentiable in fp8 params; detach them")
+        grad_params = blend_transposed(weights, grad, segments, params.dtype)
+    return grad_weights, grad_params, None, None, None
+
+
+def _weight_grad(grad: Tensor, params: Tensor, segments: Tensor | None) -> Tensor:
+    """``blend_weight_grad`` of a gradient whose type need not be that of ``params``.
+
+    The kernels want one type. Where it is another than that of ``params``, some columns of them at
+    a time are converted to one that holds both exactly, and their sums are added in fp64.
+    """
+    op = torch.ops.neulig_fast.blend_weight_grad.default
+    common = torch.promote_types(_unpacked(grad.dtype), _unpacked(params.dtype))
+    if params.dtype == common:
+        return op(grad.to(common), params, segments)
+    (experts, columns), total = params.shape, None
+    step = max(_CONVERTED // experts, 1)
+    for start in range(0, max(columns, 1), step):
+        stop = min(start + step, columns)
+        bounds = None if segments is None else segments.clamp(start, stop) - start
+        part = op(grad[..., start:stop].to(common), params[:, start:stop].to(common), bounds)
+        total = part.double() if total is None else total + part
+    return total
+
+
+def _unpacked(dtype: torch.dtype) -> torch.dtype:
+    """A type that ordinary kernels read and that holds every value of ``dtype``."""
+    return torch.bfloat16 if dtype in _checks.FP8_DTYPES else dtype
 
 
 def blend_transposed(
-    weights: torch.Tensor, rows: torch.Tensor, segments: torch.Tensor | None
-) -> torch.Tensor:
+    weights: Tensor, rows: Tensor, segments: Tensor | None, dtype: torch.dtype | None = None
+) -> Tensor:
     """(N, P) from rows (P,) or (K, P): out[i, p] = sum_k weights[k, s(p), i] * rows[k, p].
 
     A blend of the K rows with the weights transposed: (N, K) or (N, S, K).
@@ -126,43 +193,61 @@ def blend_transposed(
     if rows.ndim == 1:
         weights, rows = weights.unsqueeze(0), rows.unsqueeze(0)
     return torch.ops.neulig_fast.blend.default(
-        weights.movedim(0, -1).movedim(-2, 0), rows, segments
+        weights.movedim(0, -1).movedim(-2, 0), rows, segments, dtype
     )
 
 
 def _samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
     draw = _arena.Draw(device, dtype, seed=20)
-    yield draw.normal(3), draw.normal(3, 17), None
-    yield draw.normal(2, 5), draw.normal(5, 1025), None
-    yield draw.normal(1), draw.normal(1, 33), None
-    yield draw.normal(3), draw.normal(3, 0), None
-    yield draw.normal(4), draw.normal(4, 300)[:, 7:136], None
-    yield draw.normal(3, 2), draw.normal(2, 200), draw.bounds(0, 1, 130, 200)
-    yield draw.normal(3, 4, 11), draw.normal(11, 96), draw.bounds(0, 32, 32, 65, 96)
+    yield draw.normal(3), draw.normal(3, 17), None, None, None
+    yield draw.normal(2, 5), draw.normal(5, 1025), None, None, None
+    yield draw.normal(1), draw.normal(1, 33), None, None, None
+    yield draw.normal(3), draw.normal(3, 0), None, None, None
+    yield draw.normal(4), draw.normal(4, 300)[:, 7:136], None, None, None
+    yield draw.normal(3, 2), draw.normal(2, 200), draw.bounds(0, 1, 130, 200), None, None
+    bounds, other = draw.bounds(0, 32, 32, 65, 96), _arena.other_dtype(dtype)
+    yield draw.normal(3, 4, 11), draw.normal(11, 96), bounds, other, None
 
 
 def _prepare(
-    weights: torch.Tensor, params: torch.Tensor, segments: torch.Tensor | None = None
+    weights: Tensor,
+    params: Tensor,
+    segments: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    rounding_seed: int | None = None,
 ) -> tuple[Any, ...]:
+    out = blend_fake(weights, params, segments, out_dtype)
+    return kernel_arguments(out, weights, params, segments, rounding_seed)
+
+
+def kernel_arguments(
+    out: Tensor,
+    weights: Tensor,
+    params: Tensor,
+    segments: Tensor | None = None,
+    rounding_seed: int | None = None,
+) -> tuple[Any, ...]:
+    """What the kernels take: weights contiguous in the accumulation type."""
     weights = weights.to(_checks.accumulation_dtype(params.dtype)).contiguous()
-    return weights, params, _arena.contiguous(segments)
+    return out, weights, params, _arena.contiguous(segments), rounding_seed
 
 
 OP = Op(
     "blend",
-    "(Tensor weights, Tensor params, Tensor? segments=None) -> Tensor",
+    "(Tensor weights, Tensor params, Tensor? segments=None, ScalarType? out_dtype=None, "
+    "SymInt? rounding_seed=None) -> Tensor",
+    native="(Tensor(a!) out, Tensor weights, Tensor params, Tensor? segments=None, "
+    "int? rounding_seed=None) -> ()",
     reference=blend_reference,
     fake=blend_fake,
-    faults=_faults,
+    faults=blend_faults,
     order={"cpu": ("cpu", "torch"), "cuda": ("cuda", "triton", "torch")},
     samples=_samples,
-    check=lambda weights, params, segments=None: _arena.check_values("blend", params, segments),
+    check=lambda weights, params, segments=None, *_: _arena.check_values("blend", params, segments),
     autograd=(_setup_context, _backward),
     differentiable=("weights", "params"),
     elementwise=True,
 )
-OP.add_native("cpu", prepare=_prepare, why_not=lambda w, params, s=None: _arena.why_not(params))
-OP.add_native(
-    "cuda", prepare=_prepare, why_not=lambda w, params, s=None: _arena.why_not_cuda(params)
-)
+OP.add_native("cpu", prepare=_prepare, why_not=lambda w, params, *_: _arena.why_not(params))
+OP.add_native("cuda", prepare=_prepare, why_not=lambda w, params, *_: _arena.why_not_cuda(params))
 OP.add_triton(prepare=_prepare)

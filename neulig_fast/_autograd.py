@@ -1,0 +1,61 @@
+"""What autograd sees of an op: its formula, an explicit error, or a write and no gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.autograd import forward_ad
+
+Formula = tuple[Callable[..., None], Callable[..., Any]]  # setup_context, backward
+
+
+def register(op: Any, library: torch.library.Library, formula: Formula | None) -> None:
+    """Register ``formula`` for an op of the registry; without one, asking for it is an error."""
+    if op.writes:
+        library.impl(op.name, lambda *args: _write(op, *args), "Autograd")
+        return
+    setup_context, backward = formula or _not_differentiable(op.name)
+    torch.library.register_autograd(
+        f"neulig_fast::{op.name}", backward, setup_context=setup_context, lib=library
+    )
+
+
+def _not_differentiable(name: str) -> Formula:
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        return None
+
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError(f"{name}: not differentiable; detach its inputs")
+
+    return setup_context, backward
+
+
+def _write(op: Any, *args: Any) -> None:
+    """An op that writes into its first argument: no gradient, and a new version of that tensor."""
+    if torch.is_grad_enabled():
+        for name, argument in zip(op.arguments, args, strict=False):
+            if _asks_for_gradient(argument):
+                raise RuntimeError(
+                    f"{op.name}: not differentiable, but {name} requires grad; detach it or call "
+                    "under torch.no_grad()"
+                )
+    with torch._C._AutoDispatchBelowADInplaceOrView():
+        op.overload(*args)
+    if not args[0].is_inference():
+        torch.autograd.graph.increment_version(args[0])
+
+
+def _asks_for_gradient(argument: Any) -> bool:
+    """Whether a tensor, or the tensor it is a view of, requires grad."""
+    if not isinstance(argument, torch.Tensor):
+        return False
+    return argument.requires_grad or (argument._base is not None and argument._base.requires_grad)
+
+
+def has_tangent(argument: Any) -> bool:
+    """Whether an argument carries a forward-mode tangent."""
+    return (
+        isinstance(argument, torch.Tensor) and forward_ad.unpack_dual(argument).tangent is not None
+    )
