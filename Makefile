@@ -46,7 +46,7 @@ test-gpu:
 	    tests/test_offset_gram.py tests/test_kernels.py
 
 bench: $(INSTALLED)
-	$(PY) benchmarks
+	$(PY) -m neulig_fast.benchmarks
 
 $(VENV)/torch-ready: constraints.txt tools/make_venv.py
 	$(PYTHON) tools/make_venv.py $(VENV)

@@ -29,7 +29,7 @@ def _module(name: str) -> Any:
     try:
         return importlib.import_module(f"fusion_bench.{name}")
     except ImportError as error:
-        say(f"no FusionBench: {error}")
+        say(f"no FusionBench: {error}; pip install 'neulig-fast[bench]' adds it")
         return None
 
 

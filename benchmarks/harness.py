@@ -57,7 +57,7 @@ class Provider:
     """One way to compute a case.
 
     ``steps``: how many of the case's computations one call does (a fraction when it does part of
-    one); times are per one. ``needs``: bytes beyond the inputs; ``holds``: those kept between calls.
+    one); times are per one. ``needs``: bytes beyond the inputs; ``holds``: what it keeps of them.
     ``traffic`` and ``flops``: its own, for a ceiling. ``note``: added to the row's mode; with
     ``checked=False`` says why there is no check.
     """

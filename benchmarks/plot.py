@@ -76,7 +76,7 @@ def roofline(rows: list[Row], path: Path) -> None:
     operations over the time, so that no provider gains by computing more.
     """
     points = [r for r in rows if r["tflop_s"] and r["gb_s"] and r["op"] != "machine"]
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    figure, axes = plt.subplots(figsize=(8, 5.5), layout="constrained")
     per_byte = [1e3 * float(r["tflop_s"]) / float(r["gb_s"]) for r in points]
     left, right = min(per_byte, default=0.1) / 4, max(per_byte, default=10) * 200
     _roofs([r for r in rows if r["op"] == "machine"], axes, left, right)
@@ -96,7 +96,7 @@ def roofline(rows: list[Row], path: Path) -> None:
     axes.set(xlabel="flops per byte of least traffic", ylabel="GFLOP/s")
     axes.set_title(rows[0]["device"] if rows else "", fontsize=10, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside right upper", fontsize=8, frameon=False)
+    figure.legend(loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     figure.savefig(path)
     plt.close(figure)
 
