@@ -79,7 +79,8 @@ def roofline(rows: list[Row], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(8, 5.5), layout="constrained")
     per_byte = [1e3 * float(r["tflop_s"]) / float(r["gb_s"]) for r in points]
     left, right = min(per_byte, default=0.1) / 4, max(per_byte, default=10) * 200
-    _roofs([r for r in rows if r["op"] == "machine"], axes, left, right)
+    heights = _roofs([r for r in rows if r["op"] == "machine"], axes, left, right)
+    heights += [1e3 * float(r["tflop_s"]) for r in points]
     styles = dict(zip(sorted({r["op"] for r in points}), "osD^v<>pPX*hH", strict=False))
     for row, x in zip(points, per_byte, strict=True):
         ours, y = row["provider"].startswith("neulig_fast"), 1e3 * float(row["tflop_s"])
@@ -92,7 +93,8 @@ def roofline(rows: list[Row], path: Path) -> None:
     for name, color in (("neulig_fast", OURS), ("its reference", REFERENCE), ("others", THEIRS)):
         axes.scatter([], [], color=color, marker="s", label=name)
     axes.scatter([], [], facecolor="white", edgecolor=THEIRS, label="hollow: not fp32")
-    axes.set(xscale="log", yscale="log", xlim=(left, right))
+    ylim = min(heights, default=0.1) / 3, max(heights, default=10) * 3
+    axes.set(xscale="log", yscale="log", xlim=(left, right), ylim=ylim)
     axes.set(xlabel="flops per byte of least traffic", ylabel="GFLOP/s")
     axes.set_title(rows[0]["device"] if rows else "", fontsize=10, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
@@ -101,8 +103,8 @@ def roofline(rows: list[Row], path: Path) -> None:
     plt.close(figure)
 
 
-def _roofs(limits: list[Row], axes: Axes, left: float, right: float) -> None:
-    """The slanted roofs of the memory and the flat ones of the arithmetic."""
+def _roofs(limits: list[Row], axes: Axes, left: float, right: float) -> list[float]:
+    """The slanted roofs of the memory and the flat ones of the arithmetic; the latter's heights."""
     flat = {r["dtype"]: 1e3 * float(r["tflop_s"]) for r in limits if r["tflop_s"]}
     for name in ("copy", "triad"):
         found = [float(r["gb_s"]) for r in limits if r["provider"].startswith(f"ceiling/{name}")]
@@ -117,6 +119,7 @@ def _roofs(limits: list[Row], axes: Axes, left: float, right: float) -> None:
     for dtype, speed in flat.items():
         label = f"matrix product, {dtype}: {speed:.4g} GFLOP/s"
         axes.hlines(speed, left, right, color=LIMIT, lw=1, linestyle="--", label=label)
+    return list(flat.values())
 
 
 def plot(folder: Path, out: Path) -> list[Path]:
