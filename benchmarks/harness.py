@@ -32,7 +32,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch._inductor.config as inductor
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress, SpinnerColumn, TimeElapsedColumn
@@ -164,6 +163,8 @@ def _checked(case: Case, provider: Provider) -> tuple[str, float | None]:
 
 def measure(case: Case, quick: bool = False, advance: Callable[[str], Any] = str) -> list[Row]:
     """Check and time the case's providers; one row each. ``advance`` hears what is being done."""
+    from torch._inductor import config as inductor  # takes a second: not before it is needed
+
     torch.compiler.reset()
     before = torch.get_num_threads()
     if case.device == "cpu":
