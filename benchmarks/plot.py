@@ -1,4 +1,4 @@
-"""Figures of committed rows: ``python -m neulig_fast.benchmarks.plot results/<device> --out FOLDER``."""
+"""Figures of rows: ``python -m neulig_fast.benchmarks.plot results/<device> --out FOLDER``."""
 
 from __future__ import annotations
 

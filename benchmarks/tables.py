@@ -137,10 +137,10 @@ def training() -> str:
             if (row["op"], row["shape"]) == ("neulig_fit", "demo ViT")
         }
         if found:
+            ours, published = found["neulig_fast"], found["published: experts in every step"]
             return (
-                f"Portland training on cached features takes {found['neulig_fast']} ms a step for the "
-                f"demo's five experts, against\n{found['published: experts in every step']} ms when "
-                "every step runs the experts as published.\n"
+                f"Portland training on cached features takes {ours} ms a step for the demo's five "
+                f"experts, against\n{published} ms when every step runs the experts as published.\n"
             )
     return ""
 
@@ -152,9 +152,9 @@ def ceilings() -> str:
 
 def _ceilings(folder: Path) -> str:
     limits = [row for row in rows_of(folder) if row["op"] == "machine"]
+    columns = ("shape", "dtype", "ms_q50", "gb_s", "tflop_s")
     lines = [
-        [row["provider"].removeprefix("ceiling/"), row["shape"], row["dtype"], row["ms_q50"]]
-        + [row["gb_s"], row["tflop_s"]]
+        [row["provider"].removeprefix("ceiling/"), *(row[column] for column in columns)]
         for row in limits
     ]
     return _table(["limit", "size", "dtype", "ms", "GB/s", "TFLOP/s"], lines) if lines else ""
@@ -165,30 +165,34 @@ def op(name: str) -> str:
     return _per_device(functools.partial(_op, name))
 
 
+_COLUMNS = {
+    **{
+        name: name for name in ("mode", "shape", "N", "K", "weights", "dtype", "threads", "backend")
+    },
+    "ms_q50": "ms",
+    "gb_s": "GB/s",
+    "pct_copy": "% of copy",
+    "peak_mb": "peak MB",
+    "host_us": "host µs",
+    "ratio": "ratio",
+    "rival": "to the best other",
+}
+
+
 def _op(name: str, folder: Path) -> str:
-    lines = []
+    found = []
     for case in cases_of(row for row in rows_of(folder) if row["op"] == name):
         ours, other = _sides(case)
-        if ours is None:
-            continue
-        backend = ours["provider"].removeprefix("neulig_fast/")
-        weights = "per tensor" if ours["S"] not in ("", "1") else ""
-        rival = other["provider"] if other else ""
-        lines.append(
-            [ours["mode"], ours["shape"], ours["N"], ours["K"], weights, ours["dtype"]]
-            + [ours["threads"], backend, ours["ms_q50"], ours["gb_s"], ours["pct_copy"]]
-            + [ours["peak_mb"], ours["host_us"], ours["ratio"], rival]
-        )
-    header = ["mode", "shape", "N", "K", "weights", "dtype", "threads", "backend", "ms", "GB/s"]
-    header += ["% of copy", "peak MB", "host µs", "ratio", "to the best other"]
-    return _without_empty(header, lines)
-
-
-def _without_empty(header: list[str], lines: list[list[str]]) -> str:
-    kept = [i for i in range(len(header)) if any(line[i] for line in lines)]
-    if not lines:
-        return ""
-    return _table([header[i] for i in kept], ([line[i] for i in kept] for line in lines))
+        if ours is not None:
+            more = {
+                "backend": ours["provider"].removeprefix("neulig_fast/"),
+                "weights": "per tensor" if ours["S"] not in ("", "1") else "",
+                "rival": other["provider"] if other else "",
+            }
+            found.append(ours | more)
+    kept = [column for column in _COLUMNS if any(row[column] for row in found)]
+    lines = ([row[column] for column in kept] for row in found)
+    return _table([_COLUMNS[column] for column in kept], lines) if found else ""
 
 
 def rooflines() -> str:

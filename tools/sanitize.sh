@@ -13,7 +13,7 @@ base=$PWD/build/sanitize
 flags="-fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=all"
 
 rm -rf "$base/lib"  # else the files of an older tree stay
-NEULIG_FAST_BUILD=cpp CFLAGS="$flags -fno-omit-frame-pointer" LDFLAGS="$flags" \
+NEULIG_FAST_BUILD=cpp CFLAGS="-O1 $flags -fno-omit-frame-pointer" LDFLAGS="$flags" \
     "$python" setup.py -q build --build-base "$base" --build-lib "$base/lib"
 
 # Python is not instrumented, so the runtimes come first into its process. It frees little of its
