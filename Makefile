@@ -13,7 +13,7 @@ SOURCES := pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*/*)
 # A GPU machine often has no network but a Python with torch: use that one.
 GPU_PYTHON ?= $(shell $(PYTHON) -c 'import torch' 2>/dev/null && echo $(PYTHON) || echo $(PY))
 
-.PHONY: demo test check fmt build aot test-gpu bench clean
+.PHONY: demo test check fmt build aot test-gpu test-sanitize bench tables clean
 
 # Waiting OpenMP threads sleep: where another program keeps a core busy, spinning ones stall it all.
 demo: export OMP_WAIT_POLICY = passive
@@ -45,8 +45,15 @@ test-gpu:
 	$(GPU_PYTHON) -m pytest tests/test_house.py tests/test_blend.py tests/test_blend_weight_grad.py \
 	    tests/test_offset_gram.py tests/test_kernels.py
 
+test-sanitize: $(INSTALLED)
+	PYTHON=$(PY) tools/sanitize.sh
+
 bench: $(INSTALLED)
-	$(PY) benchmarks
+	$(PY) -m neulig_fast.benchmarks
+
+# Tables and figures of README and docs, from the committed rows.
+tables: $(INSTALLED)
+	$(PY) -m neulig_fast.benchmarks.tables
 
 $(VENV)/torch-ready: constraints.txt tools/make_venv.py
 	$(PYTHON) tools/make_venv.py $(VENV)

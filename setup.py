@@ -99,7 +99,9 @@ def configure(ext: Extension, kind: str) -> None:
     # 2.11's stable ABI: one binary for this and later torch versions, with and without CUDA.
     macros = ["-DTORCH_TARGET_VERSION=0x020b000000000000", f"-ffile-prefix-map={ROOT}/="]
     # Multiply, then add, on every machine: contraction would make the bits depend on the CPU.
-    cxx = ["-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wno-psabi", *macros]
+    cxx = ["-g0", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wno-psabi", *macros]
+    if not re.search(r"(^|\s)-O", os.environ.get("CFLAGS", "")):
+        cxx.insert(0, "-O3")
     ext.sources = sources("csrc/module.cpp", "csrc/cpu/*.cpp")
     ext.include_dirs = [str(ROOT / "csrc"), *cpp_extension.include_paths()]
     ext.library_dirs = cpp_extension.library_paths()

@@ -3,15 +3,17 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
+
+from neulig_fast import benchmarks
 
 load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
 if load > 0.7:
     print(f"load average {load:.1f}: other work is running here; do not keep these rows")
 failed = []
-for path in sorted(Path(__file__).parent.glob("bench_*.py")):
-    print(f"\n{path.stem}", flush=True)
-    if subprocess.run([sys.executable, str(path), *sys.argv[1:]]).returncode:
-        failed.append(path.stem)
+for name in benchmarks.names():
+    print(f"\n{name}", flush=True)
+    module = f"neulig_fast.benchmarks.bench_{name}"
+    if subprocess.run([sys.executable, "-m", module, *sys.argv[1:]]).returncode:
+        failed.append(name)
 if failed:
     sys.exit(f"failed: {', '.join(failed)}")

@@ -2,47 +2,87 @@
 
 Least traffic: N experts read once, K outputs written once. The others: a Python loop over the
 tensors, stack + einsum per tensor, a matrix product on the flat arena, ``torch._foreach_*``,
-torch.compile of our reference, and the way of the published evaluation, once per test batch: copy
-and flatten every expert, stack, add up, split.
+torch.compile of our reference, FusionBench, and the way of the published evaluation, once per test
+batch: copy and flatten every expert, stack, add up, split.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import harness
-import machine
 import torch
-from ceilings import ceilings
-from harness import Case, Provider
-from shapes import TOY, VIT_B_32, Experts, layout, make_experts
 from torch import Tensor
 
 import neulig_fast
 from neulig_fast import testing
 from neulig_fast.ops.blend import OP, blend_reference
+from neulig_fast.segments import Segments
 
-_CHECKED = 1 << 16  # columns of every tensor that are compared with the oracle
+from . import fusionbench, harness, machine, selection
+from .ceilings import ceilings
+from .harness import Case, Provider
+from .shapes import QWEN_1_5B, TOY, VIT_B_32, VIT_L_14, Experts, Shape, layout, make_experts
 
-Setting = tuple[int, int | None, bool, int]  # N, K, per-tensor weights?, threads
+_CHECKED = 1 << 16  # values of every tensor that are compared with the oracle
 
 
-def settings(quick: bool, device: str) -> Iterator[tuple[torch.dtype, Setting]]:
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """One case: experts of a shape, K outputs (None: one, without that dimension)."""
+
+    shape: Shape
+    dtype: torch.dtype
+    N: int
+    K: int | None = None
+    per_tensor: bool = False
+    threads: int = dataclasses.field(default_factory=lambda: machine.cores())
+
+    @functools.cached_property
+    def segments(self) -> Segments:
+        return layout(self.shape, self.dtype)
+
+    @property
+    def numbers(self) -> dict[str, int]:
+        segments = self.segments
+        S = len(segments) if self.per_tensor else 1
+        return {"N": self.N, "K": self.K or 1, "P": segments.width, "S": S}
+
+    def resident(self, rows: int) -> int:
+        """Bytes of ``rows`` arena rows."""
+        return rows * self.segments.width * self.dtype.itemsize
+
+    def wanted(self, op: str, device: str, rows: int) -> bool:
+        """Whether it is asked for and its inputs, ``rows`` rows, fit into memory."""
+        numbers = self.numbers
+        if not selection.wanted(self.shape.name, self.dtype, self.threads, **numbers):
+            return False
+        short = self.resident(rows) - machine.memory(device)
+        if short > 0:
+            named = " ".join(f"{k}={numbers[k]}" for k in ("N", "K"))
+            what = f"{op} {self.shape.name} {named} {self.dtype}".replace("torch.", "")
+            harness.say(f"{what} skipped: {short / 1e9:.1f} GB of memory short")
+        return short <= 0
+
+
+def settings(quick: bool, device: str) -> Iterator[Setting]:
     """What is measured. The most experts first: later cases then fit into memory already had."""
     many = machine.cores()
     for dtype in (torch.float32, torch.bfloat16):
         if quick:
-            yield dtype, (3, None if dtype == torch.float32 else 2, False, many)
-            yield dtype, (2, None, True, 1)
+            yield Setting(TOY, dtype, 3, None if dtype == torch.float32 else 2)
+            yield Setting(TOY, dtype, 2, per_tensor=True, threads=1)
             continue
-        yield from ((dtype, (N, None, False, many)) for N in (16, 8, 5, 3, 2))
-        yield dtype, (5, None, True, many)
+        yield from (Setting(VIT_B_32, dtype, N) for N in (16, 8, 5, 3, 2))
+        yield Setting(VIT_B_32, dtype, 5, per_tensor=True)
         if device == "cpu" and many > 1:
-            yield dtype, (5, None, False, 1)
+            yield Setting(VIT_B_32, dtype, 5, threads=1)
+        yield Setting(TOY, dtype, 5)  # what a call costs that moves almost nothing
+        yield from (Setting(shape, dtype, N) for shape in (VIT_L_14, QWEN_1_5B) for N in (5, 2))
     if not quick:  # last: several outputs take the most memory beside the experts
-        yield torch.float32, (5, 4, False, many)
+        yield from (Setting(VIT_B_32, dtype, 5, 8) for dtype in (torch.bfloat16, torch.float32))
 
 
 # -- other people's ways: weights as (S or 1, N) floats, one result per row of weights ------------
@@ -109,7 +149,8 @@ def draw_weights(N: int, K: int | None, S: int | None, device: str) -> Tensor:
 def check(weights: Tensor, experts: Experts, per_tensor: bool) -> Callable[[Any], None]:
     """Compares a flat result, or a list of tensors (for every k), with the fp64 reference on the
     first columns of every tensor."""
-    windows = [(s.start, min(s.length, _CHECKED)) for s in experts.segments]
+    outputs = weights[..., 0, 0].numel() if per_tensor else weights[..., 0].numel()
+    windows = [(s.start, min(s.length, _CHECKED // outputs)) for s in experts.segments]
 
     @functools.cache
     def expected(dtype: torch.dtype) -> Tensor:
@@ -136,7 +177,8 @@ def check(weights: Tensor, experts: Experts, per_tensor: bool) -> Callable[[Any]
 
 def providers(weights: Tensor, experts: Experts, K: int | None, per_tensor: bool) -> list[Provider]:
     params, states = experts.params, experts.state_dicts
-    device, out = params.device.type, (K or 1) * params[0].nbytes
+    device, row = params.device.type, params[0].nbytes
+    out, largest = (K or 1) * row, max(s.length for s in experts.segments) * params.itemsize
     segments = experts.segments.bounds_on(params.device) if per_tensor else None
     tensors = [list(state.values()) for state in states]
     cast = weights.to(params.dtype)
@@ -150,62 +192,58 @@ def providers(weights: Tensor, experts: Experts, K: int | None, per_tensor: bool
 
     args = (weights, params, segments)
     sums = 3 * (K or 1) * params.shape[1] * 4  # of the reference, whole rows in fp32
-    found = harness.ours(OP, device, lambda: neulig_fast.blend(*args), args, sums)
+    found = harness.ours(OP, device, lambda: neulig_fast.blend(*args), args, sums, out)
     cast_grid = cast.reshape(K or 1, -1, params.shape[0])
+    stacked = out + 2 * len(params) * largest
     found += [
-        Provider("python loop", each(python_loop, grid, states), needs=out),
-        Provider("stack + einsum", each(stack_einsum, cast_grid, states), needs=out),
-        Provider("torch._foreach", each(foreach, grid, tensors), needs=out),
+        Provider("python loop", each(python_loop, grid, states), needs=out + 2 * largest),
+        Provider("stack + einsum", each(stack_einsum, cast_grid, states), needs=stacked),
+        Provider("torch._foreach", each(foreach, grid, tensors), needs=out + row * per_tensor),
     ]
+    if K is None:
+        found += fusionbench.blend_providers(grid[0], experts)
     if per_tensor:
         return found
     flat = harness.compiled(blend_reference)
     found += [
-        Provider("flat matmul", lambda: cast @ params, needs=out),
+        # A product in bf16 may first copy the arena into an order it prefers.
+        Provider("flat matmul", lambda: cast @ params, needs=out + params.nbytes),
         Provider("torch.compile", lambda: flat(weights, params), needs=out),
     ]
     if K is None:
-        needs = 2 * params.nbytes + 4 * params[0].nbytes
+        needs = 2 * params.nbytes + 4 * row
         found.append(
             Provider("published: flatten and loop", lambda: published(grid[0], states), needs=needs)
         )
     return found
 
 
-def make_case(size: dict, dtype: torch.dtype, setting: Setting, device: str) -> Case | None:
-    N, K, per_tensor, threads = setting
-    segments = layout(size, dtype)
-    resident = (N + (K or 1) + 2) * segments.width * max(dtype.itemsize, 2)
-    if resident > machine.memory(device):
-        harness.say(f"blend N={N} K={K} {dtype} skipped: it needs {resident / 1e9:.0f} GB")
-        return None
-    experts = make_experts(N, segments, dtype, device)
+def make_case(setting: Setting, device: str) -> Case:
+    N, K, per_tensor = setting.N, setting.K, setting.per_tensor
+    segments = setting.segments
+    experts = make_experts(N, segments, setting.dtype, device)
     weights = draw_weights(N, K, len(segments) if per_tensor else None, device)
-    case = Case(
+    found = providers(weights, experts, K, per_tensor)
+    return Case(
         op="blend",
         mode="fwd",
-        shape="ViT-B-32" if size is VIT_B_32 else "toy",
-        dtype=dtype,
+        shape=setting.shape.name,
+        dtype=setting.dtype,
         device=device,
-        threads=threads,
-        providers=[
-            *providers(weights, experts, K, per_tensor),
-            *ceilings(experts.params, threads, write=True),
-        ],
+        threads=setting.threads,
+        providers=[*found, *ceilings(experts.params, setting.threads, write=True)],
         check=check(weights, experts, per_tensor),
-        traffic=(N + (K or 1)) * experts.params[0].nbytes,
-        resident=resident,
-        numbers={"N": N, "K": K or 1, "P": segments.width, "S": len(segments) if per_tensor else 1},
+        traffic=setting.resident(N + (K or 1)),
+        flops=2 * N * (K or 1) * segments.width,
+        resident=setting.resident(N + 1) + sum(p.holds for p in found),
+        numbers=setting.numbers,
     )
-    return case
 
 
 def cases(device: str, quick: bool) -> Iterator[Case]:
-    for dtype, setting in settings(quick, device):
-        case = make_case(TOY if quick else VIT_B_32, dtype, setting, device)
-        if case is not None:
-            yield case
-            del case
+    for setting in settings(quick, device):
+        if setting.wanted("blend", device, setting.N + (setting.K or 1) + 1):
+            yield make_case(setting, device)
 
 
 if __name__ == "__main__":

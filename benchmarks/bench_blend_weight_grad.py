@@ -8,17 +8,12 @@ tensors and torch.compile of our reference, both under autograd.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 
-import harness
-import machine
 import torch
-from bench_blend import draw_weights
-from ceilings import ceilings
-from harness import Case, Provider
-from shapes import TOY, VIT_B_32, Experts, layout, make_experts, row_views
 from torch import Tensor
 
 import neulig_fast
@@ -26,25 +21,37 @@ from neulig_fast import testing
 from neulig_fast.ops.blend import blend_reference
 from neulig_fast.ops.blend_weight_grad import OP, blend_weight_grad_reference
 
+from . import bench_blend, harness, machine
+from .bench_blend import draw_weights
+from .ceilings import ceilings
+from .harness import Case, Provider
+from .shapes import QWEN_1_5B, TOY, VIT_B_32, VIT_L_14, Experts, make_experts, row_views
+
 _BLOCK = 1 << 20  # columns of the fp64 oracle at a time
 
-Setting = tuple[str, int, int | None, bool, int]  # mode, N, K, per tensor?, threads
+
+@dataclasses.dataclass(frozen=True)
+class Setting(bench_blend.Setting):
+    """The same, and what is measured: the gradient alone, or the blend and its gradient."""
+
+    mode: str = "bwd"
 
 
-def settings(quick: bool, device: str) -> Iterator[tuple[torch.dtype, Setting]]:
+def settings(quick: bool, device: str) -> Iterator[Setting]:
     many = machine.cores()
     for dtype in (torch.float32, torch.bfloat16):
         if quick:
-            yield dtype, ("bwd", 3, None, dtype == torch.bfloat16, many)
-            yield dtype, ("fwd+bwd", 2, None, False, 1)
+            yield Setting(TOY, dtype, 3, per_tensor=dtype == torch.bfloat16)
+            yield Setting(TOY, dtype, 2, threads=1, mode="fwd+bwd")
             continue
-        yield from ((dtype, ("bwd", N, None, False, many)) for N in (16, 8, 5, 3, 2))
-        if dtype == torch.float32:
-            yield dtype, ("bwd", 5, 8, False, many)
-        yield dtype, ("bwd", 5, None, True, many)
-        yield dtype, ("fwd+bwd", 5, None, False, many)
+        yield from (Setting(VIT_B_32, dtype, N) for N in (16, 8, 5, 3, 2))
+        yield Setting(VIT_B_32, dtype, 5, 8)
+        yield Setting(VIT_B_32, dtype, 5, per_tensor=True)
+        yield Setting(VIT_B_32, dtype, 5, mode="fwd+bwd")
         if device == "cpu" and many > 1:
-            yield dtype, ("bwd", 5, None, False, 1)
+            yield Setting(VIT_B_32, dtype, 5, threads=1)
+        yield Setting(TOY, dtype, 5)  # what a call costs that moves almost nothing
+        yield from (Setting(shape, dtype, N) for shape in (VIT_L_14, QWEN_1_5B) for N in (5, 2))
 
 
 # -- other people's ways: one dot product per tensor and expert -----------------------------------
@@ -137,18 +144,20 @@ def backward_providers(
     products = 2 * (K or 1) * params.shape[1] * 4  # of the reference, whole rows in fp32
     device = params.device.type
     found = harness.ours(OP, device, lambda: neulig_fast.blend_weight_grad(*args), args, products)
-    for name, function in (
-        ("mul + sum per tensor", mul_sum),
-        ("torch.dot per tensor", dots),
-        ("stack + mv per tensor", stack_mv),
+    largest = max(s.length for s in experts.segments)
+    for name, function, needs in (
+        ("mul + sum per tensor", mul_sum, 3 * 4 * largest),
+        ("torch.dot per tensor", dots, 0),
+        ("stack + mv per tensor", stack_mv, len(params) * largest * params.itemsize),
     ):
-        found.append(Provider(name, _each(function, rows, states, K)))
+        found.append(Provider(name, _each(function, rows, states, K), needs=needs))
     if per_tensor:
         return found
     flat = harness.compiled(blend_weight_grad_reference)
     return [
         *found,
-        Provider("flat matmul", lambda: grad @ params.T),
+        # A product in bf16 may first copy the arena into an order it prefers.
+        Provider("flat matmul", lambda: grad @ params.T, needs=params.nbytes),
         Provider("torch.compile", lambda: flat(grad, params)),
     ]
 
@@ -162,53 +171,49 @@ def autograd_providers(grad: Tensor, experts: Experts) -> list[Provider]:
     def ours() -> Tensor:
         return op_autograd(neulig_fast.blend, weights, params, grad)
 
+    out, whole = grad.nbytes, 4 * grad.numel()  # a row, and one in fp32
     return [
-        *harness.ours(OP, params.device.type, ours, (grad, params, None)),
+        *harness.ours(OP, params.device.type, ours, (grad, params, None), 4 * whole, out),
         Provider(
             "python loop", lambda: loop_autograd(weights, states, row), needs=3 * params.nbytes
         ),
-        Provider("torch.compile", lambda: op_autograd(flat, weights, params, grad)),
+        Provider(
+            "torch.compile", lambda: op_autograd(flat, weights, params, grad), needs=3 * whole
+        ),
     ]
 
 
-def make_case(size: dict, dtype: torch.dtype, setting: Setting, device: str) -> Case | None:
-    mode, N, K, per_tensor, threads = setting
-    segments = layout(size, dtype)
-    resident = (N + (K or 1) + 2) * segments.width * dtype.itemsize
-    if resident > machine.memory(device):
-        harness.say(f"blend_weight_grad N={N} {dtype} skipped: it needs {resident / 1e9:.0f} GB")
-        return None
-    experts = make_experts(N, segments, dtype, device)
-    grad = make_experts(K or 1, segments, dtype, device).params
+def make_case(setting: Setting, device: str) -> Case:
+    N, K, both = setting.N, setting.K, setting.mode == "fwd+bwd"
+    segments, columns = setting.segments, setting.segments.width
+    experts = make_experts(N, segments, setting.dtype, device)
+    grad = make_experts(K or 1, segments, setting.dtype, device).params
     grad = grad[0] if K is None else grad
-    both = mode == "fwd+bwd"
     found = (
         autograd_providers(grad, experts)
         if both
-        else backward_providers(grad, experts, K, per_tensor)
+        else backward_providers(grad, experts, K, setting.per_tensor)
     )
-    row = experts.params[0].nbytes
     return Case(
         op="blend_weight_grad",
-        mode=mode,
-        shape="ViT-B-32" if size is VIT_B_32 else "toy",
-        dtype=dtype,
+        mode=setting.mode,
+        shape=setting.shape.name,
+        dtype=setting.dtype,
         device=device,
-        threads=threads,
-        providers=[*found, *ceilings(experts.params, threads, write=both)],
-        check=check(grad, experts, per_tensor, grad.shape[:-1]),
-        traffic=(N + (K or 1) + (N + 1 if both else 0)) * row,
-        resident=resident,
-        numbers={"N": N, "K": K or 1, "P": segments.width, "S": len(segments) if per_tensor else 1},
+        threads=setting.threads,
+        providers=[*found, *ceilings(experts.params, setting.threads, write=both)],
+        check=check(grad, experts, setting.per_tensor, grad.shape[:-1]),
+        traffic=setting.resident(N + (K or 1) + (N + 1 if both else 0)),
+        flops=(4 if both else 2) * N * (K or 1) * columns,
+        resident=setting.resident(N + (K or 1) + 1),
+        numbers=setting.numbers,
     )
 
 
 def cases(device: str, quick: bool) -> Iterator[Case]:
-    for dtype, setting in settings(quick, device):
-        case = make_case(TOY if quick else VIT_B_32, dtype, setting, device)
-        if case is not None:
-            yield case
-            del case
+    for setting in settings(quick, device):
+        if setting.wanted("blend_weight_grad", device, setting.N + (setting.K or 1) + 1):
+            yield make_case(setting, device)
 
 
 if __name__ == "__main__":

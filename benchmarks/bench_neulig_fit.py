@@ -15,11 +15,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 
-import harness
-import machine
 import torch
-from bench_neulig_loss import eager
-from harness import Case, Provider
 from torch import Tensor, nn
 
 from neulig_fast import testing
@@ -29,6 +25,10 @@ from neulig_fast.neulig.penalty import Penalty
 from neulig_fast.neulig.portland import Portland
 from neulig_fast.neulig.train import FitSettings, TaskData, Trainer
 from neulig_fast.pool import ExpertPool
+
+from . import harness, machine
+from .bench_neulig_loss import eager
+from .harness import Case, Provider
 
 _EXPERTS, _BATCH, _STEPS, _PART, _LR, _SCALING = 5, 128, 20, 8, 1e-3, 10.0
 _DEMO = {"image_size": 32, "patch_size": 8, "width": 128, "layers": 4, "head_width": 32}

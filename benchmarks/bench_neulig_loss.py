@@ -10,15 +10,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import harness
-import machine
 import torch
-from harness import Case, Provider
 from torch import Tensor
 from torch.nn import functional as F
 
 from neulig_fast import testing
 from neulig_fast.ops.neulig_loss import OP, neulig_loss_reference
+
+from . import harness, machine
+from .harness import Case, Provider
 
 Arguments = tuple[Any, ...]
 _TRAINED = (1, 2)  # the Portland's weight and bias among the op's arguments

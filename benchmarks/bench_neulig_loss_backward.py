@@ -9,16 +9,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import harness
-import machine
 import torch
-from bench_neulig_loss import arguments
-from harness import Case, Provider
 from torch import Tensor
 
 from neulig_fast import testing
 from neulig_fast.ops.neulig_loss import neulig_loss_reference
 from neulig_fast.ops.neulig_loss_backward import OP, neulig_loss_backward_reference
+
+from . import harness, machine
+from .bench_neulig_loss import arguments
+from .harness import Case, Provider
 
 _NEEDS = [False, True, True, False, False, False]  # the Portland's weight and bias, as in training
 

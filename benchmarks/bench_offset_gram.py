@@ -11,17 +11,17 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 
-import harness
-import machine
 import torch
-from ceilings import ceilings
-from harness import Case, Provider
-from shapes import TOY, VIT_B_32, Experts, layout, make_experts
 from torch import Tensor
 
 import neulig_fast
 from neulig_fast import testing
 from neulig_fast.ops.offset_gram import OP, offset_gram_reference
+
+from . import harness, machine, selection
+from .ceilings import ceilings
+from .harness import Case, Provider
+from .shapes import TOY, VIT_B_32, Experts, Shape, layout, make_experts
 
 Pair = tuple[Tensor, Tensor]
 _BLOCK = 1 << 20  # columns of the fp64 oracle at a time
@@ -61,7 +61,7 @@ def check(experts: Experts) -> Callable[[Pair], None]:
     return compare
 
 
-def make_case(size: dict, dtype: torch.dtype, N: int, device: str) -> Case:
+def make_case(size: Shape, dtype: torch.dtype, N: int, device: str) -> Case:
     experts = make_experts(N, layout(size, dtype), dtype, device)
     params, threads = experts.params, machine.cores()
     compiled = harness.compiled(flat)
@@ -69,7 +69,7 @@ def make_case(size: dict, dtype: torch.dtype, N: int, device: str) -> Case:
     return Case(
         op="offset_gram",
         mode="fwd",
-        shape="ViT-B-32" if size is VIT_B_32 else "toy",
+        shape=size.name,
         dtype=dtype,
         device=device,
         threads=threads,
@@ -83,14 +83,17 @@ def make_case(size: dict, dtype: torch.dtype, N: int, device: str) -> Case:
         ],
         check=check(experts),
         traffic=params.nbytes,
+        flops=2 * N * N * params.shape[1],
         resident=params.nbytes,
         numbers={"N": N, "P": params.shape[1], "S": 1},
     )
 
 
 def cases(device: str, quick: bool) -> Iterator[Case]:
+    size, N = (TOY, 3) if quick else (VIT_B_32, 5)
     for dtype in (torch.float32, torch.bfloat16):
-        yield make_case(TOY if quick else VIT_B_32, dtype, 3 if quick else 5, device)
+        if selection.wanted(size.name, dtype, N=N):
+            yield make_case(size, dtype, N, device)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """What the memory of this machine can do, measured in the same rounds as the providers.
 
 ``copy``: one row to another by ``Tensor.copy_`` and, on the CPU, by the C library's memmove; the
-better one is the ceiling. ``stream``: the case's own traffic, N reads and one write (or reads
+better one is the ceiling. ``empty launch``: a kernel that does nothing, the least time of any call
+on a GPU. ``stream``: the case's own traffic, N reads and one write (or reads
 only), by a plain loop in C (stream.c); only where there is a C compiler.
 """
 
@@ -17,8 +18,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from harness import Provider
 from torch import Tensor
+
+from .harness import Provider
 
 _LINE = 64  # bytes that stream.c moves at a time
 
@@ -68,6 +70,7 @@ def ceilings(rows: Tensor, threads: int, *, write: bool) -> Iterator[Provider]:
 
     yield ceiling("copy torch", lambda: out.copy_(source), 2 * size)
     if rows.device.type != "cpu":
+        yield ceiling("empty launch", lambda: torch.cuda._sleep(0), 0)
         return
     into, begin, lines = out.data_ptr(), source.data_ptr(), size // _LINE
 

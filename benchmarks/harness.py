@@ -8,12 +8,14 @@ our backends, other people's ways, and ceilings (what the memory can do). Within
   it for all; one that is wrong or ten times slower than the fastest joins the first rounds only;
 * every call starts with a cold last-level cache and warm memory: two calls before the first timed
   one, and on the CPU a malloc that keeps what it has (``machine.WARM_MALLOC``);
-* CUDA is timed by events, the CPU by the clock; times are medians, with 20 and 80 % quantiles.
+* CUDA is timed by events around a call that is queued as a whole before it starts (timing.py), the
+  CPU by the clock; times are medians, with 20 and 80 % quantiles.
 
 ``GB/s`` is the case's least traffic (every input once, every output once) over the time, whatever
-the provider really moves; percentages are of ceilings measured in the same rounds. ``ratio`` is
-the fastest correct provider of the other side (ours against theirs) over this one: above 1, this
-one is faster.
+the provider really moves, and ``TFLOP/s`` the formula's operations over the time; percentages are
+of ceilings measured in the same rounds. ``ratio`` is the fastest correct provider of the other side
+(ours against theirs) over this one: above 1, this one is faster. ``peak`` is the memory that one
+call takes through torch's allocator, its result included.
 """
 
 from __future__ import annotations
@@ -23,26 +25,30 @@ import dataclasses
 import functools
 import gc
 import os
+import shutil
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import machine
-import rows as report
 import torch
 from rich.console import Console
-from rich.progress import Progress
-from rows import Row
+from rich.markup import escape
+from rich.progress import Progress, SpinnerColumn, TimeElapsedColumn
 
 import neulig_fast
 from neulig_fast._experts import return_freed_memory
 from neulig_fast._registry import BACKENDS, Op
 
+from . import machine, timing
+from . import rows as report
+from .rows import Row
+from .selection import Selection, selecting
+from .timing import Clock, Time
+
 RESULTS = Path(__file__).resolve().parent / "results"
 ROUNDS, SLOW_ROUNDS, MOST_ROUNDS, CASE_SECONDS = 5, 3, 31, 3.0
-console = Console(width=110)
+console = Console(width=max(shutil.get_terminal_size().columns, 125))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,8 +56,9 @@ class Provider:
     """One way to compute a case.
 
     ``steps``: how many of the case's computations one call does (a fraction when it does part of
-    one); times are per one. ``needs``: bytes beyond the inputs. ``traffic``: its own bytes, for a
-    ceiling. ``note``: added to the row's mode; with ``checked=False`` says why there is no check.
+    one); times are per one. ``needs``: bytes beyond the inputs; ``holds``: what it keeps of them.
+    ``traffic`` and ``flops``: its own, for a ceiling. ``note``: added to the row's mode; with
+    ``checked=False`` says why there is no check.
     """
 
     name: str
@@ -59,15 +66,17 @@ class Provider:
     side: Literal["ours", "theirs", "ceiling"] = "theirs"
     steps: float = 1
     needs: int = 0
+    holds: int = 0
     traffic: int | None = None
+    flops: int = 0
     note: str = ""
     checked: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One computation. ``traffic`` and ``resident`` (inputs) in bytes; ``check`` raises
-    AssertionError for a result outside the tolerance rule."""
+    """One computation. ``traffic`` and ``resident`` (inputs) in bytes; ``flops``: the operations of
+    its formula; ``check`` raises AssertionError for a result outside the tolerance rule."""
 
     op: str
     mode: str
@@ -78,6 +87,7 @@ class Case:
     providers: list[Provider]
     check: Callable[[Any], None]
     traffic: int = 0
+    flops: int = 0
     resident: int = 0
     numbers: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
@@ -85,15 +95,21 @@ class Case:
         numbers = " ".join(f"{k}={v}" for k, v in self.numbers.items() if k != "P")
         dtype = str(self.dtype).removeprefix("torch.")
         where = f"{self.device}, {self.threads} threads" if self.device == "cpu" else self.device
-        return f"{self.op} {self.mode} {self.shape} {numbers} {dtype} {where}"
+        words = (self.op, self.mode, self.shape, numbers, dtype, where)
+        return " ".join(filter(None, words))
 
 
 def ours(
-    op: Op, device: str, run: Callable[[], Any], args: tuple[Any, ...], reference_needs: int = 0
+    op: Op,
+    device: str,
+    run: Callable[[], Any],
+    args: tuple[Any, ...],
+    reference_needs: int = 0,
+    needs: int = 0,
 ) -> list[Provider]:
     """``run`` with every backend of ``op`` that is able here; the reason for every other one.
 
-    ``reference_needs``: bytes that the reference takes for intermediate results.
+    ``needs``: bytes of the result; ``reference_needs``: what the reference takes on top of it.
     """
     found = []
     for backend in BACKENDS:
@@ -102,8 +118,8 @@ def ours(
             continue  # its interpreter is for tests; nobody runs it
         if reason is None:
             call = neulig_fast.use_backend(backend)(run)
-            needs = reference_needs if backend == "torch" else 0
-            found.append(Provider(f"neulig_fast/{backend}", call, side="ours", needs=needs))
+            more = reference_needs if backend == "torch" else 0
+            found.append(Provider(f"neulig_fast/{backend}", call, side="ours", needs=needs + more))
         elif backend in op.impls and not reason.startswith("for "):
             say(f"{op.name}: no {backend} backend on {device}: {reason}")
     return found
@@ -120,31 +136,6 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, dynamic=False, fullgraph=True)
 
 
-class _Clock:
-    """Times one call from a cold cache, in milliseconds."""
-
-    def __init__(self, device: str) -> None:
-        self.device = device
-        self.other = torch.ones(2 * machine.cache_bytes(device) // 4, device=device)
-
-    def __call__(self, run: Callable[[], Any]) -> float:
-        self.other.sum()  # read, not written: nothing is left to be written back
-        if self.device == "cuda":
-            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            result = run()
-            stop.record()
-            torch.cuda.synchronize()
-            del result
-            return start.elapsed_time(stop)
-        time.sleep(0.002)  # OpenMP's waiting threads spin that long; some providers use others
-        begin = time.perf_counter()
-        result = run()
-        elapsed = time.perf_counter() - begin
-        del result  # not timed
-        return 1e3 * elapsed
-
-
 def _able(case: Case, provider: Provider) -> bool:
     short = case.resident + provider.needs - machine.memory(case.device)
     if short > 0:
@@ -153,17 +144,15 @@ def _able(case: Case, provider: Provider) -> bool:
 
 
 def _checked(case: Case, provider: Provider) -> tuple[str, float | None]:
-    """``ok``, or what is wrong, and the peak of a CUDA provider's own memory in MB."""
-    on_gpu, peak = case.device == "cuda", None
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+    """``ok``, or what is wrong, and the peak of the memory that the call takes, in MB."""
+    peak = None
     try:
-        result = provider.run()
-        if on_gpu:
-            peak = (torch.cuda.max_memory_allocated() - before) / 1e6
-        if provider.side == "ceiling" or not provider.checked:
-            return "" if provider.side == "ceiling" else "not checked", peak
+        if provider.side == "ceiling":
+            provider.run()
+            return "", None
+        result, peak = timing.with_peak(provider.run, case.device)
+        if not provider.checked:
+            return "not checked", peak
         case.check(result)
     except AssertionError as error:
         return f"wrong: {error}", peak
@@ -174,12 +163,17 @@ def _checked(case: Case, provider: Provider) -> tuple[str, float | None]:
 
 def measure(case: Case, quick: bool = False, advance: Callable[[str], Any] = str) -> list[Row]:
     """Check and time the case's providers; one row each. ``advance`` hears what is being done."""
+    from torch._inductor import config as inductor  # takes a second: not before it is needed
+
     torch.compiler.reset()
     before = torch.get_num_threads()
     if case.device == "cpu":
         torch.set_num_threads(case.threads)
     try:
-        checks, times = _times(case, quick, advance)
+        # Inductor writes its number of threads into its code, but not into the name under which it
+        # keeps that code on disk: without the setting it may fetch code for other cases' threads.
+        with inductor.patch({"cpp.threads": case.threads}):
+            checks, times = _times(case, quick, advance)
     finally:
         torch.set_num_threads(before)
     return report.compare(
@@ -194,14 +188,14 @@ def measure(case: Case, quick: bool = False, advance: Callable[[str], Any] = str
 
 def _times(
     case: Case, quick: bool, advance: Callable[[str], Any]
-) -> tuple[dict[str, tuple[str, float | None]], dict[str, list[float]]]:
-    clock, checks, first = _Clock(case.device), {}, {}
+) -> tuple[dict[str, tuple[str, float | None]], dict[str, list[Time]]]:
+    clock, checks, first = Clock(case.device), {}, {}
     able = [provider for provider in case.providers if _able(case, provider)]
     for provider in able:
         advance(f"{case}: {provider.name}")
         checks[provider.name] = _checked(case, provider)
         if not checks[provider.name][0].startswith("failed"):
-            first[provider.name] = clock(provider.run)
+            first[provider.name] = clock(provider.run).ms
     able = [provider for provider in able if provider.name in first]
     fastest = min((first[p.name] / p.steps for p in able if p.side != "ceiling"), default=0.0)
     brief = {
@@ -210,52 +204,98 @@ def _times(
         if first[p.name] / p.steps > 10 * fastest > 0 or checks[p.name][0].startswith("wrong")
     }
     usual = sum(time for name, time in first.items() if name not in brief)
-    rounds = min(max(round(1e3 * CASE_SECONDS / usual), ROUNDS), MOST_ROUNDS)
-    times: dict[str, list[float]] = {name: [] for name in first}
-    for k in range(SLOW_ROUNDS if quick else rounds):
+    rounds = min(max(round(1e3 * CASE_SECONDS / max(usual, 1e-3)), ROUNDS), MOST_ROUNDS)
+    rounds = SLOW_ROUNDS if quick else rounds
+    times: dict[str, list[Time]] = {name: [] for name in first}
+    for k in range(rounds):
         advance(f"{case}: round {k + 1} of {rounds}")
         for provider in able:
             if k < SLOW_ROUNDS or provider.name not in brief:
-                times[provider.name].append(clock(provider.run) / provider.steps)
+                whole = clock(provider.run)
+                times[provider.name].append(whole._replace(ms=whole.ms / provider.steps))
     return checks, times
 
 
-def run(cases: Iterator[Case], *, quick: bool) -> list[Row]:
-    """Measure case after case, printing a table each."""
+def run(
+    cases: Iterator[Case], selection: Selection, keep: Callable[[list[Row]], Any] = len
+) -> list[Row]:
+    """Measure the wanted cases one after the other, printing a table each.
+
+    ``keep`` gets the rows of a case as soon as there are any: what comes later may be interrupted.
+    """
     rows: list[Row] = []
-    for case in cases:
-        with Progress("{task.description}", console=console, transient=True) as progress:
-            task = progress.add_task(str(case))
-            new = measure(
-                case, quick, lambda text, t=task, p=progress: p.update(t, description=text)
-            )
-        rows += new
-        console.print(report.table(str(case), new))
-        del case  # and with it its inputs, before the next ones are made
-        gc.collect()
-        return_freed_memory()  # holes of one case rarely fit the next one's tensors
+    with selecting(selection):
+        for case in cases:
+            case = _narrowed(case, selection)
+            if case is not None:
+                new = _shown(case, selection.quick)
+                keep(new)
+                rows += new
+            del case  # and with it its inputs, before the next ones are made
+            gc.collect()
+            return_freed_memory()  # holes of one case rarely fit the next one's tensors
     return rows
 
 
+def _narrowed(case: Case, selection: Selection) -> Case | None:
+    """The case with the wanted providers only; None when it is not wanted at all."""
+    if not selection.wants(case.shape, case.dtype, case.threads, **case.numbers):
+        return None
+    asked = [p for p in case.providers if p.side != "ceiling" and selection.names_provider(p.name)]
+    if not asked and any(p.side != "ceiling" for p in case.providers):
+        return None
+    chosen = [p for p in case.providers if p.side == "ceiling" or p in asked]
+    return dataclasses.replace(case, providers=chosen)
+
+
+def _shown(case: Case, quick: bool) -> list[Row]:
+    columns = (SpinnerColumn(), "{task.description}", TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task(str(case))
+        rows = measure(case, quick, lambda text: progress.update(task, description=text))
+    console.print(report.table(str(case), rows))
+    for sentence in report.refusals(rows):
+        console.print(f"[yellow]{escape(sentence)}")
+    return rows
+
+
+def start_over_with_warm_malloc() -> None:
+    """malloc reads its settings before main(), so the program starts over with them."""
+    if os.environ.get("GLIBC_TUNABLES") != machine.WARM_MALLOC:
+        os.environ["GLIBC_TUNABLES"] = machine.WARM_MALLOC
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def devices(asked: str | None) -> list[str]:
+    """``[asked]``, or all there are."""
+    return [asked] if asked else ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+
+
 def main(name: str, cases: Callable[[str, bool], Iterator[Case]]) -> None:
-    """The command line of a benchmark. ``cases(device, quick)`` yields what it measures."""
+    """The command line of one benchmark, for the committed rows: its whole grid.
+
+    ``cases(device, quick)`` yields what it measures. The file is written anew after every case.
+    """
     parser = argparse.ArgumentParser(description=f"Benchmark {name}.")
     parser.add_argument("--quick", action="store_true", help="toy sizes; nothing is committed")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: all there are")
     parser.add_argument("--out", type=Path, help="CSV (default: results/<device>/<op>.csv)")
     options = parser.parse_args()
-    if os.environ.get("GLIBC_TUNABLES") != machine.WARM_MALLOC:
-        # malloc reads its settings before main(), so the program starts over with them.
-        os.environ["GLIBC_TUNABLES"] = machine.WARM_MALLOC
-        os.execv(sys.executable, [sys.executable, *sys.argv])
-    present = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-    rows: list[Row] = []
-    for device in [options.device] if options.device else present:
-        rows += (new := run(cases(device, options.quick), quick=options.quick))
-        if not options.quick and not options.out:
-            report.write(RESULTS / machine.slug(device) / f"{name}.csv", new)
-    if options.out:
-        report.write(options.out, rows)
-    failures = [row for row in rows if report.is_failure_of_ours(row)]
+    start_over_with_warm_malloc()
+    files: dict[Path, list[Row]] = {}
+    for device in devices(options.device):
+        path = options.out or RESULTS / machine.slug(device) / f"{name}.csv"
+        rows = files.setdefault(path, [])
+        keep = rows.extend
+        if options.out or not options.quick:
+            keep = functools.partial(_append, path, rows)
+        keep([])
+        run(cases(device, options.quick), Selection(quick=options.quick), keep)
+    failures = [row for rows in files.values() for row in rows if report.is_failure_of_ours(row)]
     if failures:
         sys.exit("\n".join(f"{row['provider']}: {row['check']}" for row in failures))
+
+
+def _append(path: Path, rows: list[Row], new: list[Row]) -> None:
+    rows.extend(new)
+    report.write(path, rows)

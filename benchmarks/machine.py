@@ -41,7 +41,12 @@ def slug(device: str) -> str:
 
 
 def commit() -> str:
-    """The commit that was measured, ``+`` when the tree differs from it, ``-`` without git."""
+    """The commit that was measured, ``+`` when the tree differs from it, ``-`` without git.
+
+    An installed package may lie in somebody else's repository, which says nothing about it.
+    """
+    if not (ROOT / ".git").exists():
+        return "-"
 
     def git(*args: str) -> str:
         done = subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""Figures of committed rows: ``python benchmarks/plot.py results/<device> --out FOLDER``."""
+"""Figures of rows: ``python -m neulig_fast.benchmarks.plot results/<device> --out FOLDER``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from rows import Row, read
+from matplotlib.axes import Axes
+
+from .rows import Row, read
 
 OURS, REFERENCE, THEIRS, LIMIT = "#c8452d", "#e5a99d", "#8a9ba8", "#2b3a42"
 
@@ -65,6 +67,61 @@ def over_experts(rows: list[Row], title: str, path: Path) -> None:
     figure.legend(loc="outside right upper", fontsize=8, frameon=False)
     figure.savefig(path)
     plt.close(figure)
+
+
+def roofline(rows: list[Row], path: Path) -> None:
+    """Every provider's rate over its case's flops per byte, under the machine's measured roofs.
+
+    ``rows`` of one device; those of op ``machine`` are the roofs. Rates are the formula's
+    operations over the time, so that no provider gains by computing more.
+    """
+    points = [r for r in rows if r["tflop_s"] and r["gb_s"] and r["op"] != "machine"]
+    figure, axes = plt.subplots(figsize=(8, 5.5), layout="constrained")
+    per_byte = [1e3 * float(r["tflop_s"]) / float(r["gb_s"]) for r in points]
+    left, right = min(per_byte, default=0.1) / 4, max(per_byte, default=10) * 200
+    heights = _roofs([r for r in rows if r["op"] == "machine"], axes, left, right)
+    heights += [1e3 * float(r["tflop_s"]) for r in points]
+    styles = dict(zip(sorted({r["op"] for r in points}), "osD^v<>pPX*hH", strict=False))
+    for row, x in zip(points, per_byte, strict=True):
+        ours, y = row["provider"].startswith("neulig_fast"), 1e3 * float(row["tflop_s"])
+        fill = _color(row["provider"]) if row["dtype"] == "float32" else "white"
+        look = {"s": 42 if ours else 20, "zorder": 3 if ours else 2, "facecolor": fill}
+        marker = styles[row["op"]]
+        axes.scatter(x, y, edgecolor=_color(row["provider"]), marker=marker, **look)
+    for op, marker in styles.items():
+        axes.scatter([], [], color=THEIRS, marker=marker, label=op)
+    for name, color in (("neulig_fast", OURS), ("its reference", REFERENCE), ("others", THEIRS)):
+        axes.scatter([], [], color=color, marker="s", label=name)
+    axes.scatter([], [], facecolor="white", edgecolor=THEIRS, label="hollow: not fp32")
+    ylim = min(heights, default=0.1) / 3, max(heights, default=10) * 3
+    axes.set(xscale="log", yscale="log", xlim=(left, right), ylim=ylim)
+    axes.set(xlabel="flops per byte of least traffic", ylabel="GFLOP/s")
+    axes.set_title(rows[0]["device"] if rows else "", fontsize=10, loc="left")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    # The same rows give the same file.
+    with plt.rc_context({"svg.hashsalt": "neulig_fast"}):
+        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+    plt.close(figure)
+
+
+def _roofs(limits: list[Row], axes: Axes, left: float, right: float) -> list[float]:
+    """The slanted roofs of the memory and the flat ones of the arithmetic; the latter's heights."""
+    flat = {r["dtype"]: 1e3 * float(r["tflop_s"]) for r in limits if r["tflop_s"]}
+    for name in ("copy", "triad"):
+        found = [float(r["gb_s"]) for r in limits if r["provider"].startswith(f"ceiling/{name}")]
+        if found:
+            speed = max(found)
+            stop = min(right, max(flat.values(), default=speed * right) / speed)
+            label = f"{name}: {speed:.4g} GB/s"
+            ends = [left, stop], [left * speed, stop * speed]
+            axes.plot(
+                *ends, color=LIMIT, lw=1, linestyle="-" if name == "copy" else ":", label=label
+            )
+    for dtype, speed in flat.items():
+        label = f"matrix product, {dtype}: {speed:.4g} GFLOP/s"
+        axes.hlines(speed, left, right, color=LIMIT, lw=1, linestyle="--", label=label)
+    return list(flat.values())
 
 
 def plot(folder: Path, out: Path) -> list[Path]:

@@ -2,6 +2,9 @@
 
 import functools
 import importlib
+import json
+import math
+import os
 import subprocess
 import sys
 import time
@@ -9,23 +12,29 @@ from pathlib import Path
 
 import pytest
 import torch
+from neulig_fast.benchmarks import (
+    bench_blend,
+    bench_machine,
+    ceilings,
+    harness,
+    machine,
+    plot,
+    rows,
+    selection,
+    session,
+    shapes,
+    timing,
+)
+from neulig_fast.benchmarks.harness import Case, Provider
+from neulig_fast.benchmarks.selection import Selection
+from torch._inductor.utils import parallel_num_threads
+from typer.testing import CliRunner
 
-# As python does for a script in that folder.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+from neulig_fast import benchmarks, testing
+from neulig_fast.cli import app
 
-import bench_blend
-import ceilings
-import harness
-import machine
-import plot
-import rows
-import shapes
-from harness import Case, Provider
-
-from neulig_fast import testing
-
-FOLDER = Path(harness.__file__).parent
-BENCHMARKS = sorted(path.stem for path in FOLDER.glob("bench_*.py"))
+ROOT = Path(__file__).resolve().parents[1]
+OPS = [name for name in benchmarks.names() if name != "machine"]
 
 
 @pytest.fixture(autouse=True)
@@ -49,9 +58,9 @@ def case(*providers, **changes):
 # -- every benchmark ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", BENCHMARKS)
+@pytest.mark.parametrize("name", OPS)
 def test_runs_at_toy_size_and_every_result_is_checked(name):
-    module = importlib.import_module(name)
+    module = importlib.import_module(f"neulig_fast.benchmarks.bench_{name}")
     for one in module.cases("cpu", True):
         measured = harness.measure(one, quick=True)
         sides = {provider.name: provider.side for provider in one.providers}
@@ -59,11 +68,12 @@ def test_runs_at_toy_size_and_every_result_is_checked(name):
         for row in measured:
             side = sides[row["provider"]]
             assert set(row) == set(rows.COLUMNS)
-            assert row["op"] == name.removeprefix("bench_")
+            assert row["op"] == name
             assert float(row["ms_q20"]) <= float(row["ms_q50"]) <= float(row["ms_q80"])
             assert row["check"].split(":")[0] in {"ceiling": [""], "ours": ["ok"]}.get(
-                side, ["ok"] if name == "bench_blend" else ["ok", "wrong"]
+                side, ["ok"] if name == "blend" else ["ok", "wrong"]
             ), row["check"]
+            assert bool(row["peak_mb"]) == (side != "ceiling")
             assert bool(row["ratio"]) == (row["check"] == "ok")
         assert any(row["check"] == "ok" and sides[row["provider"]] == "theirs" for row in measured)
 
@@ -76,13 +86,39 @@ def test_a_blend_of_one_wrong_column_is_wrong():
         one.check(result)
 
 
-def test_vit_b_32_is_open_clips():
+@pytest.mark.parametrize("shape, count", [(shapes.VIT_B_32, 302), (shapes.VIT_L_14, 446)])
+def test_the_clip_models_are_open_clips(shape, count):
     open_clip = pytest.importorskip("open_clip")
     with torch.device("meta"):
-        model = open_clip.model.CLIP(**open_clip.get_model_config("ViT-B-32"))
+        model = open_clip.model.CLIP(**open_clip.get_model_config(shape.name))
     expected = [(name, tuple(t.shape)) for name, t in model.state_dict().items()]
-    assert list(shapes.clip_tensors(**shapes.VIT_B_32)) == expected
-    assert len(expected) == 302
+    assert list(shape.tensors()) == expected
+    assert len(expected) == count
+
+
+def test_the_decoder_has_as_many_parameters_as_published():
+    sizes = dict(shapes.QWEN_1_5B.tensors())
+    assert sum(map(math.prod, sizes.values())) == 1_543_714_304
+    assert len(sizes) == 338
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_grid_holds_what_was_promised(device):
+    grid = set()
+    for one in bench_blend.settings(False, device):
+        grid.add((one.shape.name, one.dtype, one.N, one.K or 1))
+    for dtype in (torch.float32, torch.bfloat16):
+        assert {("ViT-B-32", dtype, N, 1) for N in (2, 3, 5, 8, 16)} <= grid
+        assert ("ViT-B-32", dtype, 5, 8) in grid
+        assert {(s, dtype, N, 1) for s in ("ViT-L-14", "Qwen2.5-1.5B") for N in (2, 5)} <= grid
+
+
+def test_a_case_whose_inputs_do_not_fit_is_skipped_in_words(capsys, monkeypatch):
+    monkeypatch.setattr(machine, "memory", lambda device: 10**9)
+    wanted = Selection(full=False, shapes=frozenset({"ViT-L-14"}))
+    with selection.selecting(wanted):
+        assert list(bench_blend.cases("cpu", False)) == []
+    assert "blend ViT-L-14 N=5 K=1 float32 skipped: " in capsys.readouterr().out
 
 
 def test_experts_are_one_memory_seen_twice():
@@ -122,6 +158,9 @@ def test_wrong_and_failed_results_get_no_ratio():
     assert by_name["fails"]["check"] == "failed: no memory"
     assert not by_name["fails"]["ms_q50"]
     assert all(not by_name[name]["ratio"] for name in ("wrong", "shape", "fails"))
+    refused = rows.refusals(measured)
+    assert [text.split(":")[0].rsplit(" ", 1)[1] for text in refused] == ["wrong", "shape", "fails"]
+    assert refused[0].startswith("no speed-up is given against wrong: wrong: error 1.000e-01")
     right, ours = by_name["right"], by_name["neulig_fast/a"]
     expected = float(right["ms_q50"]) / float(ours["ms_q50"])
     assert float(ours["ratio"]) == pytest.approx(expected, rel=0.01)
@@ -218,12 +257,12 @@ def test_folder_names_are_plain(monkeypatch):
 def test_scripts_start_over_with_warm_malloc(tmp_path):
     script = tmp_path / "bench.py"
     script.write_text(
-        f"import sys; sys.path.insert(0, {str(FOLDER)!r})\n"
-        "import harness, machine\n"
+        "from neulig_fast.benchmarks import harness, machine\n"
         "harness.main('empty', lambda device, quick: print(machine.identity(device)) or iter(()))\n"
     )
     command = [sys.executable, script, "--quick", "--device", "cpu", "--out", tmp_path / "out.csv"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=FOLDER.parent)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
     assert "'malloc': 'warm'" in done.stdout, done.stderr
     assert rows.read(tmp_path / "out.csv") == []
 
@@ -239,3 +278,136 @@ def test_figures_come_from_rows(tmp_path):
     drawn = plot.plot(tmp_path / "results", tmp_path / "figures")
     assert len(drawn) == 2
     assert "(wrong)" in drawn[1].read_text() or drawn[1].stat().st_size > 1000
+
+
+def test_a_roofline_of_any_rows(tmp_path):
+    ours = Provider("neulig_fast/cpu", lambda: torch.ones(3), "ours")
+    limits = [row for c in bench_machine.cases("cpu", True) for row in harness.measure(c, True)]
+    measured = harness.measure(case(ours, flops=6, numbers={"N": 2}), quick=True)
+    old = [{**row, "tflop_s": ""} for row in measured]
+    for number, found in enumerate(([], limits, measured, [*limits, *measured], [*limits, *old])):
+        path = tmp_path / f"{number}.svg"
+        plot.roofline(found, path)
+        assert path.stat().st_size > 1000
+
+
+# -- what a call costs beside its time ------------------------------------------------------------
+
+
+def test_peak_is_what_torch_had_allocated_at_once():
+    def run():
+        parts = [torch.empty(250_000) for _ in range(4)]  # 4 MB
+        del parts[1:]
+        return torch.empty(500_000)  # 2 MB
+
+    result, peak = timing.with_peak(run, "cpu")
+    assert result.shape == (500_000,)
+    assert peak == pytest.approx(4, rel=0.01)
+
+
+def test_rates_are_those_of_the_formula():
+    ours = Provider("neulig_fast/cpu", lambda: torch.ones(3), "ours")
+    roof = Provider("ceiling/matmul", lambda: None, "ceiling", traffic=30, flops=600)
+    for row in harness.measure(case(ours, roof, flops=6), quick=True):
+        expected = 20 if row["provider"] == "ceiling/matmul" else 0.5
+        assert 1e3 * float(row["tflop_s"]) / float(row["gb_s"]) == pytest.approx(expected, rel=1e-2)
+        assert row["host_us"] == ""
+
+
+def test_compiled_code_has_the_cases_threads(monkeypatch):
+    seen = []
+    provider = Provider("p", lambda: (seen.append(parallel_num_threads()), torch.ones(3))[1])
+    for threads in (1, 2):
+        harness.measure(case(provider, threads=threads), quick=True)
+    assert set(seen[: len(seen) // 2]) == {1}
+    assert set(seen[len(seen) // 2 :]) == {2}
+
+
+# -- choosing -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "chosen, numbers, wanted",
+    [
+        (Selection(), {"N": 16, "K": 8}, True),
+        (Selection(full=False), {"N": 5, "K": 1, "S": 1}, True),
+        (Selection(full=False), {"N": 5, "K": 8}, False),
+        (Selection(full=False), {"N": 2}, False),
+        (Selection(full=False, shapes=frozenset({"ViT-B-32"})), {"N": 2}, True),
+        (Selection(full=False, shapes=frozenset({"ViT-L-14"})), {"N": 5}, False),
+        (Selection(dtypes=frozenset({torch.bfloat16})), {"N": 5}, False),
+    ],
+)
+def test_what_is_wanted(chosen, numbers, wanted):
+    with selection.selecting(chosen):
+        assert selection.wanted("ViT-B-32", torch.float32, **numbers) is wanted
+    assert selection.wanted("ViT-B-32", torch.float32, **numbers)
+
+
+def test_only_chosen_providers_run_and_ceilings_stay():
+    names = ("ours/a", "theirs", "more")
+    found = [Provider(name, lambda: torch.ones(3)) for name in names]
+    found.append(Provider("ceiling/copy", lambda: None, "ceiling", traffic=1))
+    chosen = Selection(quick=True, providers=frozenset({"OURS", "mor"}))
+    measured = harness.run(iter([case(*found), case(found[1])]), chosen)
+    assert [row["provider"] for row in measured] == ["ours/a", "more", "ceiling/copy"]
+
+
+def test_an_interrupted_session_keeps_the_finished_rows(monkeypatch):
+    def cases(op, device, quick):
+        yield case(Provider("p", lambda: torch.ones(3)), op=op)
+        if op == "blend":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(session, "_cases", cases)
+    found, interrupted = session.measure(["blend", "offset_gram"], "cpu", Selection(quick=True))
+    assert interrupted
+    assert [row["op"] for row in found] == ["machine", "blend"]
+
+
+def test_rows_as_json_have_the_committed_columns(tmp_path):
+    measured = harness.measure(case(Provider("p", lambda: torch.ones(3))), quick=True)
+    session.write_json(tmp_path / "rows.json", measured)
+    (row,) = json.loads((tmp_path / "rows.json").read_text())
+    assert tuple(row) == rows.COLUMNS
+
+
+def test_old_files_are_still_read(tmp_path):
+    (tmp_path / "old.csv").write_text("op,provider,ms_q50\nblend,p,1.5\n")
+    (row,) = rows.read(tmp_path / "old.csv")
+    assert set(row) == set(rows.COLUMNS)
+    assert (row["ms_q50"], row["host_us"]) == ("1.5", "")
+
+
+# -- the command ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["blnd"], "unknown op 'blnd'; known: blend, "),
+        (["--shapes", "ViT-B-32,vit"], "unknown shape 'vit'; known: toy, ViT-B-32, "),
+        (["--dtype", "int8"], "unknown dtype 'int8'; known: float32, "),
+        (["offset_gram", "--providers", "copmile"], "unknown provider 'copmile'; known: flat "),
+        (["--quick", "--full"], "--quick has its own toy sizes"),
+        (["--plot", "roof.txt"], "--plot must end in .svg"),
+        (["--json", "no/such/folder/rows.json"], "is no file in an existing folder"),
+    ],
+)
+def test_the_command_refuses_what_means_nothing(arguments, message):
+    result = CliRunner().invoke(app, ["bench", "--device", "cpu", *arguments])
+    assert result.exit_code == 2
+    assert message in result.stderr
+
+
+def test_the_command_writes_rows_and_a_roofline(tmp_path, monkeypatch):
+    monkeypatch.setenv("GLIBC_TUNABLES", machine.WARM_MALLOC)  # it does not start over
+    files = tmp_path / "rows.json", tmp_path / "roof.svg"
+    arguments = ["bench", "neulig_loss_backward", "--quick", "--device", "cpu", "--dtype", "fp32"]
+    result = CliRunner().invoke(app, [*arguments, "--json", str(files[0]), "--plot", str(files[1])])
+    assert result.exit_code == 0, result.output
+    assert {row["op"] for row in json.loads(files[0].read_text())} == {
+        "machine",
+        "neulig_loss_backward",
+    }
+    assert files[1].stat().st_size > 1000

@@ -1,12 +1,14 @@
 """The README says what is true: its example runs as printed, its tables match the registry."""
 
 import ast
-import csv
 import json
 import re
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+from neulig_fast.benchmarks import tables
 
 from neulig_fast._registry import BACKENDS, OPS
 
@@ -42,20 +44,18 @@ def test_nothing_is_left_to_fill_in():
     assert re.search(r"!\[[^]]+\]\(docs/figures/", README)
 
 
-def test_every_speed_in_the_table_is_a_committed_row():
-    file = ROOT / "benchmarks/results/amd-epyc-2-cores/blend.csv"
-    with file.open(newline="") as opened:
-        rows = [
-            r for r in csv.DictReader(opened) if (r["K"], r["S"], r["threads"]) == ("1", "1", "2")
-        ]
-    providers = ["torch.compile", "torch._foreach", "flat matmul", "python loop"]
-    table = re.findall(r"^\| (\d+) \| (float32|bfloat16) \|(.*)\|$", README, flags=re.M)
-    assert len(table) == 10
-    for experts, dtype, cells in table:
-        found = {r["provider"]: r for r in rows if (r["N"], r["dtype"]) == (experts, dtype)}
-        ours = found["neulig_fast/cpu"]
-        expected = [ours["ms_q50"], ours["pct_copy"], *(found[p]["ms_q50"] for p in providers)]
-        assert [cell.strip() for cell in cells.split("|")] == expected
+@pytest.mark.parametrize("page", tables.PAGES, ids=lambda page: page.name)
+def test_every_speed_in_the_tables_is_a_committed_row(page):
+    text = page.read_text()
+    assert "<!-- rows: " in text
+    assert text.count("<!-- rows: ") == text.count("<!-- end of rows -->")
+    assert text == tables.rendered(text), "run `make tables`"
+
+
+def test_every_device_whose_limits_were_measured_has_a_roofline():
+    for folder in tables.devices():
+        if any(row["op"] == "machine" for row in tables.rows_of(folder)):
+            assert tables.figure_of(folder).is_file(), "run `make tables`"
 
 
 def test_the_demos_figures_are_those_of_the_committed_run():

@@ -28,8 +28,8 @@ if command -v compute-sanitizer >/dev/null; then
         "$python" -m pytest -q tests/test_blend.py tests/test_blend_weight_grad.py \
         -k "cuda and (one_hot or unit_vectors or segments or strided) and not 31"
 fi
-for op in blend blend_weight_grad; do
-    step "benchmark $op" "$python" "benchmarks/bench_$op.py" --device cuda
+for op in machine blend blend_weight_grad; do
+    step "benchmark $op" "$python" -m "neulig_fast.benchmarks.bench_$op" --device cuda
 done
 if [ $# -gt 0 ]; then
     mkdir -p "$1" && cp benchmarks/results/*/*.csv "$1"

@@ -1,0 +1,102 @@
+"""How one call is timed, and how much memory it takes at its peak."""
+
+from __future__ import annotations
+
+import functools
+import os
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from . import machine
+
+_MOST_AHEAD = 0.1  # seconds that a GPU is kept waiting at most
+
+
+class Time(NamedTuple):
+    """Milliseconds of one call; on a GPU, microseconds of the host to issue it."""
+
+    ms: float
+    host_us: float | None
+
+
+class Clock:
+    """Times one call from a cold cache."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self.other = torch.ones(2 * machine.cache_bytes(device) // 4, device=device)
+
+    def __call__(self, run: Callable[[], Any]) -> Time:
+        if self.device == "cuda":
+            host = _host_seconds(run)
+            return Time(self._device_ms(run, host), 1e6 * host)
+        self.other.sum()  # read, not written: nothing is left to be written back
+        time.sleep(0.002)  # OpenMP's waiting threads spin that long; some providers use others
+        begin = time.perf_counter()
+        result = run()
+        elapsed = time.perf_counter() - begin
+        del result  # not timed
+        return Time(1e3 * elapsed, None)
+
+    def _device_ms(self, run: Callable[[], Any], host: float) -> float:
+        """The device's own time: it waits until the host, which needs ``host`` seconds to issue
+        the call, has queued all of it. Otherwise a call shorter than its launches is timed as they
+        are."""
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self.other.sum()
+        torch.cuda._sleep(int(min(2 * host + 1e-4, _MOST_AHEAD) * _cycles_per_second()))
+        start.record()
+        result = run()
+        stop.record()
+        torch.cuda.synchronize()
+        del result
+        return start.elapsed_time(stop)
+
+
+def _host_seconds(run: Callable[[], Any]) -> float:
+    """How long the host needs to issue a call to an idle GPU; one that waits for it, waits here."""
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    result = run()
+    elapsed = time.perf_counter() - begin
+    torch.cuda.synchronize()
+    del result
+    return elapsed
+
+
+@functools.cache
+def _cycles_per_second() -> float:
+    """Of the clock that ``torch.cuda._sleep`` counts, measured."""
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    cycles = 20_000_000
+    torch.cuda._sleep(1000)
+    start.record()
+    torch.cuda._sleep(cycles)
+    stop.record()
+    torch.cuda.synchronize()
+    return 1e3 * cycles / start.elapsed_time(stop)
+
+
+def with_peak(run: Callable[[], Any], device: str) -> tuple[Any, float]:
+    """A call's result, and the peak in MB of what it had allocated through torch at any time."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        result = run()
+        return result, (torch.cuda.max_memory_allocated() - before) / 1e6
+    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # it complains of every missing GPU
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(
+        activities=activities, profile_memory=True, acc_events=True
+    ) as profiler:
+        result = run()
+    events = profiler.profiler.kineto_results.events()
+    changes = [event for event in events if event.name() == "[memory]"]
+    total = peak = 0
+    for event in sorted(changes, key=lambda event: event.start_ns()):
+        total += event.nbytes()
+        peak = max(peak, total)
+    return result, peak / 1e6
