@@ -11,7 +11,7 @@ from ._errors import INTERRUPTED, reported
 
 _FIGURES = (".svg", ".png", ".pdf")
 
-_Ops = Annotated[list[str] | None, typer.Argument(metavar="[OP ...]", help="Default: every op.")]
+_Ops = Annotated[list[str] | None, typer.Argument(metavar="OP", help="Default: every op.")]
 _Shapes = Annotated[
     str, typer.Option(help="Comma-separated; default: ViT-B-32. An unknown one lists all.")
 ]
