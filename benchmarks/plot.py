@@ -70,15 +70,16 @@ def over_experts(rows: list[Row], title: str, path: Path) -> None:
 
 
 def roofline(rows: list[Row], path: Path) -> None:
-    """Every provider's rate over its case's flops per byte, under the machine's measured roofs.
+    """Every right provider's rate over its case's flops per byte, under the machine's roofs.
 
     ``rows`` of one device; those of op ``machine`` are the roofs. Rates are the formula's
     operations over the time, so that no provider gains by computing more.
     """
     points = [r for r in rows if r["tflop_s"] and r["gb_s"] and r["op"] != "machine"]
+    points = [r for r in points if not r["check"].startswith("wrong")]
     figure, axes = plt.subplots(figsize=(8, 5.5), layout="constrained")
     per_byte = [1e3 * float(r["tflop_s"]) / float(r["gb_s"]) for r in points]
-    left, right = min(per_byte, default=0.1) / 4, max(per_byte, default=10) * 200
+    left, right = min(per_byte, default=0.1) / 4, max(per_byte, default=10) * 20
     heights = _roofs([r for r in rows if r["op"] == "machine"], axes, left, right)
     heights += [1e3 * float(r["tflop_s"]) for r in points]
     styles = dict(zip(sorted({r["op"] for r in points}), "osD^v<>pPX*hH", strict=False))

@@ -101,7 +101,12 @@ def measure(ops: Sequence[str], device: str, selection: Selection) -> tuple[list
     return found, False
 
 
-def write_json(path: Path, found: list[Row]) -> None:
-    """Rows in the columns of the committed files, one object each."""
-    ordered = [{column: row[column] for column in rows.COLUMNS} for row in found]
-    path.write_text(json.dumps(ordered, indent=1) + "\n")
+def write(found: list[Row], json_file: Path | None, figure: Path | None) -> None:
+    """Rows in the columns of the committed files, one object each; a roofline of them."""
+    if json_file is not None:
+        ordered = [{column: row[column] for column in rows.COLUMNS} for row in found]
+        json_file.write_text(json.dumps(ordered, indent=1) + "\n")
+    if figure is not None and found:
+        from .plot import roofline
+
+        roofline(found, figure)

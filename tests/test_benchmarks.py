@@ -367,7 +367,7 @@ def test_an_interrupted_session_keeps_the_finished_rows(monkeypatch):
 
 def test_rows_as_json_have_the_committed_columns(tmp_path):
     measured = harness.measure(case(Provider("p", lambda: torch.ones(3))), quick=True)
-    session.write_json(tmp_path / "rows.json", measured)
+    session.write(measured, tmp_path / "rows.json", None)
     (row,) = json.loads((tmp_path / "rows.json").read_text())
     assert tuple(row) == rows.COLUMNS
 

@@ -12,7 +12,7 @@ python=${PYTHON:-python3}
 base=$PWD/build/sanitize
 flags="-fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=all"
 
-rm -rf "$base/lib"  # else the files of an older tree stay
+rm -rf "$base/lib" "$base"/fault.*  # else the files of an older tree stay
 NEULIG_FAST_BUILD=cpp CFLAGS="-O1 $flags -fno-omit-frame-pointer" LDFLAGS="$flags" \
     "$python" setup.py -q build --build-base "$base" --build-lib "$base/lib"
 
@@ -20,7 +20,10 @@ NEULIG_FAST_BUILD=cpp CFLAGS="-O1 $flags -fno-omit-frame-pointer" LDFLAGS="$flag
 # own memory at the end: leaks are not looked for.
 cxx=${CXX:-c++}
 export LD_PRELOAD="$($cxx -print-file-name=libasan.so) $($cxx -print-file-name=libubsan.so)"
-export ASAN_OPTIONS=detect_leaks=0:halt_on_error=1 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1
+# pytest keeps what a test prints, and a fault ends pytest: reports go to files.
+options=halt_on_error=1:log_path=$base/fault
+export ASAN_OPTIONS=detect_leaks=0:$options UBSAN_OPTIONS=print_stacktrace=1:$options
+trap 'cat "$base"/fault.* 2>/dev/null || true' EXIT
 export PYTHONPATH=$base/lib OMP_WAIT_POLICY=passive PYTHONSAFEPATH=1
 tests() { "$python" -m pytest -q -p no:cacheprovider -o pythonpath="$base/lib" "$@"; }
 

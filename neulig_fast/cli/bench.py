@@ -11,6 +11,26 @@ from ._errors import INTERRUPTED, reported
 
 _FIGURES = (".svg", ".png", ".pdf")
 
+_Ops = Annotated[list[str] | None, typer.Argument(metavar="OP", help="Default: every op.")]
+_Shapes = Annotated[
+    str, typer.Option(help="Comma-separated; default: ViT-B-32. An unknown one lists all.")
+]
+_Dtypes = Annotated[str, typer.Option(help="Comma-separated: fp32, bf16; default: both.")]
+_Providers = Annotated[
+    str, typer.Option(help="Comma-separated parts of names: 'cpu,compile'; default: all.")
+]
+_Device = Annotated[
+    Literal["cpu", "cuda"] | None, typer.Option(help="Default: the GPU if there is one.")
+]
+_Json = Annotated[Path | None, typer.Option(help="Write the rows to this file.")]
+_Plot = Annotated[
+    Path | None, typer.Option(help="Draw a roofline into this file (.svg, .png, .pdf).")
+]
+_Full = Annotated[
+    bool, typer.Option("--full", help="Every number of experts and outputs: takes long.")
+]
+_Quick = Annotated[bool, typer.Option("--quick", help="Toy sizes, in seconds.")]
+
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
@@ -18,27 +38,15 @@ def register(app: typer.Typer) -> None:
 
 
 def bench(
-    ops: Annotated[
-        list[str] | None, typer.Argument(metavar="[OP ...]", help="Default: every op.")
-    ] = None,
-    shapes: Annotated[
-        str, typer.Option(help="Comma-separated; default: ViT-B-32. An unknown one lists all.")
-    ] = "",
-    dtype: Annotated[str, typer.Option(help="Comma-separated: fp32, bf16; default: both.")] = "",
-    providers: Annotated[
-        str, typer.Option(help="Comma-separated parts of names: 'cpu,compile'; default: all.")
-    ] = "",
-    device: Annotated[
-        Literal["cpu", "cuda"] | None, typer.Option(help="Default: the GPU if there is one.")
-    ] = None,
-    json: Annotated[Path | None, typer.Option(help="Write the rows to this file.")] = None,
-    plot: Annotated[
-        Path | None, typer.Option(help="Draw a roofline into this file (.svg, .png, .pdf).")
-    ] = None,
-    full: Annotated[
-        bool, typer.Option("--full", help="Every number of experts and outputs: takes long.")
-    ] = False,
-    quick: Annotated[bool, typer.Option("--quick", help="Toy sizes, in seconds.")] = False,
+    ops: _Ops = None,
+    shapes: _Shapes = "",
+    dtype: _Dtypes = "",
+    providers: _Providers = "",
+    device: _Device = None,
+    json: _Json = None,
+    plot: _Plot = None,
+    full: _Full = False,
+    quick: _Quick = False,
 ) -> None:
     """Measure this machine's limits, then every op and the other ways to compute it.
 
@@ -46,29 +54,16 @@ def bench(
     """
     with reported():
         _check_files(json, plot)
-        import torch
-
         from ..benchmarks import harness, session
 
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        where = device or harness.devices(None)[-1]
         chosen = session.chosen_ops(ops or [])
-        selection = session.choose(
-            chosen,
-            device,
-            shapes=_words(shapes),
-            dtypes=_words(dtype),
-            providers=_words(providers),
-            quick=quick,
-            full=full,
-        )
+        words = {"shapes": shapes, "dtypes": dtype, "providers": providers}
+        lists = {name: _words(text) for name, text in words.items()}
+        selection = session.choose(chosen, where, **lists, quick=quick, full=full)
         harness.start_over_with_warm_malloc()
-        rows, interrupted = session.measure(chosen, device, selection)
-        if json is not None:
-            session.write_json(json, rows)
-        if plot is not None and rows:
-            from ..benchmarks.plot import roofline
-
-            roofline(rows, plot)
+        rows, interrupted = session.measure(chosen, where, selection)
+        session.write(rows, json, plot)
         if interrupted:
             typer.echo(f"interrupted: {len(rows)} rows of finished cases are kept", err=True)
             raise typer.Exit(INTERRUPTED)
