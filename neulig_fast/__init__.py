@@ -7,7 +7,15 @@ from ._backends import read_environment, show_backends, use_backend
 from ._registry import NeuligFastWarning
 from .neulig import Head, NeuLig, Report, zero_shot_head
 from .offsets import OffsetStats
-from .ops import NeuLigLoss, blend, blend_weight_grad, neulig_loss, offset_gram
+from .ops import (
+    BlendTelemetry,
+    NeuLigLoss,
+    blend,
+    blend_telemetry,
+    blend_weight_grad,
+    neulig_loss,
+    offset_gram,
+)
 from .pool import ExpertPool
 
 try:
@@ -23,6 +31,7 @@ if not (_ROOT / "neulig_fast" / "kernels").exists() and (_ROOT / "kernels/__init
 read_environment()
 
 __all__ = [
+    "BlendTelemetry",
     "ExpertPool",
     "Head",
     "NeuLig",
@@ -31,6 +40,7 @@ __all__ = [
     "OffsetStats",
     "Report",
     "blend",
+    "blend_telemetry",
     "blend_weight_grad",
     "neulig_loss",
     "offset_gram",
