@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -63,6 +64,9 @@ def config(op: str, dtype: torch.dtype, experts: int, outputs: int) -> Config:
     if op == "blend_weight_grad":
         block = 2048 if outputs <= 2 else 1024
         return Config(block=block // registers, num_warps=4, held=min(outputs, 4))
+    if op == "blend_telemetry":
+        held = experts if experts <= 8 else math.gcd(experts, 8)
+        return Config(block=1024 // registers, num_warps=4, held=held)
     raise ValueError(f"config: {op!r} has no kernel")
 
 

@@ -48,12 +48,10 @@ NF_DEVICE A offset(A x, A origin, A mean) {
 // Via fp32 to the 16-bit types, as PyTorch converts fp64.
 template <typename O, typename A, int kLanes>
 NF_DEVICE void store_as(const BlendTelemetryCall& call, int64_t at, const A (&sum)[kLanes]) {
+  using Via = std::conditional_t<std::is_same_v<O, double>, double, float>;
   Pack<O, kLanes> theta;
   NF_UNROLL
-  for (int lane = 0; lane < kLanes; ++lane) {
-    if constexpr (std::is_same_v<O, double>) theta.lane[lane] = sum[lane];
-    else narrow(static_cast<float>(sum[lane]), theta.lane[lane]);
-  }
+  for (int lane = 0; lane < kLanes; ++lane) narrow(static_cast<Via>(sum[lane]), theta.lane[lane]);
   store_pack<kLanes>(static_cast<O*>(call.theta) + at, theta);
 }
 

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 
 class BlendTelemetry(NamedTuple):
-    """What a blend did, per segment. Dimensions K and S are there if weights and segments have them.
+    """What a blend did, per segment. Where weights have no K or segments are None, nor has it.
 
     ``nonfinite`` and ``saturated`` (K, S) int64, ``merged_norms`` (K, S) fp64, ``expert_norms``
     (S, N) fp64 (0 for the base), ``sign_conflicts`` (S,) int64 and ``columns`` (S,) int64, the
