@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -69,6 +70,9 @@ def config(op: str, dtype: torch.dtype, experts: int, outputs: int) -> Config:
         return _blend(dtype.itemsize, registers, experts, outputs)
     if op == "blend_weight_grad":
         return _blend_weight_grad(registers, experts, outputs)
+    if op == "blend_telemetry":
+        held = experts if experts <= 8 else math.gcd(experts, 8)
+        return Config(block=1024 // registers, num_warps=4, held=held)
     raise ValueError(f"config: {op!r} has no kernel")
 
 

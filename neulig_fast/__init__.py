@@ -8,7 +8,16 @@ from ._registry import NeuligFastWarning
 from .coefficients import CoefficientModule
 from .neulig import Head, NeuLig, Report, zero_shot_head
 from .offsets import OffsetStats
-from .ops import NeuLigLoss, blend, blend_, blend_weight_grad, neulig_loss, offset_gram
+from .ops import (
+    BlendTelemetry,
+    NeuLigLoss,
+    blend,
+    blend_,
+    blend_telemetry,
+    blend_weight_grad,
+    neulig_loss,
+    offset_gram,
+)
 from .pool import ExpertPool
 
 try:
@@ -24,6 +33,7 @@ if not (_ROOT / "neulig_fast" / "kernels").exists() and (_ROOT / "kernels/__init
 read_environment()
 
 __all__ = [
+    "BlendTelemetry",
     "CoefficientModule",
     "ExpertPool",
     "Head",
@@ -34,6 +44,7 @@ __all__ = [
     "Report",
     "blend",
     "blend_",
+    "blend_telemetry",
     "blend_weight_grad",
     "neulig_loss",
     "offset_gram",

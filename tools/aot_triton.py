@@ -85,7 +85,30 @@ def weight_grad_launches(
     return module.launches(grad, params, bounds, partials, out, launch)
 
 
-CALLS = {"blend": blend_launches, "blend_weight_grad": weight_grad_launches}
+def telemetry_launches(
+    module: ModuleType, dtype: torch.dtype, n: int, k: int, s: int, p: int
+) -> Any:
+    acc = torch.promote_types(dtype, torch.float32)
+    launch = module.config("blend_telemetry", dtype, n, k)
+    weights, params = empty(k, s, n, dtype=acc), empty(n, p, dtype=dtype)
+    bounds, slots = empty(s + 1, dtype=torch.int64), -(-p // launch.block) + s - 1
+    squares = empty(n + k, slots, dtype=torch.float64)
+    counts = empty(1 + 2 * k, slots, dtype=torch.int32)
+    results = (
+        empty(k, p, dtype=dtype),
+        empty(2, k, s, dtype=torch.int64),
+        empty(s, n, dtype=torch.float64),
+        empty(k, s, dtype=torch.float64),
+        empty(s, dtype=torch.int64),
+    )
+    return module.launches(weights, params, bounds, None, squares, counts, results, launch)
+
+
+CALLS = {
+    "blend": blend_launches,
+    "blend_telemetry": telemetry_launches,
+    "blend_weight_grad": weight_grad_launches,
+}
 
 
 def compile_all(arch: int, dtypes: Sequence[str]) -> list[CompiledKernel]:

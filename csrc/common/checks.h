@@ -7,9 +7,11 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <cstdint>
+#include <limits>
 #include <optional>
 #include <sstream>
 #include <string>
+#include <vector>
 
 #include "common/dtype.h"
 #include "common/segments.h"
@@ -83,9 +85,9 @@ inline void check_theta(const Tensor& theta, const BlendShape& shape,
                       (dims == 1 || theta.size(0) == shape.outputs),
                   "blend: out must be (P,) or (K, P) with P = ", shape.columns,
                   ", K = ", shape.outputs, ", got ", shape_text(theta));
-  STD_TORCH_CHECK(
-      dtype == ScalarType::Float || dtype == ScalarType::Double || is_narrow(dtype),
-      "blend: out must be float32, bfloat16, float16, float64 or fp8, got ", toString(dtype));
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double || is_narrow(dtype),
+                  "blend: out must be float32, bfloat16, float16, float64 or fp8, got ",
+                  toString(dtype));
   STD_TORCH_CHECK(!seed.has_value() || is_narrow(dtype),
                   "blend: nothing to round stochastically to ", toString(dtype));
   check_inner_stride("blend", "out", theta);
@@ -94,26 +96,30 @@ inline void check_theta(const Tensor& theta, const BlendShape& shape,
 }
 
 // weights (N,), (K, N), (S, N) or (K, S, N); params (N, P); segments (S + 1,) or none.
-inline BlendShape check_blend(const Tensor& theta, const Tensor& weights, const Tensor& params,
-                              const std::optional<Tensor>& segments,
-                              const std::optional<int64_t>& seed) {
-  check_params("blend", params, true);
-  const int64_t count = check_segments("blend", segments);
+inline BlendShape check_weighted(const char* op, const Tensor& weights, const Tensor& params,
+                                 const std::optional<Tensor>& segments, bool fp8) {
+  check_params(op, params, fp8);
+  const int64_t count = check_segments(op, segments);
   const int64_t experts = params.size(0);
   const int64_t dims = weights.dim(), single = segments.has_value() ? 2 : 1;
   STD_TORCH_CHECK(
       (dims == single || dims == single + 1) && weights.size(dims - 1) == experts &&
           (single == 1 || weights.size(dims - 2) == count),
-      "blend: weights must be ", segments.has_value() ? "(S, N) or (K, S, N)" : "(N,) or (K, N)",
+      op, ": weights must be ", segments.has_value() ? "(S, N) or (K, S, N)" : "(N,) or (K, N)",
       " with N = ", experts, segments.has_value() ? ", S = " + std::to_string(count) : "", ", got ",
       shape_text(weights));
-  STD_TORCH_CHECK(weights.scalar_type() == acc_dtype(params.scalar_type()),
-                  "blend: weights must be ", toString(acc_dtype(params.scalar_type())), " for ",
+  STD_TORCH_CHECK(weights.scalar_type() == acc_dtype(params.scalar_type()), op,
+                  ": weights must be ", toString(acc_dtype(params.scalar_type())), " for ",
                   toString(params.scalar_type()), " params, got ", toString(weights.scalar_type()));
-  STD_TORCH_CHECK(weights.is_contiguous(), "blend: weights must be contiguous");
+  STD_TORCH_CHECK(weights.is_contiguous(), op, ": weights must be contiguous");
   const bool many = dims == single + 1;
-  const BlendShape shape = {many ? weights.size(0) : 1, count, experts, params.size(1), many,
-                            segments.has_value()};
+  return {many ? weights.size(0) : 1, count, experts, params.size(1), many, segments.has_value()};
+}
+
+inline BlendShape check_blend(const Tensor& theta, const Tensor& weights, const Tensor& params,
+                              const std::optional<Tensor>& segments,
+                              const std::optional<int64_t>& seed) {
+  const BlendShape shape = check_weighted("blend", weights, params, segments, true);
   check_theta(theta, shape, seed);
   return shape;
 }
@@ -151,6 +157,51 @@ inline Segments segments_view(const char* op, const std::optional<Tensor>& segme
   const auto* bounds = static_cast<const int64_t*>(segments->const_data_ptr());
   check_bounds(op, bounds, shape.segments, shape.columns);
   return {bounds, shape.segments};
+}
+
+// As blend, and a type of the result and a row that offsets start from.
+inline BlendShape check_blend_telemetry(const Tensor& weights, const Tensor& params,
+                                        const std::optional<Tensor>& segments,
+                                        std::optional<ScalarType> out_dtype,
+                                        std::optional<int64_t> base) {
+  const BlendShape shape = check_weighted("blend_telemetry", weights, params, segments, false);
+  const ScalarType out = out_dtype.value_or(ScalarType::Float);
+  STD_TORCH_CHECK(out == ScalarType::Float || out == ScalarType::Double ||
+                      out == ScalarType::BFloat16 || out == ScalarType::Half,
+                  "blend_telemetry: out_dtype must be float32, bfloat16, float16 or float64, got ",
+                  toString(out));
+  STD_TORCH_CHECK(!base.has_value() || (*base >= 0 && *base < shape.experts),
+                  "blend_telemetry: base must be a row of params, 0 to ", shape.experts - 1,
+                  ", got ", base.value_or(0));
+  return shape;
+}
+
+// The sizes of blend_telemetry's results.
+struct TelemetrySizes {
+  std::vector<int64_t> theta, counts, expert_squares, merged_squares, conflicts;
+};
+
+inline TelemetrySizes telemetry_sizes(const BlendShape& shape) {
+  TelemetrySizes sizes;
+  sizes.counts.push_back(2);
+  if (shape.many_outputs)
+    for (auto* size : {&sizes.theta, &sizes.counts, &sizes.merged_squares})
+      size->push_back(shape.outputs);
+  if (shape.has_segments)
+    for (auto* size :
+         {&sizes.counts, &sizes.expert_squares, &sizes.merged_squares, &sizes.conflicts})
+      size->push_back(shape.segments);
+  sizes.theta.push_back(shape.columns);
+  sizes.expert_squares.push_back(shape.experts);
+  return sizes;
+}
+
+// The smallest magnitude of an fp32 number that rounds to infinity in a type: half a step of the
+// type beyond its largest number. (fp64 numbers are rounded to fp32 first.)
+inline double overflow_limit(ScalarType dtype) {
+  if (dtype == ScalarType::Half) return 65520.0;
+  if (dtype == ScalarType::BFloat16) return 0x1.FFp127;
+  return std::numeric_limits<double>::infinity();
 }
 
 // Calls body with a value of the C++ element type; check_params has refused all others.

@@ -62,6 +62,25 @@ def faults(
     return found
 
 
+def weight_faults(
+    weights: torch.Tensor, params: torch.Tensor, segments: torch.Tensor | None = None
+) -> list[str]:
+    """What is wrong with the form of a blend's ``weights``: shape, dtype, device."""
+    found = []
+    if not weights.is_floating_point():
+        found.append(f"weights must be floating point, got {weights.dtype}")
+    if weights.device != params.device:
+        found.append(f"weights must be on {params.device} like params, got {weights.device}")
+    if params.ndim == 2:
+        n, s = params.shape[0], 0 if segments is None else segments.numel() - 1
+        tail = (n,) if segments is None else (s, n)
+        if weights.ndim not in (len(tail), len(tail) + 1) or weights.shape[-len(tail) :] != tail:
+            forms = "(N,) or (K, N), with segments (S, N) or (K, S, N)"
+            sizes = f"N = {n}" if segments is None else f"N = {n}, S = {s}"
+            found.append(f"weights must be {forms}, here {sizes}; got {_checks.shape(weights)}")
+    return found
+
+
 def check_values(op: str, params: torch.Tensor, segments: torch.Tensor | None) -> None:
     """ValueError unless the boundaries ascend from 0 to P. Reads values: for the CPU only."""
     if segments is None:
