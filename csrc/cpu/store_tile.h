@@ -66,14 +66,14 @@ struct RandomWords {
     const RandomCall call = args;
     constexpr int kLanes = kBytes / sizeof(uint32_t);
     for (int64_t group = 0; group < call.groups; group += kLanes) {
-      Vec<uint32_t, kLanes> c[4] = {};
+      using U = Vec<uint32_t, kLanes>;
+      uint32_t low[kLanes], high[kLanes];
       for (int lane = 0; lane < kLanes; ++lane) {
         const uint64_t counter = call.first + group + lane;
-        c[0][lane] = static_cast<uint32_t>(counter);
-        c[1][lane] = static_cast<uint32_t>(counter >> 32);
+        low[lane] = static_cast<uint32_t>(counter);
+        high[lane] = static_cast<uint32_t>(counter >> 32);
       }
-      c[2] += call.segment;
-      c[3] += call.output;
+      U c[4] = {load_bits<U>(low), load_bits<U>(high), U{} + call.segment, U{} + call.output};
       philox<kLanes>(call.seed, c);
       for (int lane = 0; lane < kLanes; ++lane)
         for (int word = 0; word < 4; ++word)
