@@ -123,7 +123,7 @@ class Op:
         self.differentiable = tuple(differentiable)
         self.not_offered = dict(not_offered or {})
         self.impls: dict[str, Impl] = {"torch": Impl(reference, _always, _always)}
-        self.kernels_write = native is not None if room is None else OPS[room].kernels_write
+        self.kernels_write: bool = native is not None if room is None else OPS[room].kernels_write
         self._able: set[tuple[str, str]] = set()
 
         _LIB.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -298,4 +298,3 @@ class Op:
 
 def _no_device(device: str) -> str | None:
     return "no CUDA device" if device == "cuda" and not torch.cuda.is_available() else None
-

@@ -38,7 +38,7 @@ def normal(*shape, device="cpu", dtype=torch.float32, seed=0):
 
 
 def wide_range(*shape, device="cpu", seed=0):
-    """Values from far below the narrow types' smallest to beyond their largest, and special ones."""
+    """From far below the narrow types' smallest to beyond their largest, and special values."""
     generator = torch.Generator().manual_seed(seed)
     exponent = torch.randint(-24, 14, shape, generator=generator).float()
     values = torch.randn(shape, generator=generator) * exponent.exp2()
@@ -162,7 +162,7 @@ def test_stochastic_rounding_takes_a_neighbour_and_keeps_the_mean(device, backen
 @in_narrow
 @on_every_backend
 def test_what_is_representable_stays(device, backend, dtype):
-    values = wide_range(1, 3000, device=device).nan_to_num().clamp(-400, 400).to(dtype)
+    values = wide_range(2, 3000, device=device)[:1].nan_to_num().clamp(-400, 400).to(dtype)
     got = run(backend, torch.ones(1, device=device), values, rounding_seed=3)
     assert torch.equal(bits(got), bits(values[0]))
 

@@ -133,7 +133,9 @@ def compile_case(
         title = launch.kernel.__name__.removesuffix("_kernel")
         kernel.name = f"{title} {dtype} N{n} K{k} S{s}" + ("" if p == P else f" P+{p - P}")
         if conversion:
-            kernel.name += f" to {conversion[0]}".replace("torch.", "") + " seeded" * bool(conversion[1])
+            kernel.name += f" to {conversion[0]}".replace("torch.", "") + " seeded" * bool(
+                conversion[1]
+            )
         if name == "blend":
             main = case in MAIN and not (conversion and conversion[1])
             kernel.check_blend(n if main else None, narrow_stores=bool(conversion))

@@ -83,9 +83,9 @@ inline void check_theta(const Tensor& theta, const BlendShape& shape,
                       (dims == 1 || theta.size(0) == shape.outputs),
                   "blend: out must be (P,) or (K, P) with P = ", shape.columns,
                   ", K = ", shape.outputs, ", got ", shape_text(theta));
-  STD_TORCH_CHECK(
-      dtype == ScalarType::Float || dtype == ScalarType::Double || is_narrow(dtype),
-      "blend: out must be float32, bfloat16, float16, float64 or fp8, got ", toString(dtype));
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double || is_narrow(dtype),
+                  "blend: out must be float32, bfloat16, float16, float64 or fp8, got ",
+                  toString(dtype));
   STD_TORCH_CHECK(!seed.has_value() || is_narrow(dtype),
                   "blend: nothing to round stochastically to ", toString(dtype));
   check_inner_stride("blend", "out", theta);

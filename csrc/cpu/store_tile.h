@@ -11,8 +11,8 @@
 
 namespace neulig_fast {
 
-constexpr int kStep = 16;         // columns that one step keeps in registers
-constexpr int64_t kTile = 4096;   // columns that stay in cache while all outputs are computed
+constexpr int kStep = 16;        // columns that one step keeps in registers
+constexpr int64_t kTile = 4096;  // columns that stay in cache while all outputs are computed
 
 // Whole steps of columns.
 struct StoreCall {
@@ -76,8 +76,7 @@ struct RandomWords {
       U c[4] = {load_bits<U>(low), load_bits<U>(high), U{} + call.segment, U{} + call.output};
       philox<kLanes>(call.seed, c);
       for (int lane = 0; lane < kLanes; ++lane)
-        for (int word = 0; word < 4; ++word)
-          call.words[(group + lane) * 4 + word] = c[word][lane];
+        for (int word = 0; word < 4; ++word) call.words[(group + lane) * 4 + word] = c[word][lane];
     }
   }
 };
@@ -138,9 +137,7 @@ template <typename T>
 TileStore make_tile_store(CpuLevel level, std::optional<int64_t> seed, bool stream) {
   return {kernel_at<StoreTile<T>, StoreCall>(level),
           seed.has_value() ? kernel_at<RandomWords, RandomCall>(level) : nullptr,
-          static_cast<uint64_t>(seed.value_or(0)),
-          sizeof(T),
-          stream};
+          static_cast<uint64_t>(seed.value_or(0)), sizeof(T), stream};
 }
 
 }  // namespace neulig_fast
