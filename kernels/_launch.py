@@ -59,15 +59,19 @@ class Config:
     experts: int = 0
 
 
-def config(op: str, dtype: torch.dtype, experts: int, outputs: int) -> Config:
+def config(
+    op: str, dtype: torch.dtype, experts: int, outputs: int, *, seeded: bool = False
+) -> Config:
     """The configuration of ``op`` for N experts and K outputs: a pure function of its arguments.
+
+    ``seeded``: a blend that rounds stochastically.
 
     Raises:
         ValueError: an op that has no kernel here.
     """
     registers = 2 if dtype == torch.float64 else 1  # per value
     if op == "blend":
-        return _blend(dtype.itemsize, registers, experts, outputs)
+        return _blend(dtype.itemsize, registers, experts, outputs, seeded)
     if op == "blend_weight_grad":
         return _blend_weight_grad(registers, experts, outputs)
     if op == "blend_telemetry":
@@ -76,16 +80,19 @@ def config(op: str, dtype: torch.dtype, experts: int, outputs: int) -> Config:
     raise ValueError(f"config: {op!r} has no kernel")
 
 
-def _blend(itemsize: int, registers: int, experts: int, outputs: int) -> Config:
-    """Two 16-byte loads per thread and expert, one in fp8; in the 2-byte types for few experts.
+def _blend(itemsize: int, registers: int, experts: int, outputs: int, seeded: bool) -> Config:
+    """Two 16-byte loads per thread and expert, one in fp8 and, to save registers, in 2-byte types
+    for many rows. Stochastic rounding, which takes registers too, halves that.
 
     With one output, experts beyond eight stream by in eights. With several, all experts of a column
     are held, so that each is read once: the more experts, the fewer columns per thread, for at most
     128 registers of values.
     """
     columns = 8 // registers
-    if itemsize == 1 or (itemsize == 2 and experts <= 8):
+    if itemsize == 1 or (itemsize == 2 and experts <= (8 if outputs == 1 else 4)):
         columns = 16
+    if seeded:
+        columns //= 2
     held = (experts - 1) % 8 + 1
     if outputs > 1:
         held = experts

@@ -181,7 +181,9 @@ def blend(
     require("blend", why_not(weights, params, segments))
     if out.numel() > 0:
         outputs = out.numel() // params.shape[1]
-        launch = launch or config("blend", params.dtype, params.shape[0], outputs)
+        if launch is None:
+            options = {"seeded": seed is not None}
+            launch = config("blend", params.dtype, params.shape[0], outputs, **options)
         run(params, launches(out, weights, params, segments, seed, launch))
 
 

@@ -123,7 +123,7 @@ class Op:
         self.differentiable = tuple(differentiable)
         self.not_offered = dict(not_offered or {})
         self.impls: dict[str, Impl] = {"torch": Impl(reference, _always, _always)}
-        self.kernels_write = native is not None if room is None else OPS[room].kernels_write
+        self.kernels_write: bool = native is not None if room is None else OPS[room].kernels_write
         self._able: set[tuple[str, str]] = set()
 
         _LIB.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -132,6 +132,8 @@ class Op:
         self.overload = getattr(torch.ops.neulig_fast, name).default
         self.arguments = [argument.name for argument in self.overload._schema.arguments]
         self.writes = self.overload._schema.is_mutable
+        kinds = [str(argument.type) for argument in self.overload._schema.arguments]
+        self._witness = kinds.index("Tensor")  # the first that is never None says the device
         _LIB.impl(name, self._run, "CompositeExplicitAutograd")
         torch.library.register_fake(f"neulig_fast::{name}", self._run_fake, lib=_LIB)
         _autograd.register(self, _LIB, autograd)
@@ -264,7 +266,7 @@ class Op:
     def _run(self, *args: Any) -> Any:
         if found := list(self.faults(*args)):
             _checks.raise_all(self.name, found)
-        device = next(a for a in args if isinstance(a, torch.Tensor)).device.type
+        device = args[self._witness].device.type
         if device == "cpu":
             self.check(*args)
         self.guard(*args)
@@ -296,4 +298,3 @@ class Op:
 
 def _no_device(device: str) -> str | None:
     return "no CUDA device" if device == "cuda" and not torch.cuda.is_available() else None
-

@@ -84,7 +84,8 @@ void weight_grad_all(const BlendWeightGradCall& call, bool wide, int rows) {
 
 extern "C" {
 
-// Columns first .. of every output, `first` a multiple of 16: packs a thread owns are side by side here, on a GPU apart.
+// Columns first .. of every output, `first` a multiple of 16: packs a thread owns are side by side
+// here, on a GPU apart.
 void blend_columns_from(int element, const BlendCall* call, int path, int64_t first) {
   switch (static_cast<Element>(element)) {
     case Element::kFloat: return blend_from<float>(*call, path, first);

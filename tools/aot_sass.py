@@ -39,11 +39,15 @@ class CompiledKernel:
         if self.stack:
             self.faults.append(f"a stack frame of {self.stack} bytes")
 
-    def check_blend(self, experts: int | None) -> None:
-        """Fault a blend that contracts, or whose ``experts`` loads and stores are not 128 bit."""
+    def check_blend(self, experts: int | None, *, narrow_stores: bool = False) -> None:
+        """Fault a blend that contracts, or whose ``experts`` loads and stores are not 128 bit.
+
+        Stores may be narrower where the output is of another type than the experts.
+        """
         if self.fused:
             self.faults.append(f"{self.fused} fused multiply-adds")
-        if experts and (self.loads.get(128, 0) < experts or not self.stores.get(128)):
+        wide_stores = narrow_stores or self.stores.get(128)
+        if experts and (self.loads.get(128, 0) < experts or not wide_stores):
             self.faults.append(f"narrow accesses on the main path of {experts} experts")
 
     def line(self) -> str:

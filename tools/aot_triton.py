@@ -24,6 +24,13 @@ MAIN = [(2, 1, 302, P), (3, 4, 302, P), (5, 1, 1, P), (8, 1, 302, P), (8, 4, 302
 OTHERS = [(12, 4, 302, P), (17, 1, 302, P), (64, 1, 302, P), (16, 4, 302, P), (64, 4, 302, P)]
 OTHERS += [(5, 1, 302, P + 1), (8, 4, 302, P + 8)]
 
+# blend from and to other types, and stochastically: params, out, seed.
+CONVERSIONS = [
+    ("float8_e4m3fn", "bfloat16", None), ("float8_e5m2", "float8_e5m2", None),
+    ("float8_e4m3fn", "float8_e4m3fn", 1), ("bfloat16", "float32", None),
+    ("bfloat16", "float8_e4m3fn", None), ("float32", "bfloat16", 1), ("float64", "float16", None),
+]  # fmt: skip
+
 compiled_kernels: list[Any] = []
 hashes: set[str] = set()  # of what was looked at: several cases may share a kernel
 
@@ -70,7 +77,7 @@ def blend_launches(
     acc = torch.float64 if dtype == torch.float64 else torch.float32
     weights, params = empty(k, s, n, dtype=acc), empty(n, p, dtype=dtype)
     bounds, out = empty(s + 1, dtype=torch.int64), empty(k, p, dtype=out_dtype or dtype)
-    launch = module.config("blend", dtype, n, k)
+    launch = module.config("blend", dtype, n, k, seeded=seed is not None)
     return module.launches(out, weights, params, bounds, seed, launch)
 
 
@@ -116,20 +123,25 @@ def compile_all(arch: int, dtypes: Sequence[str]) -> list[CompiledKernel]:
     from triton.runtime import driver
 
     driver.set_active(NoDevice(arch))
-    return [
+    modules = kernel_modules()
+    kernels = [
         kernel
-        for name, module in kernel_modules().items()
+        for name, module in modules.items()
         if name in CALLS
         for dtype, case in itertools.product(dtypes, MAIN + OTHERS)
         for kernel in compile_case(name, module, dtype, case, arch)
     ]
+    for (dtype, out, seed), case in itertools.product(CONVERSIONS, (MAIN[0], MAIN[-1], OTHERS[0])):
+        conversion = getattr(torch, out), seed
+        kernels += compile_case("blend", modules["blend"], dtype, case, arch, *conversion)
+    return kernels
 
 
 def compile_case(
-    name: str, module: ModuleType, dtype: str, case: tuple[int, ...], arch: int
+    name: str, module: ModuleType, dtype: str, case: tuple[int, ...], arch: int, *conversion: Any
 ) -> Iterator[CompiledKernel]:
     n, k, s, p = case
-    for launch in CALLS[name](module, getattr(torch, dtype), *case):
+    for launch in CALLS[name](module, getattr(torch, dtype), *case, *conversion):
         compiled = launch.kernel.warmup(
             *launch.arguments, grid=(launch.programs,), **launch.options
         )
@@ -143,8 +155,13 @@ def compile_case(
             (kernel,) = inspect(Path(file.name), arch)
         title = launch.kernel.__name__.removesuffix("_kernel")
         kernel.name = f"{title} {dtype} N{n} K{k} S{s}" + ("" if p == P else f" P+{p - P}")
+        if conversion:
+            kernel.name += f" to {conversion[0]}".replace("torch.", "") + " seeded" * bool(
+                conversion[1]
+            )
         if name == "blend":
-            kernel.check_blend(n if case in MAIN else None)
+            main = case in MAIN and not (conversion and conversion[1])
+            kernel.check_blend(n if main else None, narrow_stores=bool(conversion))
         yield kernel
 
 

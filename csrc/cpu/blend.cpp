@@ -110,9 +110,9 @@ struct Blend {
   Segments segments;
   BlendShape shape;
   char* theta;
-  int64_t theta_stride;    // bytes from one output to the next
+  int64_t theta_stride;  // bytes from one output to the next
   const TileStore& store;
-  bool direct;             // registers to theta, past the store
+  bool direct;  // registers to theta, past the store
   const Kernels<T>& kernels;
 
   // Fewer columns than a step: the same kernel on padded copies.

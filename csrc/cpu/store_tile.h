@@ -11,8 +11,8 @@
 
 namespace neulig_fast {
 
-constexpr int kStep = 16;         // columns that one step keeps in registers
-constexpr int64_t kTile = 4096;   // columns that stay in cache while all outputs are computed
+constexpr int kStep = 16;        // columns that one step keeps in registers
+constexpr int64_t kTile = 4096;  // columns that stay in cache while all outputs are computed
 
 // Whole steps of columns.
 struct StoreCall {
@@ -66,18 +66,17 @@ struct RandomWords {
     const RandomCall call = args;
     constexpr int kLanes = kBytes / sizeof(uint32_t);
     for (int64_t group = 0; group < call.groups; group += kLanes) {
-      Vec<uint32_t, kLanes> c[4] = {};
+      using U = Vec<uint32_t, kLanes>;
+      uint32_t low[kLanes], high[kLanes];
       for (int lane = 0; lane < kLanes; ++lane) {
         const uint64_t counter = call.first + group + lane;
-        c[0][lane] = static_cast<uint32_t>(counter);
-        c[1][lane] = static_cast<uint32_t>(counter >> 32);
+        low[lane] = static_cast<uint32_t>(counter);
+        high[lane] = static_cast<uint32_t>(counter >> 32);
       }
-      c[2] += call.segment;
-      c[3] += call.output;
+      U c[4] = {load_bits<U>(low), load_bits<U>(high), U{} + call.segment, U{} + call.output};
       philox<kLanes>(call.seed, c);
       for (int lane = 0; lane < kLanes; ++lane)
-        for (int word = 0; word < 4; ++word)
-          call.words[(group + lane) * 4 + word] = c[word][lane];
+        for (int word = 0; word < 4; ++word) call.words[(group + lane) * 4 + word] = c[word][lane];
     }
   }
 };
@@ -138,9 +137,7 @@ template <typename T>
 TileStore make_tile_store(CpuLevel level, std::optional<int64_t> seed, bool stream) {
   return {kernel_at<StoreTile<T>, StoreCall>(level),
           seed.has_value() ? kernel_at<RandomWords, RandomCall>(level) : nullptr,
-          static_cast<uint64_t>(seed.value_or(0)),
-          sizeof(T),
-          stream};
+          static_cast<uint64_t>(seed.value_or(0)), sizeof(T), stream};
 }
 
 }  // namespace neulig_fast

@@ -1,7 +1,7 @@
 // theta[k, p] = sum_i weights[k, s(p), i] * params[i, p]        (blend, CUDA)
 //
-// weights (K, S, N) contiguous, fp32 (fp64 for fp64 params); params (N, P) and theta (K, P), any row
-// stride, column stride 1, each fp32 | bf16 | fp16 | fp64 | fp8 (e4m3fn, e5m2); bounds (S + 1,)
+// weights (K, S, N) contiguous, fp32 (fp64 for fp64 params); params (N, P) and theta (K, P), any
+// row stride, column stride 1, each fp32 | bf16 | fp16 | fp64 | fp8 (e4m3fn, e5m2); bounds (S + 1,)
 // int64. Accumulates in weights' type: w_0 x_0, then + w_i x_i in expert order, multiplied then
 // added, one rounding at the end: the bits depend on nothing but the input.
 // Bytes: N * P read, each expert once, and K * P written once, whatever K.
@@ -64,7 +64,8 @@ NF_DEVICE void blend_columns(const BlendCall& call, int64_t p) {
   for (int64_t q = p; q < least(p + kLanes, call.columns); ++q) blend_column<T, kRandom>(call, q);
 }
 
-// Whether columns p .. p + lanes - 1 exist and belong to `segment`, which column p does not precede.
+// Whether columns p .. p + lanes - 1 exist and belong to `segment`, which column p does not
+// precede.
 NF_DEVICE bool in_segment(const BlendCall& call, int64_t segment, int64_t p, int lanes) {
   if (p + lanes > call.columns) return false;
   return segment == call.segments - 1 || p + lanes <= call.bounds[segment + 1];
@@ -102,8 +103,8 @@ template <typename T, int kExperts>
 NF_DEVICE void blend_few(const BlendCall& call, int64_t p, int64_t apart) {
   constexpr int kLanes = kWideLanes<T>, kCount = kPacks<T, kExperts>;
   Loaded<T, kLanes> x[kCount][kExperts];  // loaded before the search for the segment, which hides
-  NF_UNROLL                             // behind the loads
-  for (int pack = 0; pack < kCount; ++pack) {
+  NF_UNROLL                               // behind the loads
+      for (int pack = 0; pack < kCount; ++pack) {
     const int64_t q = p + pack * apart;
     if (q + kLanes > call.columns) continue;
     NF_UNROLL

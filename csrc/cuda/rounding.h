@@ -207,9 +207,9 @@ NF_DEVICE void random_words(uint64_t seed, int64_t column, int64_t segment, int6
   NF_UNROLL
   for (int lane = 0; lane < kLanes; lane += 4) {
     const uint64_t group = static_cast<uint64_t>(column + lane) / 4;
-    const Words four = philox(
-        seed, {{static_cast<uint32_t>(group), static_cast<uint32_t>(group >> 32),
-                static_cast<uint32_t>(segment), static_cast<uint32_t>(output)}});
+    const Words four =
+        philox(seed, {{static_cast<uint32_t>(group), static_cast<uint32_t>(group >> 32),
+                       static_cast<uint32_t>(segment), static_cast<uint32_t>(output)}});
     NF_UNROLL
     for (int j = 0; j < 4 && lane + j < kLanes; ++j) {
       const int at = kLanes >= 4 ? j : static_cast<int>(column & 3) + j;

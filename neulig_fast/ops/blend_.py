@@ -146,6 +146,4 @@ OP.add_native(
 OP.add_native(
     "cuda", prepare=kernel_arguments, why_not=lambda out, w, params, *_: _arena.why_not_cuda(params)
 )
-OP.add_triton(
-    prepare=kernel_arguments, why_not=lambda module, out, *args: module.why_not(*args)
-)
+OP.add_triton(prepare=kernel_arguments, why_not=lambda module, out, *args: module.why_not(*args))
