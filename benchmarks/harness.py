@@ -211,8 +211,7 @@ def _times(
         advance(f"{case}: round {k + 1} of {rounds}")
         for provider in able:
             if k < SLOW_ROUNDS or provider.name not in brief:
-                whole = clock(provider.run)
-                times[provider.name].append(whole._replace(ms=whole.ms / provider.steps))
+                times[provider.name].append(clock(provider.run).per(provider.steps))
     return checks, times
 
 
@@ -289,8 +288,8 @@ def main(name: str, cases: Callable[[str, bool], Iterator[Case]]) -> None:
         keep = rows.extend
         if options.out or not options.quick:
             keep = functools.partial(_append, path, rows)
-        keep([])
         run(cases(device, options.quick), Selection(quick=options.quick), keep)
+        keep([])  # a file, also where there was no case
     failures = [row for rows in files.values() for row in rows if report.is_failure_of_ours(row)]
     if failures:
         sys.exit("\n".join(f"{row['provider']}: {row['check']}" for row in failures))

@@ -21,6 +21,10 @@ class Time(NamedTuple):
     ms: float
     host_us: float | None
 
+    def per(self, steps: float) -> Time:
+        """The time of one of ``steps`` equal parts."""
+        return Time(self.ms / steps, None if self.host_us is None else self.host_us / steps)
+
 
 class Clock:
     """Times one call from a cold cache."""

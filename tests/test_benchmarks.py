@@ -1,10 +1,12 @@
 """Every benchmark at toy size, and the harness's promises. No time is asserted."""
 
+import dataclasses
 import functools
 import importlib
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import time
@@ -12,6 +14,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._inductor.utils import parallel_num_threads
+from typer.testing import CliRunner
+
+from neulig_fast import benchmarks, testing
 from neulig_fast.benchmarks import (
     bench_blend,
     bench_machine,
@@ -23,14 +29,11 @@ from neulig_fast.benchmarks import (
     selection,
     session,
     shapes,
+    tables,
     timing,
 )
 from neulig_fast.benchmarks.harness import Case, Provider
 from neulig_fast.benchmarks.selection import Selection
-from torch._inductor.utils import parallel_num_threads
-from typer.testing import CliRunner
-
-from neulig_fast import benchmarks, testing
 from neulig_fast.cli import app
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -289,6 +292,54 @@ def test_a_roofline_of_any_rows(tmp_path):
         path = tmp_path / f"{number}.svg"
         plot.roofline(found, path)
         assert path.stat().st_size > 1000
+
+
+def test_tables_show_every_device_that_has_rows(tmp_path, monkeypatch):
+    ours = Provider("neulig_fast/cuda", lambda: torch.ones(3), "ours")
+    both = case(ours, Provider("other", lambda: torch.ones(3)), op="blend", shape="ViT-B-32")
+    numbers = {"N": 5, "K": 1, "S": 1}
+    measured = harness.measure(dataclasses.replace(both, numbers=numbers), quick=True)
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    rows.write(tmp_path / "cpu" / "blend.csv", measured)
+    assert "No rows of a GPU" in tables.readme()
+    assert "host µs" not in tables.op("blend")
+    assert tables.op("offset_gram") == "No rows are committed yet.\n"
+    on_gpu = [{**row, "threads": "", "host_us": "7.5", "device": "A GPU"} for row in measured]
+    rows.write(tmp_path / "a-gpu" / "blend.csv", on_gpu)
+    assert [path.name for path in tables.devices()] == ["cpu", "a-gpu"]
+    text = tables.rendered("<!-- rows: blend -->\nold\n<!-- end of rows -->\n")
+    assert "No rows of a GPU" not in tables.readme() + text
+    assert "**A GPU (torch" in text
+    assert re.search(r"\| fwd \| ViT-B-32 \| 5 \| 1 \|.*\| cuda \|.*\| 7.5 \|.*\| other \|", text)
+    assert "old" not in text
+
+
+def test_a_gpu_waits_until_a_call_is_queued(monkeypatch):
+    log = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            pass
+
+        def record(self):
+            log.append("event")
+
+        def elapsed_time(self, other):
+            return 10.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: log.append("wait"))
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: log.append(f"busy {cycles > 1e5}"))
+    timing._cycles_per_second.cache_clear()
+    clock = timing.Clock("cpu")
+    clock.device = "cuda"
+    clock(lambda: None)
+    log.clear()
+    taken = clock(lambda: log.append("call"))
+    timing._cycles_per_second.cache_clear()
+    assert log == ["wait", "call", "wait", "busy True", "event", "call", "event", "wait"]
+    assert taken.ms == 10.0
+    assert taken.per(2) == (5.0, taken.host_us / 2)
 
 
 # -- what a call costs beside its time ------------------------------------------------------------

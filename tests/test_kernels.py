@@ -5,12 +5,12 @@ On a machine without a GPU the kernels run in Triton's interpreter, on CPU tenso
 
 import pytest
 import torch
+
+from neulig_fast import testing
 from neulig_fast.kernels import _launch
 from neulig_fast.kernels import blend as blend_module
 from neulig_fast.kernels import blend_weight_grad as grad_module
 from neulig_fast.kernels._launch import Config, config
-
-from neulig_fast import testing
 from neulig_fast.ops.blend import blend_fake, blend_reference
 from neulig_fast.ops.blend_weight_grad import blend_weight_grad_reference
 

@@ -6,11 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from neulig_fast import testing
 from neulig_fast.kernels import _launch
 from neulig_fast.kernels._launch import config
 from neulig_fast.kernels._segments import search_steps
-
-from neulig_fast import testing
 
 ROOT = Path(__file__).resolve().parents[1]
 

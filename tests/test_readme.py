@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from neulig_fast.benchmarks import tables
 
 from neulig_fast._registry import BACKENDS, OPS
+from neulig_fast.benchmarks import tables
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
