@@ -43,6 +43,7 @@ aot: $(INSTALLED)
 test-gpu:
 	$(GPU_PYTHON) setup.py build_ext --inplace
 	$(GPU_PYTHON) -m pytest tests/test_house.py tests/test_blend.py tests/test_blend_weight_grad.py \
+	    tests/test_blend_telemetry.py \
 	    tests/test_offset_gram.py tests/test_kernels.py
 
 test-sanitize: $(INSTALLED)

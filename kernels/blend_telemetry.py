@@ -52,41 +52,54 @@ def _store_sum(ptr, values, valid):
 @triton.jit
 def _measure_piece(
     w, params_ptr, out_ptr, squares_ptr, counts_ptr, mask, K, SN, P, row_stride, origin_offset,
-    slots, N: tl.constexpr, HELD: tl.constexpr, CENTRED: tl.constexpr, LIMIT: tl.constexpr,
+    experts, slots, N: tl.constexpr, HELD: tl.constexpr, CENTRED: tl.constexpr, LIMIT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """All that is told of a piece; pointers at its first column, its weights and its slot."""
+    """All that is told of a piece; pointers at its first column, its weights and its slot.
+
+    ``experts`` is N. The compiler must not know where a loop has more than one turn: it would
+    unroll it and spill.
+    """
+    if HELD == N:
+        experts = N
     ACC: tl.constexpr = w.dtype.element_ty
     OUT: tl.constexpr = out_ptr.dtype.element_ty
     lanes = tl.arange(0, BLOCK)
     origin = tl.load(params_ptr + origin_offset + lanes, mask=mask).to(ACC)
     mean = tl.zeros((BLOCK,), ACC)
     if CENTRED:
-        for first in range(0, N, HELD):
+        first = K * 0
+        while first < experts:
             held = _load_experts(params_ptr + first * row_stride, row_stride, lanes, mask, HELD)
             for j in tl.static_range(HELD):
                 mean = mean + (held[j].to(ACC) - origin)
+            first += HELD
         mean = mean * tl.full((BLOCK,), 1 / N, ACC)
 
     above = tl.zeros((BLOCK,), tl.int1)
     below = tl.zeros((BLOCK,), tl.int1)
-    for first in range(0, N, HELD):
+    first = K * 0
+    while first < experts:
         held = _load_experts(params_ptr + first * row_stride, row_stride, lanes, mask, HELD)
         for j in tl.static_range(HELD):
             offset = held[j].to(ACC) - origin - mean
             above = above | (offset > 0)
             below = below | (offset < 0)
             _store_sum(squares_ptr + (first + j) * slots, offset, mask)
+        first += HELD
     _store_sum(counts_ptr, above & below, mask)
 
     infinity = tl.full((BLOCK,), float("inf"), ACC)
     limit = tl.full((BLOCK,), LIMIT, ACC)
     k = K * 0
     while k < K:  # the interpreter's range() refuses kernel arguments since numpy 2.4
-        acc = tl.load(w + k * SN) * tl.load(params_ptr + lanes, mask=mask).to(ACC)
-        for i in range(1, N):
-            x = tl.load(params_ptr + i * row_stride + lanes, mask=mask).to(ACC)
-            acc = acc + tl.load(w + k * SN + i) * x
+        acc = tl.full((BLOCK,), -0.0, ACC)  # adding -0 changes no bit of the first term
+        first = K * 0
+        while first < experts:
+            held = _load_experts(params_ptr + first * row_stride, row_stride, lanes, mask, HELD)
+            for j in tl.static_range(HELD):
+                acc = acc + tl.load(w + k * SN + first + j) * held[j].to(ACC)
+            first += HELD
         narrow = acc
         if not OUT.is_fp64():  # via fp32 to the 16-bit types, as PyTorch converts fp64
             narrow = acc.to(tl.float32)
@@ -100,10 +113,12 @@ def _measure_piece(
         k += 1
 
 
-@triton.jit(do_not_specialize=["K", "S", "slots", "origin", "column_units", "stride_units"])
+@triton.jit(
+    do_not_specialize=["K", "S", "experts", "slots", "origin", "column_units", "stride_units"]
+)
 def blend_telemetry_partial_kernel(
     weights_ptr, params_ptr, bounds_ptr, out_ptr, squares_ptr, counts_ptr,
-    K: tl.int64, S: tl.int64, slots: tl.int64, origin: tl.int64,
+    K: tl.int64, S: tl.int64, experts: tl.int64, slots: tl.int64, origin: tl.int64,
     column_units: tl.int64, stride_units: tl.int64,
     N: tl.constexpr, HELD: tl.constexpr, CENTRED: tl.constexpr, LIMIT: tl.constexpr,
     STEPS: tl.constexpr, COLUMN_UNIT: tl.constexpr, STRIDE_UNIT: tl.constexpr, BLOCK: tl.constexpr,
@@ -135,14 +150,16 @@ def blend_telemetry_partial_kernel(
     if stop - start == BLOCK:
         _measure_piece(
             w, params_ptr + block, out_ptr + block, squares_ptr + slot, counts_ptr + slot, None,
-            K, SN, P, row_stride, origin_offset, slots, N, HELD, CENTRED, LIMIT, BLOCK,
+            K, SN, P, row_stride, origin_offset, experts, slots,
+            N, HELD, CENTRED, LIMIT, BLOCK,
         )  # fmt: skip
     elif start < stop:
         lanes = tl.arange(0, BLOCK)
         mask = (lanes >= (start - block).to(tl.int32)) & (lanes < (stop - block).to(tl.int32))
         _measure_piece(
             w, params_ptr + block, out_ptr + block, squares_ptr + slot, counts_ptr + slot, mask,
-            K, SN, P, row_stride, origin_offset, slots, N, HELD, CENTRED, LIMIT, BLOCK,
+            K, SN, P, row_stride, origin_offset, experts, slots,
+            N, HELD, CENTRED, LIMIT, BLOCK,
         )  # fmt: skip
 
 
@@ -259,7 +276,7 @@ def launches(
     bounds = segments.contiguous() if segments is not None and S > 1 else None
     arguments = (
         *(weights.contiguous(), params, bounds, theta, squares, counts),
-        *(K, S, slots, base or 0, P // column_unit, row_stride // stride_unit),
+        *(K, S, N, slots, base or 0, P // column_unit, row_stride // stride_unit),
     )
     options = {
         "N": N,
@@ -274,18 +291,12 @@ def launches(
         "maxnreg": REGISTERS,
         "enable_fp_fusion": False,  # multiply, then add
     }
+    total = blend_telemetry_total_kernel
     total_options = {"BLOCK": launch.block, "CHUNK": CHUNK, "num_warps": 4, "maxnreg": REGISTERS}
-    partial = Launch(blend_telemetry_partial_kernel, slots, arguments, options)
-    sums = [
-        Launch(
-            blend_telemetry_total_kernel,
-            len(rows) * S,
-            (rows, bounds, first, second, len(rows), split, S, slots),
-            total_options,
-        )
-        for rows, first, second, split in (
-            (squares, expert_squares, merged_squares, N),
-            (counts, conflicts, totals, 1),
-        )
+    square_sums = (squares, bounds, expert_squares, merged_squares, N + K, N, S, slots)
+    count_sums = (counts, bounds, conflicts, totals, 1 + 2 * K, 1, S, slots)
+    return [
+        Launch(blend_telemetry_partial_kernel, slots, arguments, options),
+        Launch(total, (N + K) * S, square_sums, total_options),
+        Launch(total, (1 + 2 * K) * S, count_sums, total_options),
     ]
-    return [partial, *sums]
