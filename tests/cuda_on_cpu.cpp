@@ -32,7 +32,7 @@ void blend_from(const BlendCall& call, int path, int64_t p) {
 
 template <typename T, int kRows>
 void partial_sums(const BlendWeightGradCall& call, bool wide, int64_t slot) {
-  const Piece piece = find_piece(call.bounds, call.segments, call.columns, slot);
+  const Piece piece = find_piece(call.bounds, call.segments, call.columns, slot, kBlockColumns);
   if (piece.begin >= piece.end) return;
   for (int64_t k = 0; k < call.outputs; k += kRows)
     for (int64_t expert = 0; expert < call.experts; expert += kExperts) {
@@ -100,10 +100,10 @@ int64_t segment_of(const int64_t* bounds, int64_t count, int64_t p) {
 }
 
 Piece piece_of(const int64_t* bounds, int64_t count, int64_t columns, int64_t slot) {
-  return find_piece(bounds, count, columns, slot);
+  return find_piece(bounds, count, columns, slot, kBlockColumns);
 }
 
 SlotRange slots_of(const int64_t* bounds, int64_t count, int64_t slots, int64_t segment) {
-  return find_slots(bounds, count, slots, segment);
+  return find_slots(bounds, count, slots, segment, kBlockColumns);
 }
 }

@@ -82,7 +82,23 @@ def weight_grad_launches(
     return module.launches(grad, params, bounds, partials, out, launch)
 
 
-CALLS = {"blend": blend_launches, "blend_weight_grad": weight_grad_launches}
+def offset_gram_launches(
+    module: ModuleType, dtype: torch.dtype, n: int, _k: int, s: int, p: int
+) -> Any:
+    acc = torch.promote_types(dtype, torch.float32)
+    launch = module.config("offset_gram", dtype, n, 1)
+    count, f64 = (n - 1) * (n + 2) // 2, torch.float64
+    params, bounds = empty(n, p, dtype=dtype), empty(s + 1, dtype=torch.int64)
+    partials, totals = empty(count, p // launch.block + s, dtype=acc), empty(s, count, dtype=f64)
+    sums, gram = empty(s, n, dtype=f64), empty(s, n, n, dtype=f64)
+    return module.launches(params, bounds, partials, totals, sums, gram, launch)
+
+
+CALLS = {
+    "blend": blend_launches,
+    "blend_weight_grad": weight_grad_launches,
+    "offset_gram": offset_gram_launches,
+}
 
 
 def compile_all(arch: int, dtypes: Sequence[str]) -> list[CompiledKernel]:
@@ -119,6 +135,8 @@ def compile_case(
         kernel.name = f"{title} {dtype} N{n} K{k} S{s}" + ("" if p == P else f" P+{p - P}")
         if name == "blend":
             kernel.check_blend(n if case in MAIN else None)
+        if name == "offset_gram" and case in MAIN and "partial" in title:
+            kernel.check_loads(n)
         yield kernel
 
 

@@ -13,28 +13,14 @@
 // block of threads per result adds the partial sums of its segment.
 #include "cuda/blend_weight_grad.h"
 #include "cuda/pieces.h"
+#include "cuda/reduce.h"
 
 namespace neulig_fast {
 namespace {
 
 constexpr int kWarps = kThreads / 32;
+constexpr int64_t kBlockColumns = 4096;
 constexpr int kExperts = 8;  // experts whose sums a thread keeps
-
-NF_DEVICE float multiply_add(float a, float b, float sum) {
-#ifdef __CUDA_ARCH__
-  return __fmaf_rn(a, b, sum);
-#else
-  return a * b + sum;
-#endif
-}
-
-NF_DEVICE double multiply_add(double a, double b, double sum) {
-#ifdef __CUDA_ARCH__
-  return __fma_rn(a, b, sum);
-#else
-  return a * b + sum;
-#endif
-}
 
 // The rows that a thread sums at once: `rows` gradients and `experts` experts, at their columns 0.
 template <typename T>
@@ -118,7 +104,8 @@ NF_DEVICE Group<T> make_group(const BlendWeightGradCall& call, bool wide, int64_
 template <typename A>
 NF_DEVICE double add_partials(const BlendWeightGradCall& call, int64_t segment, int64_t entry,
                               int thread) {
-  const SlotRange range = find_slots(call.bounds, call.segments, call.slots, segment);
+  const SlotRange range =
+      find_slots(call.bounds, call.segments, call.slots, segment, kBlockColumns);
   const A* partials = static_cast<const A*>(call.partials) + entry * call.slots;
   double sum = 0;
   for (int64_t slot = range.begin + thread; slot < range.end; slot += kThreads)
@@ -129,19 +116,11 @@ NF_DEVICE double add_partials(const BlendWeightGradCall& call, int64_t segment, 
 }  // namespace
 
 int64_t blend_weight_grad_slots(int64_t columns, int64_t segments) {
-  return count_slots(columns, segments);
+  return count_slots(columns, segments, kBlockColumns);
 }
 
 #ifdef __CUDACC__
 namespace {
-
-// The sum of a warp's values, the same in every lane.
-template <typename A>
-__device__ __forceinline__ A add_warp(A value) {
-  for (int distance = 16; distance > 0; distance /= 2)
-    value += __shfl_xor_sync(0xFFFFFFFFu, value, distance);
-  return value;
-}
 
 // Two blocks per multiprocessor at the least for one gradient; for four, 128 registers would spill.
 template <typename T, int kRows>
@@ -150,7 +129,7 @@ __global__ void __launch_bounds__(kThreads, kRows == 1 ? 2 : 1)
   using A = Accumulator<T>;
   __shared__ A warps[kWarps][kRows * kExperts];
   const int64_t slot = blockIdx.x;
-  const Piece piece = find_piece(call.bounds, call.segments, call.columns, slot);
+  const Piece piece = find_piece(call.bounds, call.segments, call.columns, slot, kBlockColumns);
   if (piece.begin >= piece.end) return;  // the whole block of threads agrees
   const int thread = threadIdx.x, r = thread / kExperts, i = thread % kExperts;
   for (int64_t k = 0; k < call.outputs; k += kRows) {

@@ -90,15 +90,21 @@ def _samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[tuple[A
     yield draw.normal(5, 1025)[:, 3:], draw.bounds(0, 0, 77, 1022)
 
 
+def _prepare(params: torch.Tensor, segments: torch.Tensor | None = None) -> tuple[Any, ...]:
+    return params, _arena.contiguous(segments)
+
+
 OP = Op(
     "offset_gram",
     "(Tensor params, Tensor? segments=None) -> (Tensor, Tensor)",
     reference=offset_gram_reference,
     fake=offset_gram_fake,
     faults=_arena.faults,
-    order={"cpu": ("torch",), "cuda": ("torch",)},
+    order={"cpu": ("cpu", "torch"), "cuda": ("cuda", "triton", "torch")},
     samples=_samples,
     check=lambda params, segments=None: _arena.check_values("offset_gram", params, segments),
     terms=lambda params, segments=None: max(1, params.shape[1]),
-    not_offered=dict.fromkeys(("cuda", "triton", "cpu"), "reference only in this release"),
 )
+OP.add_native("cpu", prepare=_prepare, why_not=lambda params, s=None: _arena.why_not(params))
+OP.add_native("cuda", prepare=_prepare, why_not=lambda params, s=None: _arena.why_not_cuda(params))
+OP.add_triton(prepare=_prepare)
