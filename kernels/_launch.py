@@ -63,9 +63,10 @@ def config(op: str, dtype: torch.dtype, experts: int, outputs: int) -> Config:
     if op == "blend_weight_grad":
         block = 2048 if outputs <= 2 else 1024
         return Config(block=block // registers, num_warps=4, held=min(outputs, 4))
-    if op == "offset_gram":  # up to 8 differences at once; more groups read their columns again
-        few = experts <= 9
-        return Config(block=16384 if few else 4096, num_warps=4, held=max(1, min(experts - 1, 8)))
+    if op == "offset_gram":  # 9 experts at once; more in groups of 4, whose columns stay in cache
+        if experts > 9:
+            return Config(block=4096, num_warps=4, held=4)
+        return Config(block=16384, num_warps=4, held=max(experts - 1, 1))
     raise ValueError(f"config: {op!r} has no kernel")
 
 

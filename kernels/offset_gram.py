@@ -63,11 +63,32 @@ def _add(sums, d, e, COUNT: tl.constexpr, SAME: tl.constexpr):
     if SAME:
         for i in tl.static_range(COUNT):
             added += (sums[i] + tl.sum(d[i], 1),)
-    for j in tl.static_range(COUNT):
-        for i in tl.static_range(j + 1 if SAME else COUNT):
-            at: tl.constexpr = COUNT + j * (j + 1) // 2 + i if SAME else j * COUNT + i
-            added += (sums[at] + tl.sum(d[i] * e[j], 1),)
+        for j in tl.static_range(COUNT):
+            for i in tl.static_range(j + 1):
+                added += (sums[COUNT + j * (j + 1) // 2 + i] + tl.sum(d[i] * e[j], 1),)
+    else:
+        for j in tl.static_range(COUNT):
+            for i in tl.static_range(COUNT):
+                added += (sums[j * COUNT + i] + tl.sum(d[i] * e[j], 1),)
     return added
+
+
+@triton.jit
+def _store(partials_ptr, slots, sums, a, b, N: tl.constexpr, COUNT: tl.constexpr,
+           SAME: tl.constexpr):  # fmt: skip
+    """One number per total of experts a .. and b .., those that exist."""
+    if SAME:
+        for i in tl.static_range(COUNT):
+            tl.store(partials_ptr + (a + i - 1) * slots, tl.sum(sums[i]), mask=a + i < N)
+    for j in tl.static_range(COUNT):
+        first = partials_ptr + (N - 1 + (b + j) * (b + j - 1) // 2 + a - 1) * slots
+        if SAME:
+            for i in tl.static_range(j + 1):
+                value = tl.sum(sums[COUNT + j * (j + 1) // 2 + i])
+                tl.store(first + i * slots, value, mask=b + j < N)
+        else:
+            for i in tl.static_range(COUNT):
+                tl.store(first + i * slots, tl.sum(sums[j * COUNT + i]), mask=b + j < N)
 
 
 @triton.jit
@@ -94,14 +115,7 @@ def _sum_group(
             )  # fmt: skip
             sums = _add(sums, d, e, COUNT, SAME)
         p += ROWS * LANES
-    if SAME:
-        for i in tl.static_range(COUNT):
-            tl.store(partials_ptr + (a + i - 1) * slots, tl.sum(sums[i]), mask=a + i < N)
-    for j in tl.static_range(COUNT):
-        for i in tl.static_range(j + 1 if SAME else COUNT):
-            at: tl.constexpr = COUNT + j * (j + 1) // 2 + i if SAME else j * COUNT + i
-            total = N - 1 + (b + j) * (b + j - 1) // 2 + a + i - 1
-            tl.store(partials_ptr + total * slots, tl.sum(sums[at]), mask=b + j < N)
+    _store(partials_ptr, slots, sums, a, b, N, COUNT, SAME)
 
 
 @triton.jit
@@ -237,7 +251,6 @@ def launches(
     stride_unit = alignment(row_stride)
     bounds = segments.contiguous() if segments is not None and S > 1 else None
     arguments = (params, bounds, partials, S, slots, P, row_stride // stride_unit)
-    access = 16 if launch.held == N - 1 else 8  # bytes; more would not fit the registers
     options = {
         "N": N,
         "COUNT": launch.held,
@@ -245,7 +258,7 @@ def launches(
         "STRIDE_UNIT": stride_unit,
         "BLOCK": launch.block,
         "ROWS": 32 * launch.num_warps,
-        "LANES": access // params.element_size(),
+        "LANES": 16 // params.element_size(),
         "num_warps": launch.num_warps,
         "maxnreg": REGISTERS,
     }
