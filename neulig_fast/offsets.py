@@ -6,7 +6,9 @@ group of tensors (the whole model, a layer, one tensor):
     sums  S_i  = sum_p xi_i[p]                 gram  G_ij = <xi_i, xi_j>
     distances  D_ij = ||theta_i - theta_j||^2 = G_ii + G_jj - 2 G_ij
 
-NeuLig (arXiv 2503.01268); docs/neulig.md, 1 and 4.
+Everything here follows from S and G: the parameters are read once, by
+:func:`neulig_fast.offset_gram`, and never again. NeuLig (arXiv 2503.01268); docs/neulig.md,
+1 and 4.
 """
 
 from __future__ import annotations
@@ -135,13 +137,18 @@ class OffsetStats:
         squared = diagonal.unsqueeze(-1) + diagonal.unsqueeze(-2) - 2 * self.gram
         return squared.clamp_min(0)
 
+    @property
+    def traces(self) -> torch.Tensor:
+        """tr G = sum_i ||xi_i||^2 = sum_{i<j} D_ij / N, () or (L,): how far apart experts are."""
+        return self.gram.diagonal(dim1=-2, dim2=-1).sum(-1)
+
     def gram_normalized(self) -> torch.Tensor:
         """G (N - 1) / tr G per group, which has the trace of s s'.
 
         Zeros for a group whose experts coincide: trace 0, or, because rounding of the mean can
         leave equal offsets behind, all distances 0.
         """
-        trace = self.gram.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
+        trace = self.traces[..., None, None]
         spread = self.distances.amax((-2, -1), keepdim=True)
         same = (trace == 0) | (spread == 0)
         scaled = self.gram * ((self.num_experts - 1) / trace.masked_fill(same, 1.0))
@@ -158,3 +165,118 @@ class OffsetStats:
         mean = self.distances.sum((-2, -1), keepdim=True) / max(1, n * (n - 1))
         same = mean == 0
         return (0.5 * self.distances / mean.masked_fill(same, 1.0)).masked_fill(same, 0.0)
+
+    def variance(self, weights: torch.Tensor | Sequence[float]) -> torch.Tensor:
+        """V(w) = sum_i w_i ||theta_i - theta_w||^2 = w diag(G) - w' G w of a merge theta_w.
+
+        It bounds how far a merge is from the ensemble of the same weights (docs/neulig.md, 2), and
+        is exactly 0 for a one-hot w: computed as w' D w / 2, the same where w sums to 1.
+
+        Args:
+            weights: (N,) or (B, N), each row summing to 1.
+
+        Returns:
+            () or (B,), fp64; with L groups (L,) or (L, B), which add up to the model's.
+
+        Raises:
+            ValueError: weights of another shape.
+        """
+        w = self._weights("variance", weights)
+        if self.sums.ndim == 1:
+            return torch.einsum("...i,ij,...j->...", w, self.distances, w) / 2
+        return torch.einsum("...i,lij,...j->l...", w, self.distances, w) / 2
+
+    def dispersion(self, weights: torch.Tensor) -> torch.Tensor:
+        """mean_b (w_b - w-bar)' G (w_b - w-bar): the cost of one merge for many weights.
+
+        Merging with the mean weight w-bar instead of every sample's own w_b moves the parameters by
+        this squared distance in the mean (docs/neulig.md, 2).
+
+        Args:
+            weights: (B, N), one row per sample, B >= 1.
+
+        Returns:
+            () fp64; with L groups (L,), which add up to the model's.
+
+        Raises:
+            ValueError: weights of another shape.
+        """
+        w = self._weights("dispersion", weights)
+        if w.ndim != 2 or len(w) < 1:
+            raise ValueError(
+                "OffsetStats.dispersion: weights must be (B, N) with B >= 1, "
+                f"got {_checks.shape(w)}"
+            )
+        centred = w - w.mean(0)
+        return torch.einsum("bi,...ij,bj->...", centred, self.gram, centred) / len(w)
+
+    def task_gram(self, base: int | None = None) -> torch.Tensor:
+        """<tau_i, tau_j> of the task vectors tau_i = theta_i - base, the shape of :attr:`gram`.
+
+        Args:
+            base: an expert's index; None is the experts' mean, and then this is G.
+
+        Raises:
+            ValueError: no such expert.
+        """
+        if base is None:
+            return self.gram
+        if not 0 <= base < self.num_experts:
+            raise ValueError(
+                f"OffsetStats: base must be an expert 0 .. {self.num_experts - 1}, got {base}"
+            )
+        # (D_ib + D_jb - D_ij) / 2: distances keep their digits where G_bb is large beside them.
+        distances = self.distances
+        to_base = distances[..., base]
+        return (to_base.unsqueeze(-1) + to_base.unsqueeze(-2) - distances) / 2
+
+    def cosines(self, base: int | None = None) -> torch.Tensor:
+        """Cosine similarities of the task vectors, the shape of :attr:`gram`.
+
+        Args:
+            base: as in :meth:`task_gram`.
+
+        Returns:
+            Entries in [-1, 1]; 1 on the diagonal; 0 where a task vector is zero, as the base's is.
+
+        Raises:
+            ValueError: no such expert.
+        """
+        gram = self.task_gram(base)
+        length = gram.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
+        present = length > 0
+        unit = length.masked_fill(~present, 1.0)
+        cosines = (gram / unit.unsqueeze(-1) / unit.unsqueeze(-2)).clamp(-1, 1)
+        both = present.unsqueeze(-1) & present.unsqueeze(-2)
+        same = torch.eye(self.num_experts, dtype=torch.bool)
+        return cosines.masked_fill(same, 1.0).masked_fill(~both, 0.0)
+
+    def kinship(self, base: int | None = None) -> torch.Tensor:
+        """Model kinship (arXiv 2410.12613): the mean |cosine| over pairs of task vectors.
+
+        Args:
+            base: the model that all were tuned from, as an expert's index; it is no partner itself.
+                None measures from the experts' mean, whose task vectors repel one another.
+
+        Returns:
+            () fp64; with L groups (L,).
+
+        Raises:
+            ValueError: no such expert, or fewer than two besides the base.
+        """
+        partners = self.num_experts - (base is not None)
+        if partners < 2:
+            raise ValueError(f"OffsetStats.kinship: needs two task vectors, got {partners}")
+        cosines = self.cosines(base).abs()
+        kept = [i for i in range(self.num_experts) if i != base]
+        pairs = cosines[..., kept, :][..., kept].triu(1)
+        return pairs.sum((-2, -1)) / (partners * (partners - 1) / 2)
+
+    def _weights(self, method: str, weights: torch.Tensor | Sequence[float]) -> torch.Tensor:
+        w = torch.as_tensor(weights).to("cpu", torch.float64)
+        if w.ndim not in (1, 2) or w.shape[-1] != self.num_experts:
+            raise ValueError(
+                f"OffsetStats.{method}: weights must be (N,) or (B, N) with N = "
+                f"{self.num_experts}, got {_checks.shape(w)}"
+            )
+        return w

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from . import _checks
 from ._registry import BACKENDS, OPS, Op
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -41,21 +42,28 @@ def result(op: Op, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
     return out
 
 
-def allowed_error(working: torch.Tensor, oracle: torch.Tensor, terms: int = 1) -> float:
+def allowed_error(
+    working: torch.Tensor, oracle: torch.Tensor, terms: int = 1, eps: float | None = None
+) -> float:
     """The largest error a backend may have against ``oracle`` (fp64).
 
     Twice the error of the plain-PyTorch reference at the working dtype, plus 4 eps * scale, times
-    sqrt(terms) for a reduction over ``terms`` terms.
+    sqrt(terms) for a reduction over ``terms`` terms. ``eps`` is that of the arithmetic, for results
+    in a wider type than it; None is that of ``working``.
     """
     if oracle.numel() == 0:
         return 0.0
     scale = float(oracle.abs().max())
-    floor = 4 * torch.finfo(working.dtype).eps * scale * terms**0.5
+    floor = 4 * (eps or torch.finfo(working.dtype).eps) * scale * terms**0.5
     return 2 * float((working.double() - oracle).abs().max()) + floor
 
 
 def assert_within_rule(
-    actual: torch.Tensor, working: torch.Tensor, oracle: torch.Tensor, terms: int = 1
+    actual: torch.Tensor,
+    working: torch.Tensor,
+    oracle: torch.Tensor,
+    terms: int = 1,
+    eps: float | None = None,
 ) -> None:
     """AssertionError unless ``actual`` obeys the tolerance rule against the fp64 ``oracle``.
 
@@ -79,7 +87,7 @@ def assert_within_rule(
     working = torch.where(finite, working, zero.to(working.dtype))
     error = torch.where(finite, (actual.double() - oracle).abs(), zero)
     worst = float(error.max()) if error.numel() else 0.0
-    allowed = allowed_error(working, oracle, terms)
+    allowed = allowed_error(working, oracle, terms, eps)
     if not worst <= allowed:
         raise AssertionError(f"error {worst:.3e} is over the allowed {allowed:.3e}")
 
@@ -91,9 +99,15 @@ def assert_op_close(op: Op, actual: Any, args: tuple[Any, ...]) -> None:
     """
     working = outputs(result(op, op.reference, args))
     oracle = outputs(result(op, op.reference, cast(args, torch.float64)))
+    # fp64 sums of fp32 products are as exact as the products.
+    arithmetic = next(
+        a.dtype for a in args if isinstance(a, torch.Tensor) and a.is_floating_point()
+    )
+    least = torch.finfo(_checks.accumulation_dtype(arithmetic)).eps
     for got, at_dtype, exact in zip(outputs(actual), working, oracle, strict=True):
         if at_dtype.is_floating_point():
-            assert_within_rule(got, at_dtype, exact.double(), op.terms(*args))
+            eps = max(least, torch.finfo(at_dtype.dtype).eps)
+            assert_within_rule(got, at_dtype, exact.double(), op.terms(*args), eps)
         elif not torch.equal(got, at_dtype):
             raise AssertionError(f"counts differ from the reference's: {got} and {at_dtype}")
 

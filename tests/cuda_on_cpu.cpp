@@ -4,6 +4,7 @@
 
 #include "cuda/blend.cu"
 #include "cuda/blend_weight_grad.cu"
+#include "cuda/offset_gram.cu"
 
 using namespace neulig_fast;
 
@@ -80,6 +81,63 @@ void weight_grad_all(const BlendWeightGradCall& call, bool wide, int rows) {
     }
 }
 
+// What a block of threads writes for one piece.
+template <typename D>
+void gram_piece(const OffsetGramCall& call, bool wide, int64_t slot, int64_t i, int64_t j) {
+  using A = typename D::A;
+  const Piece piece = find_piece(call.bounds, call.segments, call.columns, slot, call.width);
+  if (piece.begin >= piece.end) return;
+  A all[D::kSums] = {};
+  for (int thread = 0; thread < kThreads; ++thread) {
+    A sums[D::kSums] = {};
+    D::make(call, wide, i, j).add_piece(piece, thread, call.width, sums);
+    for (int n = 0; n < D::kSums; ++n) all[n] += sums[n];
+  }
+  for (int n = 0; n < D::kSums; ++n) {
+    const int64_t total = D::place(n, call.experts, i, j);
+    if (total >= 0) static_cast<A*>(call.partials)[total * call.slots + slot] = all[n];
+  }
+}
+
+template <typename T, int kExperts>
+void gram_few(const OffsetGramCall& call, bool wide, int64_t slot) {
+  if constexpr (kExperts > 2) {
+    if (call.experts < kExperts) return gram_few<T, kExperts - 1>(call, wide, slot);
+  }
+  gram_piece<Few<T, kExperts>>(call, wide, slot, 1, 1);
+}
+
+template <typename T>
+void gram_slot(const OffsetGramCall& call, bool wide, bool grouped, int64_t slot) {
+  if (!grouped && call.experts <= 8) return gram_few<T, 8>(call, wide, slot);
+  if constexpr (sizeof(T) < 8) {
+    if (!grouped && call.experts <= 16) return gram_piece<Sixteen<T>>(call, wide, slot, 1, 1);
+  }
+  for (int64_t i = 1; i < call.experts; i += kGroupRows) {
+    gram_piece<OneGroup<T>>(call, wide, slot, i, i);
+    for (int64_t j = i + kGroupRows; j < call.experts; j += kGroupRows)
+      gram_piece<TwoGroups<T>>(call, wide, slot, i, j);
+  }
+}
+
+template <typename T>
+void gram_all(const OffsetGramCall& call, bool wide, bool grouped) {
+  const int64_t count = count_totals(call.experts);
+  for (int64_t slot = 0; slot < call.slots; ++slot) gram_slot<T>(call, wide, grouped, slot);
+  for (int64_t segment = 0; segment < call.segments; ++segment) {
+    for (int64_t total = 0; total < count; ++total) {
+      double sum = 0;
+      for (int thread = 0; thread < kThreads; ++thread)
+        sum += add_slots<Accumulator<T>>(call, segment, total, thread);
+      call.totals[segment * count + total] = sum;
+    }
+    std::vector<double> means(call.experts);
+    for (int64_t i = 0; i < call.experts; ++i)
+      means[i] = mean_product(call.totals + segment * count, call.experts, i);
+    for (int thread = 0; thread < kThreads; ++thread) centre(call, segment, means.data(), thread);
+  }
+}
+
 }  // namespace
 
 extern "C" {
@@ -105,6 +163,28 @@ void weight_grad(int element, const BlendWeightGradCall* call, bool wide, int ro
     case Element::kHalf: return weight_grad_all<__half>(*call, wide, rows);
     default: return;  // no fp8
   }
+}
+
+void offset_gram(int element, const OffsetGramCall* call, bool wide, bool grouped) {
+  switch (static_cast<Element>(element)) {
+    case Element::kFloat: return gram_all<float>(*call, wide, grouped);
+    case Element::kDouble: return gram_all<double>(*call, wide, grouped);
+    case Element::kBFloat16: return gram_all<__nv_bfloat16>(*call, wide, grouped);
+    case Element::kHalf: return gram_all<__half>(*call, wide, grouped);
+    default: return;  // no fp8
+  }
+}
+
+void gram_last_slot(const OffsetGramCall* call, bool wide) {
+  gram_few<__nv_bfloat16, 2>(*call, wide, call->slots - 1);
+}
+
+int64_t gram_width(int64_t columns, int64_t experts) {
+  return offset_gram_width(columns, experts);
+}
+
+int64_t gram_slots(int64_t columns, int64_t segments, int64_t width) {
+  return offset_gram_slots(columns, segments, width);
 }
 
 int64_t weight_grad_slots(int64_t columns, int64_t segments) {

@@ -8,11 +8,11 @@ from itertools import pairwise
 
 import pytest
 import torch
-from neulig_fast.kernels.blend_telemetry import overflow_limit
 
 import neulig_fast
 from neulig_fast import testing
 from neulig_fast._registry import OPS
+from neulig_fast.kernels.blend_telemetry import overflow_limit
 from neulig_fast.ops.blend_telemetry import blend_telemetry_reference
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]

@@ -18,6 +18,7 @@ from neulig_fast import testing
 from neulig_fast.ops._rounding import FORMATS
 from neulig_fast.ops.blend import blend_reference
 from neulig_fast.ops.blend_weight_grad import blend_weight_grad_reference
+from neulig_fast.ops.offset_gram import offset_gram_reference
 
 ROOT = Path(__file__).resolve().parents[1]
 ELEMENTS = {
@@ -53,6 +54,12 @@ class BlendWeightGradCall(ctypes.Structure):
             *("outputs", "segments", "experts", "columns", "grad_stride", "row_stride", "slots"),
         )
     ]
+
+
+class OffsetGramCall(ctypes.Structure):
+    _fields_ = [
+        (name, POINTER) for name in ("params", "bounds", "partials", "totals", "sums", "gram")
+    ] + [(name, I64) for name in ("segments", "experts", "columns", "row_stride", "slots", "width")]
 
 
 class Piece(ctypes.Structure):
@@ -94,6 +101,8 @@ def threads(tmp_path_factory):
     loaded.slot_count.argtypes = [I64] * 3
     loaded.weight_grad_slots.argtypes = [I64] * 2
     loaded.slot_count.restype = loaded.weight_grad_slots.restype = I64
+    loaded.gram_width.argtypes, loaded.gram_width.restype = [I64, I64], I64
+    loaded.gram_slots.argtypes, loaded.gram_slots.restype = [I64, I64, I64], I64
     loaded.blend_columns_from.argtypes = [ctypes.c_int, POINTER, ctypes.c_int, I64]
     return loaded
 
@@ -142,6 +151,26 @@ def run_weight_grad(threads, grad, params, segments=None, wide=True, rows=1):
     element = ELEMENTS[params.dtype]
     threads.weight_grad(element, ctypes.byref(call), ctypes.c_bool(wide), rows)
     return result if segments is not None else result[:, 0]
+
+
+def run_gram(threads, params, segments=None, wide=True, grouped=False, width=None):
+    """sums (S, N) and gram (S, N, N), and what every entry was filled with before: NaN."""
+    (n, p), s = params.shape, 1 if segments is None else len(segments) - 1
+    width = width or threads.gram_width(p, n)
+    count, slots = (n - 1) * (n + 2) // 2, threads.gram_slots(p, s, width)
+    partials = torch.full((count, slots), float("nan"), dtype=accumulator(params.dtype))
+    totals, sums, gram = (
+        torch.full(shape, float("nan"), dtype=torch.float64)
+        for shape in ((s, count), (s, n), (s, n, n))
+    )
+    call = OffsetGramCall(
+        *(pointer(t) for t in (params, segments, partials, totals, sums, gram)),
+        *(s, n, p, params.stride(0), slots, width),
+    )
+    threads.offset_gram(
+        ELEMENTS[params.dtype], ctypes.byref(call), ctypes.c_bool(wide), ctypes.c_bool(grouped)
+    )
+    return sums, gram
 
 
 # -- blend ---------------------------------------------------------------------------------------
@@ -253,6 +282,78 @@ def test_weight_grad_has_the_same_bits_however_columns_are_loaded(threads, dtype
     oracle = blend_weight_grad_reference(grad.double(), params.double(), segments)
     working = blend_weight_grad_reference(grad, params, segments)
     testing.assert_within_rule(wide, working, oracle, terms=40000)
+
+
+# -- offset_gram ---------------------------------------------------------------------------------
+
+
+def assert_gram(got, params, segments=None):
+    working = offset_gram_reference(params, segments)
+    oracle = offset_gram_reference(params.double(), segments)
+    for a, b, exact in zip(got, working, oracle, strict=True):
+        eps = torch.finfo(accumulator(params.dtype)).eps
+        testing.assert_within_rule(a, b, exact, terms=params.shape[1], eps=eps)
+
+
+@in_every_dtype
+@pytest.mark.parametrize("n", [2, 3, 4, 5, 6, 7, 8, 9, 16, 17, 25, 64])
+def test_gram_of_any_number_of_experts(threads, dtype, n):
+    segments = torch.tensor([0, 0, 16, 1040, 1043, 1043, 2100])
+    params = normal(n, 2112, dtype=dtype)[:, :2100]
+    got = run_gram(threads, params, segments)
+    assert_gram(got, params, segments)
+    assert not got[1][[0, 4]].any() and torch.equal(got[1], got[1].mT)
+    grouped = run_gram(threads, params, segments, grouped=True)
+    assert_gram(grouped, params, segments)
+
+
+@in_every_dtype
+@pytest.mark.parametrize("n", [2, 5, 8, 13, 20])
+def test_gram_has_the_same_bits_however_columns_are_loaded(threads, dtype, n):
+    segments = torch.tensor([0, 33, 16384, 20000, 40000])
+    params = normal(n, 40000, dtype=dtype)
+    width = 16384 + 4096  # not a multiple of all that a block of threads has in flight
+    wide, narrow = (run_gram(threads, params, segments, w, width=width) for w in (True, False))
+    assert torch.equal(wide[0], narrow[0]) and torch.equal(wide[1], narrow[1])
+    assert_gram(wide, params, segments)
+
+
+@in_every_dtype
+@pytest.mark.parametrize("n", [2, 8, 16, 20])
+def test_gram_of_equal_experts_is_zero(threads, dtype, n):
+    sums, gram = run_gram(threads, normal(1, 3000, dtype=dtype).expand(n, -1).contiguous())
+    assert not sums.any() and not gram.any()
+
+
+def test_gram_beyond_2_to_the_31_columns(threads):
+    """Two rows 2^31 columns wide; the segments before the last 70 columns are empty but one."""
+    tail, width = 70, 2**31 + 70
+    try:
+        params = torch.empty(width + 64, dtype=torch.bfloat16).as_strided((2, width), (64, 1))
+    except RuntimeError as error:
+        if "allocate memory" not in str(error):
+            raise
+        pytest.skip("no 4.3 GB of addresses")
+    params[0, -tail - 64 :] = normal(tail + 64, dtype=torch.bfloat16)
+    params[1, -64:] = normal(64, dtype=torch.bfloat16, seed=1)
+    last = params[:, -tail:].contiguous()
+    call = OffsetGramCall(
+        *(None,) * 6, *(1, 2, width, params.stride(0)), threads.gram_slots(width, 1, 4096), 4096
+    )
+    partials = torch.zeros(2, call.slots)
+    call.params, call.partials = pointer(params), pointer(partials)
+    threads.gram_last_slot(ctypes.byref(call), ctypes.c_bool(True))
+    difference = last[1].float() - last[0].float()
+    expected = torch.stack([difference.sum(), difference.square().sum()])
+    assert torch.allclose(partials[:, -1], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_gram_width_is_whole_packs_and_enough_pieces(threads):
+    for columns in (1, 4096, 10**6, 151_277_313, 2**40):
+        for n in (2, 8, 16, 17, 64):
+            width = threads.gram_width(columns, n)
+            assert 4096 <= width <= 32768 and width % 4096 == 0
+    assert threads.gram_width(151_277_313, 5) == 32768
 
 
 # -- indices -------------------------------------------------------------------------------------

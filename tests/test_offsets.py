@@ -197,6 +197,74 @@ def test_identical_sums_score_zero(sums):
     assert torch.equal(zscores, torch.zeros(n, **F64))
 
 
+# --- what follows from the Gram matrix --------------------------------------------------------
+
+
+def test_variance_of_a_merge_is_its_definition():
+    pool = random_pool(4)
+    theta, stats, layers = flat(pool), pool.offsets(), pool.offsets("layer")
+    weights = torch.softmax(torch.randn(6, 4, generator=torch.Generator().manual_seed(1), **F64), 1)
+    merged = weights @ theta
+    direct = (weights * (theta[None] - merged[:, None]).square().sum(-1)).sum(-1)
+    close(stats.variance(weights), direct)
+    close(stats.variance(weights[2]), direct[2])
+    close(layers.variance(weights).sum(0), direct)
+    gram = stats.gram
+    close(stats.variance(weights), weights @ gram.diagonal() - ((weights @ gram) * weights).sum(1))
+    assert not stats.variance(torch.eye(4)).any()
+
+
+def test_dispersion_is_the_mean_squared_way_to_one_merge():
+    pool = random_pool(3)
+    theta, stats, layers = flat(pool), pool.offsets(), pool.offsets("layer")
+    weights = torch.softmax(torch.randn(5, 3, generator=torch.Generator().manual_seed(2), **F64), 1)
+    merged = weights @ theta
+    direct = (merged - merged.mean(0)).square().sum(1).mean()
+    close(stats.dispersion(weights), direct)
+    close(layers.dispersion(weights).sum(0), direct)
+    assert not stats.dispersion(weights[:1]).any()
+
+
+@pytest.mark.parametrize("base", [None, 0, 2])
+@pytest.mark.parametrize("by", ["model", "layer"])
+def test_cosines_and_kinship_are_those_of_the_task_vectors(base, by):
+    pool = random_pool(4)
+    stats = pool.offsets(by)
+    for at, label in enumerate(stats.labels or ("",)):
+        theta = flat(pool, label)
+        task = theta - (theta.mean(0) if base is None else theta[base])
+        kept = [i for i in range(4) if i != base]
+        cosines = torch.nn.functional.cosine_similarity(task[:, None], task[None], dim=-1)
+        got = stats.cosines(base) if by == "model" else stats.cosines(base)[at]
+        close(got[kept][:, kept], cosines[kept][:, kept])
+        if base is not None:
+            assert not got[base].any() and not got[:, base].any()
+        pairs = [abs(float(cosines[i, j])) for i in kept for j in kept if i < j]
+        kinship = stats.kinship(base) if by == "model" else stats.kinship(base)[at]
+        assert abs(float(kinship) - sum(pairs) / len(pairs)) <= 100 * EPS
+
+
+def test_experts_of_one_direction_are_kin():
+    base, step = torch.randn(50, **F64), torch.randn(50, **F64)
+    pool = ExpertPool([{"w": base + c * step} for c in (0.0, 1.0, 3.0, -2.0)])
+    stats = pool.offsets()
+    assert abs(float(stats.kinship(base=0)) - 1) <= 100 * EPS
+    assert float(stats.cosines(0)[1, 3]) < -1 + 100 * EPS
+    close(stats.traces, stats.distances.triu().sum() / 4)
+
+
+def test_wrong_weights_and_bases_are_named():
+    stats = random_pool(3).offsets()
+    with pytest.raises(ValueError, match=r"variance: weights must be .* N = 3, got \(2,\)"):
+        stats.variance([0.5, 0.5])
+    with pytest.raises(ValueError, match=r"dispersion: weights must be \(B, N\)"):
+        stats.dispersion(torch.ones(3))
+    with pytest.raises(ValueError, match=r"base must be an expert 0 \.\. 2, got 3"):
+        stats.cosines(3)
+    with pytest.raises(ValueError, match="needs two task vectors, got 1"):
+        random_pool(2).offsets().kinship(0)
+
+
 # --- normalised forms -------------------------------------------------------------------------
 
 

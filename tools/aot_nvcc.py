@@ -61,6 +61,9 @@ def compile_file(source: Path, arch: int) -> list[CompiledKernel]:
         if source.stem == "blend":
             few = re.search(r"blend_few_kernel<\w+, (\d+)>", kernel.name)
             kernel.check_blend(int(few[1]) if few else None)
+        exact = re.search(r"offset_gram_partial.*Differences<\w+, (\d+), .*true>", kernel.name)
+        if exact:
+            kernel.check_loads(int(exact[1]) + 1)
     return sorted(kernels, key=lambda kernel: kernel.name)
 
 

@@ -50,6 +50,11 @@ class CompiledKernel:
         if experts and (self.loads.get(128, 0) < experts or not wide_stores):
             self.faults.append(f"narrow accesses on the main path of {experts} experts")
 
+    def check_loads(self, experts: int) -> None:
+        """Fault a kernel that does not load ``experts`` rows in 128 bits."""
+        if self.loads.get(128, 0) < experts:
+            self.faults.append(f"narrow loads on the main path of {experts} experts")
+
     def line(self) -> str:
         return (
             f"{self.name:52} {self.arch:4} {self.registers:4} {self.stack:5} {self.spills:6} "

@@ -111,10 +111,23 @@ def telemetry_launches(
     return module.launches(weights, params, bounds, None, squares, counts, results, launch)
 
 
+def offset_gram_launches(
+    module: ModuleType, dtype: torch.dtype, n: int, _k: int, s: int, p: int
+) -> Any:
+    acc = torch.promote_types(dtype, torch.float32)
+    launch = module.config("offset_gram", dtype, n, 1)
+    count, f64 = (n - 1) * (n + 2) // 2, torch.float64
+    params, bounds = empty(n, p, dtype=dtype), empty(s + 1, dtype=torch.int64)
+    partials, totals = empty(count, p // launch.block + s, dtype=acc), empty(s, count, dtype=f64)
+    sums, gram = empty(s, n, dtype=f64), empty(s, n, n, dtype=f64)
+    return module.launches(params, bounds, partials, totals, sums, gram, launch)
+
+
 CALLS = {
     "blend": blend_launches,
     "blend_telemetry": telemetry_launches,
     "blend_weight_grad": weight_grad_launches,
+    "offset_gram": offset_gram_launches,
 }
 
 
@@ -162,6 +175,8 @@ def compile_case(
         if name == "blend":
             main = case in MAIN and not (conversion and conversion[1])
             kernel.check_blend(n if main else None, narrow_stores=bool(conversion))
+        if name == "offset_gram" and case in MAIN and "partial" in title:
+            kernel.check_loads(n)
         yield kernel
 
 

@@ -141,6 +141,13 @@ inline BlendShape check_blend_weight_grad(const Tensor& grad, const Tensor& para
   return {many ? grad.size(0) : 1, count, params.size(0), columns, many, segments.has_value()};
 }
 
+// params (N, P); segments (S + 1,) or none.
+inline BlendShape check_offset_gram(const Tensor& params, const std::optional<Tensor>& segments) {
+  check_params("offset_gram", params);
+  const int64_t count = check_segments("offset_gram", segments);
+  return {1, count, params.size(0), params.size(1), false, segments.has_value()};
+}
+
 // Readable boundaries only (CPU): they must ascend from 0 to the width of a row.
 inline void check_bounds(const char* op, const int64_t* bounds, int64_t count, int64_t columns) {
   bool ascending = true;

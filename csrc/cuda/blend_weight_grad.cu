@@ -13,6 +13,7 @@
 // per (k, i). Then a block of threads per result adds the partial sums of its segment.
 #include "cuda/blend_weight_grad.h"
 #include "cuda/pieces.h"
+#include "cuda/reduce.h"
 
 namespace neulig_fast {
 namespace {
@@ -21,22 +22,6 @@ constexpr int64_t kPieceColumns = 16384;
 constexpr int kMostExperts = 8;  // whose sums a thread keeps
 constexpr int kMostRows = 8;     // of grad, likewise
 constexpr int kTotalThreads = 1024;
-
-NF_DEVICE float multiply_add(float a, float b, float sum) {
-#ifdef __CUDA_ARCH__
-  return __fmaf_rn(a, b, sum);
-#else
-  return a * b + sum;
-#endif
-}
-
-NF_DEVICE double multiply_add(double a, double b, double sum) {
-#ifdef __CUDA_ARCH__
-  return __fma_rn(a, b, sum);
-#else
-  return a * b + sum;
-#endif
-}
 
 // The rows that a block of threads sums: kRows gradients from k on and kExperts experts from i on.
 // Rows past the last one are the last one again, and their sums are not kept.
@@ -167,14 +152,6 @@ namespace {
 
 constexpr int kWarps = kThreads / 32;
 
-// The sum of a warp's values, the same in every lane.
-template <typename A>
-__device__ __forceinline__ A add_warp(A value) {
-  for (int distance = 16; distance > 0; distance /= 2)
-    value += __shfl_xor_sync(0xFFFFFFFFu, value, distance);
-  return value;
-}
-
 // Two blocks per multiprocessor at the least for one gradient; for eight, 128 registers would
 // spill.
 template <typename T, int kRows, int kExperts>
@@ -258,6 +235,7 @@ const char* launch_blend_weight_grad(Element element, const BlendWeightGradCall&
     case Element::kDouble: launch<double>(call, on); break;
     case Element::kBFloat16: launch<__nv_bfloat16>(call, on); break;
     case Element::kHalf: launch<__half>(call, on); break;
+    default: break;  // no fp8: the caller has refused it
   }
   const cudaError_t error = cudaGetLastError();
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);

@@ -111,4 +111,21 @@ NF_DEVICE double add(double a, double b) {
 #endif
 }
 
+// sum + a * b, rounded once on a GPU and twice on the host.
+NF_DEVICE float multiply_add(float a, float b, float sum) {
+#ifdef __CUDA_ARCH__
+  return __fmaf_rn(a, b, sum);
+#else
+  return a * b + sum;
+#endif
+}
+
+NF_DEVICE double multiply_add(double a, double b, double sum) {
+#ifdef __CUDA_ARCH__
+  return __fma_rn(a, b, sum);
+#else
+  return a * b + sum;
+#endif
+}
+
 }  // namespace neulig_fast

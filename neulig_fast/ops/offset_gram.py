@@ -8,8 +8,11 @@ exact weighted-offset constraint w' G w, and the variance of a merge w' D w / 2.
 
 Numerics: offsets are formed before they are multiplied, because centring theta theta' afterwards
 loses about six digits when the offsets are small beside the parameters; they are formed from
-differences to expert 0, which are exact when experts are close, so equal experts give zeros. Blocks
-of columns in fp32 (fp64 for fp64 params), totals in fp64.
+differences to expert 0, which are exact when experts are close, so equal experts give zeros. The
+kernels multiply those differences and centre the totals, which are as small as the offsets, in
+fp64; the reference centres first. Columns in fp32 (fp64 for fp64 params) over blocks in a fixed
+order, totals in fp64: a backend gives the same bits on every run (the reference multiplies as BLAS
+does). Across backends results agree within the tolerance rule.
 
 Traffic: N * P values read once. About N * N * P flops.
 """
@@ -90,6 +93,11 @@ def _samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[tuple[A
     yield draw.normal(1, 40), None
     yield draw.normal(2, 0), None
     yield draw.normal(5, 1025)[:, 3:], draw.bounds(0, 0, 77, 1022)
+    yield draw.normal(11, 96)[:, 16:80], draw.bounds(0, 32, 32, 33, 64)
+
+
+def _prepare(params: torch.Tensor, segments: torch.Tensor | None = None) -> tuple[Any, ...]:
+    return params, _arena.contiguous(segments)
 
 
 OP = Op(
@@ -98,9 +106,11 @@ OP = Op(
     reference=offset_gram_reference,
     fake=offset_gram_fake,
     faults=_arena.faults,
-    order={"cpu": ("torch",), "cuda": ("torch",)},
+    order={"cpu": ("cpu", "torch"), "cuda": ("cuda", "triton", "torch")},
     samples=_samples,
     check=lambda params, segments=None: _arena.check_values("offset_gram", params, segments),
     terms=lambda params, segments=None: max(1, params.shape[1]),
-    not_offered=dict.fromkeys(("cuda", "triton", "cpu"), "reference only in this release"),
 )
+OP.add_native("cpu", prepare=_prepare, why_not=lambda params, s=None: _arena.why_not(params))
+OP.add_native("cuda", prepare=_prepare, why_not=lambda params, s=None: _arena.why_not_cuda(params))
+OP.add_triton(prepare=_prepare)

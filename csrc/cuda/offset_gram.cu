@@ -1,0 +1,203 @@
+// sums[s, i] = sum over p in segment s of xi_i[p], gram[s, i, j] = sum of xi_i[p] * xi_j[p],
+// xi_i = theta_i - mean_j theta_j                                              (offset_gram, CUDA)
+//
+// params (N, P), any row stride, column stride 1, fp32 | bf16 | fp16 | fp64; bounds (S + 1,) int64;
+// sums (S, N), gram (S, N, N) contiguous fp64. A thread subtracts expert 0 from the others and
+// multiplies the differences, in the accumulation type, fp32 (fp64 for fp64), over at most `width`
+// columns. Those partial sums are added, and at last centred (common/offsets.h), in fp64.
+// Bytes: N * P * itemsize for N <= 16 (fp64: 8). Beyond, a block of threads reads its columns again
+// for each pair of groups of 8 experts, from cache.
+//
+// Three launches, no atomics, and an order that depends on nothing but the shapes and bounds: not
+// even on alignment, because a thread owns the same columns whether or not it may load them as one
+// pack. First, a block of threads per piece of columns (pieces.h): a partial sum per total. Then a
+// block of threads per total and segment. Then one per segment, which centres.
+#include "common/offsets.h"
+#include "cuda/offset_differences.h"
+#include "cuda/offset_gram.h"
+#include "cuda/reduce.h"
+
+namespace neulig_fast {
+namespace {
+
+constexpr int kGroupRows = 8;  // of more than 16 experts
+
+// How many packs of every row are in flight, for 16-byte packs of N experts: registers decide.
+template <typename T>
+constexpr int packs_of(int experts) {
+  return sizeof(T) == 8 ? 1 : experts <= 3 ? 4 : experts <= 6 ? 2 : 1;
+}
+
+// N experts, 2 to 8; up to 16 (not fp64); any number, in groups.
+template <typename T, int kExperts>
+using Few = Differences<T, kExperts - 1, 0, kWideLanes<T>, packs_of<T>(kExperts), true>;
+template <typename T>
+using Sixteen = Differences<T, 15, 0, 8 / sizeof(T), 1, false>;
+template <typename T>
+using OneGroup = Differences<T, kGroupRows, 0, 8 / sizeof(T), 1, false>;
+template <typename T>
+using TwoGroups = Differences<T, kGroupRows, kGroupRows, 8 / sizeof(T), 1, false>;
+
+// Thread t's share of the sum over a segment of the partial sums of a total.
+template <typename A>
+NF_DEVICE double add_slots(const OffsetGramCall& call, int64_t segment, int64_t total, int thread) {
+  const SlotRange range = find_slots(call.bounds, call.segments, call.slots, segment, call.width);
+  const A* partials = static_cast<const A*>(call.partials) + total * call.slots;
+  double sum = 0;
+  for (int64_t slot = range.begin + thread; slot < range.end; slot += kThreads)
+    sum += partials[slot];
+  return sum;
+}
+
+// Thread t's share of the results of a segment; means (N,) are those of mean_product.
+NF_DEVICE void centre(const OffsetGramCall& call, int64_t segment, const double* means,
+                      int thread) {
+  const int64_t n = call.experts;
+  const double* totals = call.totals + segment * count_totals(n);
+  const double mean = mean_of(means, n);
+  for (int64_t e = thread; e < n * n; e += kThreads) {
+    const int64_t i = e / n, j = e % n;
+    call.gram[segment * n * n + e] = total_product(totals, n, i, j) - (means[i] + means[j] - mean);
+  }
+  if (thread < n) call.sums[segment * n + thread] = total_sum(totals, thread) - mean_sum(totals, n);
+}
+
+}  // namespace
+
+int64_t offset_gram_width(int64_t columns, int64_t experts) {
+  constexpr int64_t kLeast = 4096, kMost = 8 * kLeast, kEnough = 1024;  // pieces for a big GPU
+  if (experts > 16) return kLeast;  // so that what is read again is still in the cache
+  return least(most(columns / kEnough / kLeast * kLeast, kLeast), kMost);
+}
+
+int64_t offset_gram_slots(int64_t columns, int64_t segments, int64_t width) {
+  return count_slots(columns, segments, width);
+}
+
+#ifdef __CUDACC__
+namespace {
+
+constexpr int kWarps = kThreads / 32;
+
+// One piece, by a block of threads; `warps` is (kWarps, at least kSums).
+template <typename D, typename A>
+__device__ void add_block(const OffsetGramCall& call, bool wide, const Piece& piece, A* warps,
+                          int64_t i, int64_t j) {
+  const int thread = threadIdx.x;
+  A sums[D::kSums] = {};
+  D::make(call, wide, i, j).add_piece(piece, thread, call.width, sums);
+  NF_UNROLL
+  for (int n = 0; n < D::kSums; ++n) {
+    const A sum = add_warp(sums[n]);
+    if (thread % 32 == 0) warps[thread / 32 * D::kSums + n] = sum;
+  }
+  __syncthreads();
+  const int64_t total = thread < D::kSums ? D::place(thread, call.experts, i, j) : -1;
+  if (total >= 0) {
+    A sum = 0;
+    for (int warp = 0; warp < kWarps; ++warp) sum += warps[warp * D::kSums + thread];
+    static_cast<A*>(call.partials)[total * call.slots + blockIdx.x] = sum;
+  }
+  __syncthreads();
+}
+
+// All experts at once. kBlocks of them share a multiprocessor.
+template <typename T, typename D, int kBlocks>
+__global__ void __launch_bounds__(kThreads, kBlocks)
+    offset_gram_partial_kernel(const __grid_constant__ OffsetGramCall call, bool wide) {
+  __shared__ Accumulator<T> warps[kWarps * D::kSums];
+  const Piece piece = find_piece(call.bounds, call.segments, call.columns, blockIdx.x, call.width);
+  if (piece.begin >= piece.end) return;  // the whole block of threads agrees
+  add_block<D>(call, wide, piece, warps, 1, 1);
+}
+
+// Groups of experts, and pairs of groups, one after the other.
+template <typename T>
+__global__ void __launch_bounds__(kThreads, 1)
+    offset_gram_grouped_kernel(const __grid_constant__ OffsetGramCall call, bool wide) {
+  __shared__ Accumulator<T> warps[kWarps * TwoGroups<T>::kSums];
+  const Piece piece = find_piece(call.bounds, call.segments, call.columns, blockIdx.x, call.width);
+  if (piece.begin >= piece.end) return;
+  for (int64_t i = 1; i < call.experts; i += kGroupRows) {
+    add_block<OneGroup<T>>(call, wide, piece, warps, i, i);
+    for (int64_t j = i + kGroupRows; j < call.experts; j += kGroupRows)
+      add_block<TwoGroups<T>>(call, wide, piece, warps, i, j);
+  }
+}
+
+template <typename A>
+__global__ void __launch_bounds__(kThreads)
+    offset_gram_total_kernel(const __grid_constant__ OffsetGramCall call) {
+  __shared__ double warps[kWarps];
+  const int64_t count = count_totals(call.experts);
+  const int64_t segment = blockIdx.x / count, total = blockIdx.x % count;
+  const double sum = add_warp(add_slots<A>(call, segment, total, threadIdx.x));
+  if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = sum;
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  double all = 0;
+  for (int warp = 0; warp < kWarps; ++warp) all += warps[warp];
+  call.totals[blockIdx.x] = all;
+}
+
+__global__ void __launch_bounds__(kThreads)
+    offset_gram_centre_kernel(const __grid_constant__ OffsetGramCall call) {
+  __shared__ double means[kThreads];
+  const double* totals = call.totals + blockIdx.x * count_totals(call.experts);
+  if (threadIdx.x < call.experts)
+    means[threadIdx.x] = mean_product(totals, call.experts, threadIdx.x);
+  __syncthreads();
+  centre(call, blockIdx.x, means, threadIdx.x);
+}
+
+template <typename T, int kExperts>
+void launch_few(const OffsetGramCall& call, bool wide, cudaStream_t stream) {
+  if constexpr (kExperts > 2) {
+    if (call.experts < kExperts) return launch_few<T, kExperts - 1>(call, wide, stream);
+  }
+  constexpr int kBlocks = sizeof(T) == 8 ? 1 : 2;
+  offset_gram_partial_kernel<T, Few<T, kExperts>, kBlocks>
+      <<<static_cast<unsigned>(call.slots), kThreads, 0, stream>>>(call, wide);
+}
+
+template <typename T>
+void launch_partial(const OffsetGramCall& call, cudaStream_t stream) {
+  const auto slots = static_cast<unsigned>(call.slots);
+  const bool wide = reinterpret_cast<intptr_t>(call.params) % 16 == 0 &&
+                    call.row_stride * static_cast<int64_t>(sizeof(T)) % 16 == 0;
+  if (call.experts <= 8) return launch_few<T, 8>(call, wide, stream);
+  if constexpr (sizeof(T) < 8) {
+    if (call.experts <= 16) {
+      offset_gram_partial_kernel<T, Sixteen<T>, 1><<<slots, kThreads, 0, stream>>>(call, wide);
+      return;
+    }
+  }
+  offset_gram_grouped_kernel<T><<<slots, kThreads, 0, stream>>>(call, wide);
+}
+
+template <typename T>
+void launch(const OffsetGramCall& call, cudaStream_t stream) {
+  launch_partial<T>(call, stream);
+  const auto totals = static_cast<unsigned>(call.segments * count_totals(call.experts));
+  offset_gram_total_kernel<Accumulator<T>><<<totals, kThreads, 0, stream>>>(call);
+  const auto segments = static_cast<unsigned>(call.segments);
+  offset_gram_centre_kernel<<<segments, kThreads, 0, stream>>>(call);
+}
+
+}  // namespace
+
+const char* launch_offset_gram(Element element, const OffsetGramCall& call, void* stream) {
+  const auto on = static_cast<cudaStream_t>(stream);
+  switch (element) {
+    case Element::kFloat: launch<float>(call, on); break;
+    case Element::kDouble: launch<double>(call, on); break;
+    case Element::kBFloat16: launch<__nv_bfloat16>(call, on); break;
+    case Element::kHalf: launch<__half>(call, on); break;
+    default: break;  // no fp8: the caller has refused it
+  }
+  const cudaError_t error = cudaGetLastError();
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+#endif
+
+}  // namespace neulig_fast
