@@ -7,8 +7,17 @@ from ._backends import read_environment, show_backends, use_backend
 from ._registry import NeuligFastWarning
 from .neulig import Head, NeuLig, Report, zero_shot_head
 from .offsets import OffsetStats
-from .ops import NeuLigLoss, blend, blend_weight_grad, neulig_loss, offset_gram
+from .ops import (
+    NeuLigLoss,
+    blend,
+    blend_lists,
+    blend_lists_,
+    blend_weight_grad,
+    neulig_loss,
+    offset_gram,
+)
 from .pool import ExpertPool
+from .tensor_lists import TensorLists
 
 try:
     __version__ = version("neulig-fast")
@@ -30,7 +39,10 @@ __all__ = [
     "NeuligFastWarning",
     "OffsetStats",
     "Report",
+    "TensorLists",
     "blend",
+    "blend_lists",
+    "blend_lists_",
     "blend_weight_grad",
     "neulig_loss",
     "offset_gram",

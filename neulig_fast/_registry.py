@@ -84,6 +84,7 @@ class Op:
     Args:
         name: its one name, in every folder.
         schema: ``"(Tensor a, ...) -> Tensor"``; also defined as ``neulig_fast_C::<name>``.
+        native_schema: of that twin, where its arguments are not the op's.
         reference: plain PyTorch; the documentation, the ``torch`` backend and the oracle.
         fake: shapes, strides and dtypes of the result; its arguments have no faults.
         order: device type -> backends, best first; ``torch`` is always last.
@@ -108,6 +109,7 @@ class Op:
         faults: Callable[..., Iterable[str]],
         order: Mapping[str, Sequence[str]],
         samples: Callable[[torch.device | str, torch.dtype], Iterator[tuple[Any, ...]]],
+        native_schema: str | None = None,
         check: Callable[..., None] = _always,
         autograd: tuple[Callable[..., None], Callable[..., Any]] | None = None,
         differentiable: Sequence[str] = (),
@@ -125,7 +127,7 @@ class Op:
 
         qualified = f"neulig_fast::{name}"
         _LIB.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-        _NATIVE_LIB.define(name + schema)
+        _NATIVE_LIB.define(name + (native_schema or schema))
         _LIB.impl(name, self._run, "CompositeExplicitAutograd")
         torch.library.register_fake(qualified, self._run_fake, lib=_LIB)
         setup_context, backward = autograd or _not_differentiable(name)
@@ -141,7 +143,7 @@ class Op:
             NotImplementedError: an argument with a forward-mode tangent.
         """
         # torch.library has no forward-mode formula and would drop the tangent without a word.
-        if forward_ad._current_level >= 0 and any(map(_has_tangent, args)):
+        if any(map(has_tangent, args)):
             raise NotImplementedError(f"{self.name}: no forward-mode derivative")
         return self.overload(*args)
 
@@ -156,10 +158,15 @@ class Op:
         self,
         backend: str,
         *,
-        prepare: Callable[..., tuple[Any, ...]],
+        prepare: Callable[..., tuple[Any, ...]] | None = None,
+        run: Callable[..., Any] | None = None,
         why_not: Callable[..., str | None] = _always,
     ) -> None:
-        """Offer the C++ (``cpu``) or CUDA C++ (``cuda``) room; ``prepare`` makes its arguments."""
+        """Offer the C++ (``cpu``) or CUDA C++ (``cuda``) room.
+
+        ``prepare`` makes the twin's arguments of the op's; or ``run`` does all, where one call of
+        the op is not one of the twin.
+        """
         key = backend.upper()
         overload = getattr(torch.ops.neulig_fast_C, self.name).default
 
@@ -168,25 +175,33 @@ class Op:
                 return f"for {backend} tensors"
             return _native.why_missing(self.name, key) or _no_device(device)
 
-        def run(*args: Any) -> Any:
-            return overload(*prepare(*args))
+        def run_twin(*args: Any) -> Any:
+            return overload(*(prepare(*args) if prepare else args))
 
-        self.impls[backend] = Impl(run, missing, why_not)
+        self.impls[backend] = Impl(run or run_twin, missing, why_not)
 
-    def add_triton(self, *, prepare: Callable[..., tuple[Any, ...]]) -> None:
-        """Offer ``kernels/<op>.py``, which says itself what it cannot take; imported when asked."""
+    def add_triton(
+        self,
+        *,
+        prepare: Callable[..., tuple[Any, ...]] | None = None,
+        run: Callable[..., Any] | None = None,
+    ) -> None:
+        """Offer ``kernels/<op>.py``, which says itself what it cannot take; imported when asked.
+
+        ``prepare`` and ``run`` as in :meth:`add_native`.
+        """
 
         def module() -> Any:
             return importlib.import_module(f"neulig_fast.kernels.{self.name}")
 
-        def run(*args: Any) -> Any:
-            return getattr(module(), self.name)(*prepare(*args))
+        def launch(*args: Any) -> Any:
+            return getattr(module(), self.name)(*(prepare(*args) if prepare else args))
 
         def missing(device: str) -> str | None:
-            launch = importlib.import_module("neulig_fast.kernels._launch")
-            return launch.missing(device) or _no_device(device)
+            kernels = importlib.import_module("neulig_fast.kernels._launch")
+            return kernels.missing(device) or _no_device(device)
 
-        self.impls["triton"] = Impl(run, missing, lambda *args: module().why_not(*args))
+        self.impls["triton"] = Impl(run or launch, missing, lambda *args: module().why_not(*args))
 
     # -- choosing ------------------------------------------------------------------------------
 
@@ -267,7 +282,10 @@ def _no_device(device: str) -> str | None:
     return "no CUDA device" if device == "cuda" and not torch.cuda.is_available() else None
 
 
-def _has_tangent(argument: Any) -> bool:
+def has_tangent(argument: Any) -> bool:
+    """Whether an argument carries a forward-mode derivative."""
     return (
-        isinstance(argument, torch.Tensor) and forward_ad.unpack_dual(argument).tangent is not None
+        forward_ad._current_level >= 0
+        and isinstance(argument, torch.Tensor)
+        and forward_ad.unpack_dual(argument).tangent is not None
     )
