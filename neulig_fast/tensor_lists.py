@@ -102,7 +102,7 @@ class TensorLists:
     """
 
     def __init__(self, experts: Iterable[Iterable[Tensor]]) -> None:
-        lists = tuple(tuple(tensors) for tensors in experts)
+        lists = as_lists(experts)
         _checks.raise_all("TensorLists", list_faults(lists))
         if not has_memory(x for xs in lists for x in xs):
             raise ValueError("TensorLists: every tensor must have memory, on cpu or cuda")
@@ -156,6 +156,12 @@ def on_device(table: Tensor, device: torch.device) -> Tensor:
     if device.type != "cuda":
         return table.to(device)
     return table.pin_memory().to(device, non_blocking=True)
+
+
+def as_lists(experts: Iterable[Iterable[Tensor]]) -> tuple[tuple[Tensor, ...], ...]:
+    """Iterables as tuples; a tensor in the place of a list stays one, for list_faults to see."""
+    lists = [experts] if isinstance(experts, Tensor) else experts
+    return tuple(xs if isinstance(xs, Tensor) else tuple(xs) for xs in lists)  # type: ignore[misc]
 
 
 def list_faults(lists: Lists) -> list[str]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from ..tensor_lists import TensorLists, address_faults, has_memory, list_faults, not_dense
+from ..tensor_lists import TensorLists, address_faults, as_lists, has_memory, list_faults, not_dense
 from . import _lists
 from .blend_lists import OP, Experts, by_table, prepare, refuse_tangent
 
@@ -34,15 +34,16 @@ def blend_lists_(outputs: Outputs, weights: Tensor, experts: Experts) -> Outputs
         ValueError: whatever does not fit, all of it listed; nothing has been written then.
     """
     is_prepared = isinstance(experts, TensorLists)
-    lists: Any = experts.lists if is_prepared else tuple(tuple(xs) for xs in experts)
+    lists: Any = experts.lists if is_prepared else as_lists(experts)
     targets = _targets(outputs)
     found = [] if is_prepared else list_faults(lists)
     found += _lists.weight_faults(weights, lists) + _grad_faults(targets, weights)
     known = is_prepared and isinstance(outputs, TensorLists) and outputs in experts.approved
-    table = not found and by_table(weights, experts, lists, [targets])
     if not known:
         found += _output_faults(targets, lists[0] if lists else ())
-        found += _address_faults(targets, lists) if table and has_memory(targets) else []
+    table = not found and by_table(weights, experts, lists) and has_memory(targets)
+    if table and not known:
+        found += _address_faults(targets, lists)
     _checks.raise_all("blend_lists_", found)
     refuse_tangent(weights)
     if not table:

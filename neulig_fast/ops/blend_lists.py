@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import _checks, _registry
 from .._registry import Op
-from ..tensor_lists import TensorLists, address_faults, has_memory, list_faults
+from ..tensor_lists import TensorLists, address_faults, as_lists, has_memory, list_faults
 from . import _arena, _lists
 from .blend_lists_weight_grad import OP as WEIGHT_GRAD
 
@@ -54,7 +54,7 @@ def blend_lists(
     if isinstance(experts, TensorLists):
         lists: Any = experts.lists
     else:
-        lists = tuple(tuple(tensors) for tensors in experts)
+        lists = as_lists(experts)
         _checks.raise_all("blend_lists", list_faults(lists))
     found = _lists.weight_faults(weights, lists) + _out_dtype_faults(out_dtype)
     _checks.raise_all("blend_lists", found)
@@ -189,7 +189,8 @@ def _backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
 def samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
     """Lists of several shapes: a scalar, nothing, odd sizes, another dtype, odd addresses."""
     draw = _arena.Draw(device, dtype, seed=23)
-    other = _arena.Draw(device, torch.float32, seed=24)
+    double = dtype == torch.float64  # in numerical derivatives all must be
+    other = _arena.Draw(device, torch.float64 if double else torch.float32, seed=24)
     shapes: tuple[tuple[int, ...], ...] = ((), (5, 3), (0, 4), (17,), (1, 129))
     yield draw.normal(3), [draw.normal(*shape) for _ in range(3) for shape in shapes], None
     yield (
@@ -197,7 +198,7 @@ def samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[tuple[An
         [tensor for _ in range(4) for tensor in (draw.normal(300)[7:136], other.normal(2, 33))],
         None,
     )
-    yield draw.normal(1), [draw.normal(33), draw.normal(1)], torch.bfloat16
+    yield draw.normal(1), [draw.normal(33), draw.normal(1)], None if double else torch.bfloat16
     yield draw.normal(11), [draw.normal(70) for _ in range(11)], torch.float64
 
 
