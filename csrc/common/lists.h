@@ -19,7 +19,7 @@ struct ListTable {
 inline ListTable make_list_table(const int64_t* table, const int64_t* others, int64_t tensors,
                                  int64_t experts, int64_t chunk, int64_t chunks) {
   const int64_t* lengths = table + tensors + 1;
-  return {table,  lengths, lengths + tensors, lengths + 2 * tensors, others, tensors, experts,
+  return {table, lengths, lengths + tensors, lengths + 2 * tensors, others, tensors, experts,
           chunk, chunks};
 }
 

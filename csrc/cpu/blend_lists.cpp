@@ -17,8 +17,8 @@
 namespace neulig_fast {
 namespace {
 
-constexpr int kMaxExperts = 16;  // read side by side, as in blend.cpp
-constexpr int64_t kTile = 2048;  // columns whose sums stay in the first-level cache
+constexpr int kMaxExperts = 16;             // read side by side, as in blend.cpp
+constexpr int64_t kTile = 2048;             // columns whose sums stay in the first-level cache
 constexpr int64_t kStreamBytes = 32 << 20;  // of all outputs: from here on they bypass the caches
 
 // The share of up to 16 experts in the sums of a tile.

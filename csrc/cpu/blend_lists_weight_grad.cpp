@@ -145,8 +145,8 @@ Tensor blend_lists_weight_grad(const Tensor& table, const Tensor& grads, int64_t
     visit_dtype(grad_dtype,
                 [&](auto grad) { sums = chunk_sums<decltype(element), decltype(grad)>(lists); });
   });
-  Tensor result = torch::stable::new_zeros(
-      table, {per_tensor ? lists.tensors : 1, experts}, ScalarType::Double);
+  Tensor result = torch::stable::new_zeros(table, {per_tensor ? lists.tensors : 1, experts},
+                                           ScalarType::Double);
   auto* total = static_cast<double*>(result.mutable_data_ptr());
   for (int64_t t = 0; t < lists.tensors; ++t)
     for (int64_t c = lists.bounds[t]; c < lists.bounds[t + 1]; ++c)

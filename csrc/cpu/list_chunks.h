@@ -64,8 +64,7 @@ struct WidenTile {
   template <int kBytes>
   static NF_INLINE void run(const Tile<A, const T>& tile) {
     const int64_t whole = tile.columns / kStep * kStep;
-    for (int64_t p = 0; p < whole; p += kStep)
-      widen_step<kBytes>(tile.elements + p, tile.sums + p);
+    for (int64_t p = 0; p < whole; p += kStep) widen_step<kBytes>(tile.elements + p, tile.sums + p);
     if (whole == tile.columns) return;
     T line[kStep] = {};
     std::memcpy(line, tile.elements + whole, (tile.columns - whole) * sizeof(T));
