@@ -63,7 +63,7 @@ def config(op: str, dtype: torch.dtype, experts: int, outputs: int) -> Config:
     if op == "blend_lists":
         return _blend(registers, experts, 1)
     if op == "blend_lists_weight_grad":
-        return Config(block=2048 // registers, num_warps=8, held=min(experts, 4))
+        return Config(block=1024 // registers, num_warps=4, held=min(experts, 4))
     if op == "blend_weight_grad":
         block = 2048 if outputs <= 2 else 1024
         return Config(block=block // registers, num_warps=4, held=min(outputs, 4))

@@ -29,14 +29,12 @@ def all_addresses(addresses_ptr, N: tl.constexpr):
 
 
 @triton.jit
-def load_from(address, at, mask, TYPE: tl.constexpr, UNIT: tl.constexpr):
+def load_from(address, at, mask, other, TYPE: tl.constexpr, UNIT: tl.constexpr):
     """Elements ``at`` of the tensor at ``address`` (int64), which is a multiple of UNIT bytes."""
     x = address.to(tl.pointer_type(TYPE))
     if UNIT > 1:
         x = tl.multiple_of(x, UNIT)
-    if mask is None:
-        return tl.load(x + at)
-    return tl.load(x + at, mask=mask, other=0.0)
+    return tl.load(x + at, mask=mask, other=other)
 
 
 def why_not(weights: torch.Tensor, *_args: object) -> str | None:

@@ -18,9 +18,9 @@ def _load_some(
     addresses_ptr, first, at, mask, COUNT: tl.constexpr, TYPE: tl.constexpr, UNIT: tl.constexpr
 ):
     """Elements ``at`` of COUNT tensors from number ``first`` on: every load before any use."""
-    values = (load_from(tl.load(addresses_ptr + first), at, mask, TYPE, UNIT),)
+    values = (load_from(tl.load(addresses_ptr + first), at, mask, None, TYPE, UNIT),)
     for j in tl.static_range(1, COUNT):
-        values += (load_from(tl.load(addresses_ptr + first + j), at, mask, TYPE, UNIT),)
+        values += (load_from(tl.load(addresses_ptr + first + j), at, mask, None, TYPE, UNIT),)
     return values
 
 
@@ -39,7 +39,7 @@ def _blend_chunk(
         more = _load_some(addresses_ptr, first, at, mask, 8, TYPE, UNIT)
         for j in tl.static_range(8):
             acc = acc + tl.load(weights_ptr + first + j) * more[j].to(ACC)
-    if OUT != tl.float64:
+    if tl.float64 != OUT:
         acc = acc.to(tl.float32)  # fp64 becomes a 2-byte type by way of fp32, as torch rounds
     theta = out.to(tl.pointer_type(OUT))
     if UNIT > 1:

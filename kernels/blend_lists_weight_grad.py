@@ -16,7 +16,7 @@ from ._segments import find_segment, search_steps
 
 __all__ = ["blend_lists_weight_grad", "chunk", "why_not"]
 
-BLOCKS = 8  # blocks of columns in a chunk: one reduction across threads for all of them
+BLOCKS = 16  # blocks of columns in a chunk: one reduction across threads for all of them
 LANES = 1024  # partial sums that a program of the second stage adds at once
 
 
@@ -30,19 +30,24 @@ def _sum_some(
     ACC: tl.constexpr = partials.dtype.element_ty
     lanes = tl.arange(0, BLOCK)
     sums = (tl.zeros((BLOCK,), ACC),)
-    for j in tl.static_range(1, COUNT):
+    for _ in tl.static_range(1, COUNT):
         sums += (tl.zeros((BLOCK,), ACC),)
-    for block in tl.static_range(CHUNK // BLOCK):
-        at = start + block * BLOCK + lanes
-        mask = None
-        if UNIT == 1:
-            mask = at < length
-        g = load_from(grad, at, mask, GRAD, UNIT).to(ACC)
-        added = ()
-        for j in tl.static_range(COUNT):
-            x = load_from(tl.load(addresses_ptr + first + j), at, mask, TYPE, UNIT)
-            added += (sums[j] + g * x.to(ACC),)
-        sums = added
+    stop = tl.minimum(start + CHUNK, length)
+    while start < stop:  # two blocks' loads are in flight together
+        for block in tl.static_range(2):
+            at = start + block * BLOCK + lanes
+            mask = None
+            other = None
+            if UNIT == 1:
+                mask = at < length
+                other = 0.0
+            g = load_from(grad, at, mask, other, GRAD, UNIT).to(ACC)
+            added = ()
+            for j in tl.static_range(COUNT):
+                x = load_from(tl.load(addresses_ptr + first + j), at, mask, other, TYPE, UNIT)
+                added += (sums[j] + g * x.to(ACC),)
+            sums = added
+        start += 2 * BLOCK
     for j in tl.static_range(COUNT):
         tl.store(partials + (first + j) * chunks, tl.sum(sums[j]))
 

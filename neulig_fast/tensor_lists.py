@@ -161,7 +161,7 @@ def on_device(table: Tensor, device: torch.device) -> Tensor:
 def as_lists(experts: Iterable[Iterable[Tensor]]) -> tuple[tuple[Tensor, ...], ...]:
     """Iterables as tuples; a tensor in the place of a list stays one, for list_faults to see."""
     lists = [experts] if isinstance(experts, Tensor) else experts
-    return tuple(xs if isinstance(xs, Tensor) else tuple(xs) for xs in lists)  # type: ignore[misc]
+    return tuple(xs if isinstance(xs, Tensor) else tuple(xs) for xs in lists)
 
 
 def list_faults(lists: Lists) -> list[str]:

@@ -66,9 +66,7 @@ def from_arena(weights, arena, bounds, shapes):
     else:
         row = neulig_fast.blend(weights, arena)
     starts = bounds[1::3]
-    return [
-        row[a : a + torch.Size(s).numel()].view(s) for a, s in zip(starts, shapes, strict=True)
-    ]
+    return [row[a : a + torch.Size(s).numel()].view(s) for a, s in zip(starts, shapes, strict=True)]
 
 
 def assert_same(got, expected):
@@ -292,8 +290,8 @@ def test_modules_parameters_are_lists():
     assert modules[0].weight.grad is None and weights.grad is not None
     with torch.no_grad():
         target = torch.nn.Linear(3, 2)
-        neulig_fast.blend_lists_(list(target.parameters()), weights, [m.parameters()
-                                                                      for m in modules])  # fmt: skip
+        experts = [m.parameters() for m in modules]
+        neulig_fast.blend_lists_(list(target.parameters()), weights.detach(), experts)
     assert_same([p.detach() for p in target.parameters()], [r.detach() for r in results])
 
 
@@ -303,6 +301,8 @@ def test_modules_parameters_are_lists():
 @pytest.mark.parametrize("rows", [True, False])
 @on_every_backend
 def test_gradcheck(device, backend, rows):
+    if (device, backend) == ("cpu", "triton"):
+        pytest.skip("a minute in the interpreter; its gradients are compared below")
     lists, _, _ = make_lists(3, [(5,), (), (2, 3), (0,)], device=device, dtype=torch.float64)
     shape = (4, 3) if rows else (3,)
     weights = normal(*shape, device=device, dtype=torch.float64).requires_grad_()
@@ -436,7 +436,7 @@ def test_every_mismatch_is_listed_by_expert_and_position():
 
 
 def test_out_dtype_is_a_float():
-    with pytest.raises(ValueError, match="out_dtype must be fp32, .* got torch.int32"):
+    with pytest.raises(ValueError, match=r"out_dtype must be fp32, .* got torch.int32"):
         neulig_fast.blend_lists(TWO, [[torch.ones(3)]] * 2, torch.int32)
     with pytest.raises(ValueError, match="out_dtype must be fp32"):
         torch.ops.neulig_fast.blend_lists(TWO, [torch.ones(3)] * 2, torch.int32)

@@ -222,7 +222,8 @@ def test_every_way_to_the_op_has_the_same_door(name):
     slot = next(
         i
         for i, argument in enumerate(op.arguments)
-        if argument in ("params", "features") or (argument == "weights" and "experts" in op.arguments)
+        if argument in ("params", "features")
+        or (argument == "weights" and "experts" in op.arguments)
     )
     args[slot] = args[slot][..., None]
     on_meta = testing.map_tensors(args, lambda a: a.to("meta"))

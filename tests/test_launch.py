@@ -16,7 +16,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
-@pytest.mark.parametrize("op", ["blend", "blend_weight_grad"])
+@pytest.mark.parametrize(
+    "op", ["blend", "blend_weight_grad", "blend_lists", "blend_lists_weight_grad"]
+)
 def test_configurations_are_possible(op, dtype):
     for n in range(1, 65):
         for k in (1, 2, 3, 8):

@@ -82,7 +82,33 @@ def weight_grad_launches(
     return module.launches(grad, params, bounds, partials, out, launch)
 
 
-CALLS = {"blend": blend_launches, "blend_weight_grad": weight_grad_launches}
+def table(n: int, s: int) -> torch.Tensor:
+    """The table of the addresses of n lists of s tensors."""
+    return empty(s * (n + 3) + 1, dtype=torch.int64)
+
+
+def list_launches(module: ModuleType, dtype: torch.dtype, n: int, k: int, s: int, p: int) -> Any:
+    weights = empty(k, n, dtype=torch.promote_types(dtype, torch.float32))
+    launch, outputs = module.config("blend_lists", dtype, n, 1), empty(s, dtype=torch.int64)
+    return module.launches(weights, table(n, s), outputs, 0, s, dtype, dtype, launch)
+
+
+def list_weight_grad_launches(
+    module: ModuleType, dtype: torch.dtype, n: int, k: int, s: int, p: int
+) -> Any:
+    launch = module.config("blend_lists_weight_grad", dtype, n, 1)
+    grads = empty(s, dtype=torch.int64)
+    partials = empty(n, s, dtype=torch.promote_types(dtype, torch.float32))
+    out = empty(s if k > 1 else 1, n, dtype=torch.float64)
+    return module.launches(table(n, s), grads, partials, out, dtype, dtype, launch)
+
+
+CALLS = {
+    "blend": blend_launches,
+    "blend_lists": list_launches,
+    "blend_lists_weight_grad": list_weight_grad_launches,
+    "blend_weight_grad": weight_grad_launches,
+}
 
 
 def compile_all(arch: int, dtypes: Sequence[str]) -> list[CompiledKernel]:
@@ -117,7 +143,7 @@ def compile_case(
             (kernel,) = inspect(Path(file.name), arch)
         title = launch.kernel.__name__.removesuffix("_kernel")
         kernel.name = f"{title} {dtype} N{n} K{k} S{s}" + ("" if p == P else f" P+{p - P}")
-        if name == "blend":
+        if name in ("blend", "blend_lists"):
             kernel.check_blend(n if case in MAIN else None)
         yield kernel
 

@@ -153,9 +153,7 @@ def weight_grad(
     return total.to(result_dtype(lists.dtypes))
 
 
-def _dots(
-    backend: str, per_tensor: bool, group: Group, grads: Sequence[Tensor | None]
-) -> Tensor:
+def _dots(backend: str, per_tensor: bool, group: Group, grads: Sequence[Tensor | None]) -> Tensor:
     """(T, N), or (1, N), in fp64."""
     run, chunk = room("blend_lists_weight_grad", backend, group)
     table, chunks = group.table(chunk)

@@ -33,12 +33,14 @@ def blend_lists_(outputs: Outputs, weights: Tensor, experts: Experts) -> Outputs
     Raises:
         ValueError: whatever does not fit, all of it listed; nothing has been written then.
     """
-    is_prepared = isinstance(experts, TensorLists)
-    lists: Any = experts.lists if is_prepared else as_lists(experts)
+    prepared = experts if isinstance(experts, TensorLists) else None
+    lists: Any = as_lists(experts) if not isinstance(experts, TensorLists) else experts.lists
     targets = _targets(outputs)
-    found = [] if is_prepared else list_faults(lists)
+    found = [] if prepared else list_faults(lists)
     found += _lists.weight_faults(weights, lists) + _grad_faults(targets, weights)
-    known = is_prepared and isinstance(outputs, TensorLists) and outputs in experts.approved
+    known = (
+        prepared is not None and isinstance(outputs, TensorLists) and outputs in prepared.approved
+    )
     if not known:
         found += _output_faults(targets, lists[0] if lists else ())
     table = not found and by_table(weights, experts, lists) and has_memory(targets)
@@ -51,10 +53,9 @@ def blend_lists_(outputs: Outputs, weights: Tensor, experts: Experts) -> Outputs
         for target, result in zip(targets, OP(weights.detach(), flat, None), strict=True):
             target.copy_(result)
         return outputs
-    ready = experts if is_prepared else prepare("blend_lists_", lists)
-    if is_prepared and isinstance(outputs, TensorLists):
-        experts.approved.add(outputs)
-    _write(targets, weights.detach(), ready)
+    if prepared is not None and isinstance(outputs, TensorLists):
+        prepared.approved.add(outputs)
+    _write(targets, weights.detach(), prepared or prepare("blend_lists_", lists))
     return outputs
 
 
@@ -109,9 +110,7 @@ def _output_faults(targets: Sequence[Tensor], first: Sequence[Tensor]) -> list[s
         if x.device != expert.device:
             found.append(f"outputs, position {t}: on {x.device}, experts on {expert.device}")
         if x.dtype not in _checks.FLOAT_DTYPES:
-            found.append(
-                f"outputs, position {t}: must be fp32, bf16, fp16 or fp64, got {x.dtype}"
-            )
+            found.append(f"outputs, position {t}: must be fp32, bf16, fp16 or fp64, got {x.dtype}")
         if (reason := not_dense(x)) is not None:
             found.append(f"outputs, position {t}: {reason}")
     return found

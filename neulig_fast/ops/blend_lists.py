@@ -88,9 +88,7 @@ def refuse_tangent(weights: Tensor) -> None:
         raise NotImplementedError("blend_lists: no forward-mode derivative")
 
 
-def _blended(
-    weights: Tensor, lists: TensorLists, out_dtype: torch.dtype | None
-) -> list[Tensor]:
+def _blended(weights: Tensor, lists: TensorLists, out_dtype: torch.dtype | None) -> list[Tensor]:
     args = (weights.detach(), lists.flat, out_dtype)
     backend = OP.choose(weights.device.type, args)
     if backend == "torch":
