@@ -71,6 +71,10 @@ def config(
     registers = 2 if dtype == torch.float64 else 1  # per value
     if op == "blend":
         return _blend(dtype.itemsize, registers, experts, outputs, seeded)
+    if op == "blend_lists":
+        return _blend(dtype.itemsize, registers, experts, 1, seeded)
+    if op == "blend_lists_weight_grad":
+        return Config(block=1024 // registers, num_warps=4, held=min(experts, 4))
     if op == "blend_weight_grad":
         return _blend_weight_grad(registers, experts, outputs)
     if op == "blend_telemetry":

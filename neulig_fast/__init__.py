@@ -13,12 +13,15 @@ from .ops import (
     NeuLigLoss,
     blend,
     blend_,
+    blend_lists,
+    blend_lists_,
     blend_telemetry,
     blend_weight_grad,
     neulig_loss,
     offset_gram,
 )
 from .pool import ExpertPool
+from .tensor_lists import TensorLists
 
 try:
     __version__ = version("neulig-fast")
@@ -42,8 +45,11 @@ __all__ = [
     "NeuligFastWarning",
     "OffsetStats",
     "Report",
+    "TensorLists",
     "blend",
     "blend_",
+    "blend_lists",
+    "blend_lists_",
     "blend_telemetry",
     "blend_weight_grad",
     "neulig_loss",

@@ -57,5 +57,7 @@ def _asks_for_gradient(argument: Any) -> bool:
 def has_tangent(argument: Any) -> bool:
     """Whether an argument carries a forward-mode tangent."""
     return (
-        isinstance(argument, torch.Tensor) and forward_ad.unpack_dual(argument).tangent is not None
+        forward_ad._current_level >= 0
+        and isinstance(argument, torch.Tensor)
+        and forward_ad.unpack_dual(argument).tangent is not None
     )

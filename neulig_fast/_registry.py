@@ -88,7 +88,8 @@ class Op:
         elementwise: promises the same bits on every backend.
         not_offered: backend -> why this op does not have it.
         native: the schema of the native twin where it is not ``schema``. Such a twin, and the
-            Triton launcher, write into their first argument, which ``prepare`` supplies.
+            Triton launcher, write into their first argument, which ``prepare`` supplies; or ``run``
+            of :meth:`add_native` and :meth:`add_triton` calls them as it pleases.
         room: the op whose files, native twin and Triton launcher this variant of it shares.
         guard: looks at the memory and the state of the arguments before anything is written.
 
@@ -157,10 +158,15 @@ class Op:
         self,
         backend: str,
         *,
-        prepare: Callable[..., tuple[Any, ...]],
+        prepare: Callable[..., tuple[Any, ...]] | None = None,
+        run: Callable[..., Any] | None = None,
         why_not: Callable[..., str | None] = _always,
     ) -> None:
-        """Offer the C++ (``cpu``) or CUDA C++ (``cuda``) room; ``prepare`` makes its arguments."""
+        """Offer the C++ (``cpu``) or CUDA C++ (``cuda``) room.
+
+        ``prepare`` makes the twin's arguments of the op's; or ``run`` does all, where one call of
+        the op is not one of the twin.
+        """
         key = backend.upper()
         overload = getattr(torch.ops.neulig_fast_C, self.room).default
 
@@ -169,40 +175,47 @@ class Op:
                 return f"for {backend} tensors"
             return _native.why_missing(self.room, key) or _no_device(device)
 
-        self.impls[backend] = Impl(self._adapted(lambda: overload, prepare), missing, why_not)
+        kernel = self._adapted(lambda: overload, prepare)
+        self.impls[backend] = Impl(run or kernel, missing, why_not)
 
     def add_triton(
         self,
         *,
-        prepare: Callable[..., tuple[Any, ...]],
+        prepare: Callable[..., tuple[Any, ...]] | None = None,
+        run: Callable[..., Any] | None = None,
         why_not: Callable[..., str | None] = lambda module, *args: module.why_not(*args),
     ) -> None:
-        """Offer ``kernels/<op>.py``, which says itself what it cannot take; imported when asked."""
+        """Offer ``kernels/<op>.py``, which says itself what it cannot take; imported when asked.
+
+        ``prepare`` and ``run`` as in :meth:`add_native`.
+        """
 
         @functools.cache
         def module() -> Any:
             return importlib.import_module(f"neulig_fast.kernels.{self.room}")
 
         def missing(device: str) -> str | None:
-            launch = importlib.import_module("neulig_fast.kernels._launch")
-            return launch.missing(device) or _no_device(device)
+            kernels = importlib.import_module("neulig_fast.kernels._launch")
+            return kernels.missing(device) or _no_device(device)
 
         self.impls["triton"] = Impl(
-            self._adapted(lambda: getattr(module(), self.room), prepare),
+            run or self._adapted(lambda: getattr(module(), self.room), prepare),
             missing,
             lambda *args: why_not(module(), *args),
         )
 
     def _adapted(
-        self, kernel: Callable[[], Callable[..., Any]], prepare: Callable[..., tuple[Any, ...]]
+        self,
+        kernel: Callable[[], Callable[..., Any]],
+        prepare: Callable[..., tuple[Any, ...]] | None,
     ) -> Callable[..., Any]:
         """The op, from a kernel that takes what ``prepare`` makes of the op's arguments."""
 
         def call(*args: Any) -> Any:
-            return kernel()(*prepare(*args))
+            return kernel()(*(prepare(*args) if prepare else args))
 
         def write(*args: Any) -> Any:
-            prepared = prepare(*args)
+            prepared = prepare(*args) if prepare else args
             kernel()(*prepared)
             return prepared[0]
 

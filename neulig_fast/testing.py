@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -13,13 +13,21 @@ from ._registry import BACKENDS, OPS, Op
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+def map_tensors(args: Iterable[Any], change: Callable[[torch.Tensor], Any]) -> tuple[Any, ...]:
+    """``args`` with every tensor, also those in lists, replaced by ``change(tensor)``."""
+
+    def changed(a: Any) -> Any:
+        if isinstance(a, list):
+            return [changed(item) for item in a]
+        return change(a) if isinstance(a, torch.Tensor) else a
+
+    return tuple(changed(a) for a in args)
+
+
 def cast(args: tuple[Any, ...], dtype: torch.dtype) -> tuple[Any, ...]:
     """``args`` with every floating-point tensor, and every type that is asked for, in ``dtype``."""
-    return tuple(
-        a.to(dtype) if isinstance(a, torch.Tensor) and a.is_floating_point()
-        else dtype if isinstance(a, torch.dtype) else a
-        for a in args
-    )  # fmt: skip
+    changed = map_tensors(args, lambda a: a.to(dtype) if a.is_floating_point() else a)
+    return tuple(dtype if isinstance(a, torch.dtype) else a for a in changed)
 
 
 def outputs(result: Any) -> tuple[torch.Tensor, ...]:

@@ -45,7 +45,9 @@ def forced(name, backend, args):
 def small(op, device, dtype):
     """The samples whose tensors are small enough for numerical differentiation."""
     for args in op.samples(device, dtype):
-        if all(a.numel() <= 600 for a in args if isinstance(a, torch.Tensor)):
+        sizes: list[int] = []
+        testing.map_tensors(args, lambda a, sizes=sizes: sizes.append(a.numel()))
+        if all(size <= 600 for size in sizes):
             yield args
 
 
@@ -119,9 +121,12 @@ def test_elementwise_ops_give_the_references_bits(device, name, backend, dtype):
     if backend == "triton" and device == "cpu" and dtype == torch.bfloat16:
         pytest.skip("Triton's interpreter truncates fp32 to bf16; the tolerance rule covers it")
     for args in op.samples(device, dtype):
+        if backend == "triton" and device == "cpu" and torch.bfloat16 in args:
+            continue  # the same, of an output dtype
         if op.why_not(backend, device, args) is None:
-            expected = testing.result(op, op.reference, args)
-            assert torch.equal(forced(name, backend, args), expected)
+            expected = testing.outputs(testing.result(op, op.reference, args))
+            got = testing.outputs(forced(name, backend, args))
+            assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
 @in_every_dtype
@@ -233,9 +238,14 @@ def test_forward_mode_is_an_error_not_a_lost_tangent(name):
 def test_every_way_to_the_op_has_the_same_door(name):
     op = OPS[name]
     args = list(next(iter(op.samples("cpu", torch.float32))))
-    slot = next(i for i, argument in enumerate(op.arguments) if argument in ("params", "features"))
+    slot = next(
+        i
+        for i, argument in enumerate(op.arguments)
+        if argument in ("params", "features")
+        or (argument == "weights" and "experts" in op.arguments)
+    )
     args[slot] = args[slot][..., None]
-    on_meta = [a.to("meta") if isinstance(a, torch.Tensor) else a for a in args]
+    on_meta = testing.map_tensors(args, lambda a: a.to("meta"))
     for call in (args, on_meta):
         with pytest.raises(ValueError, match=f"^{name}: .*{op.arguments[slot]}"):
             op.overload(*call)
@@ -258,8 +268,8 @@ def test_compiles_to_one_graph(name, dynamic):
 def test_meta_tensors_have_the_right_shape(name):
     op = OPS[name]
     for args in op.samples("cpu", torch.float32):
-        meta = [a.to("meta") if isinstance(a, torch.Tensor) else a for a in args]
-        got = testing.outputs(testing.result(op, op.overload, tuple(meta)))
+        meta = testing.map_tensors(args, lambda a: a.to("meta"))
+        got = testing.outputs(testing.result(op, op.overload, meta))
         expected = testing.outputs(testing.result(op, op.reference, args))
         for shape, real in zip(got, expected, strict=True):
             assert (shape.shape, shape.dtype) == (real.shape, real.dtype)

@@ -16,7 +16,13 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
-@pytest.mark.parametrize("op", ["blend", "blend_telemetry", "blend_weight_grad", "offset_gram"])
+@pytest.mark.parametrize(
+    "op",
+    [
+        *("blend", "blend_lists", "blend_lists_weight_grad"),
+        *("blend_telemetry", "blend_weight_grad", "offset_gram"),
+    ],
+)
 def test_configurations_are_possible(op, dtype):
     for n in range(1, 65):
         for k in (1, 2, 3, 8):
@@ -26,7 +32,7 @@ def test_configurations_are_possible(op, dtype):
                 assert c.held == n or (k == 1 and (n - c.held) % 8 == 0 and 1 <= c.held <= 8)
             elif op == "blend_telemetry":
                 assert n % c.held == 0 and 1 <= c.held <= 8
-            else:
+            elif op == "blend_weight_grad":
                 assert c.block % c.lanes == 0 and 1 <= c.experts <= 8 and 1 <= c.held <= 8
     with pytest.raises(ValueError, match="'blond' has no kernel"):
         config("blond", dtype, 1, 1)

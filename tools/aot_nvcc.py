@@ -58,8 +58,8 @@ def compile_file(source: Path, arch: int) -> list[CompiledKernel]:
         kernels = inspect(cubin, arch)
     for kernel in kernels:
         kernel.name = readable(kernel.name)
-        if source.stem == "blend":
-            few = re.search(r"blend_few_kernel<\w+, (\d+)>", kernel.name)
+        if source.stem in ("blend", "blend_lists"):
+            few = re.search(r"_few_kernel<\w+, (\d+)>", kernel.name)
             kernel.check_blend(int(few[1]) if few else None)
         exact = re.search(r"offset_gram_partial.*Differences<\w+, (\d+), .*true>", kernel.name)
         if exact:

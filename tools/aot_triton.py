@@ -123,8 +123,31 @@ def offset_gram_launches(
     return module.launches(params, bounds, partials, totals, sums, gram, launch)
 
 
+def table(n: int, s: int) -> torch.Tensor:
+    """The table of the addresses of n lists of s tensors."""
+    return empty(s * (n + 3) + 1, dtype=torch.int64)
+
+
+def list_launches(module: ModuleType, dtype: torch.dtype, n: int, k: int, s: int, p: int) -> Any:
+    weights = empty(k, n, dtype=torch.promote_types(dtype, torch.float32))
+    launch, outputs = module.config("blend_lists", dtype, n, 1), empty(s, dtype=torch.int64)
+    return module.launches(weights, table(n, s), outputs, 0, s, dtype, dtype, launch)
+
+
+def list_weight_grad_launches(
+    module: ModuleType, dtype: torch.dtype, n: int, k: int, s: int, p: int
+) -> Any:
+    launch = module.config("blend_lists_weight_grad", dtype, n, 1)
+    grads = empty(s, dtype=torch.int64)
+    partials = empty(n, s, dtype=torch.promote_types(dtype, torch.float32))
+    out = empty(s if k > 1 else 1, n, dtype=torch.float64)
+    return module.launches(table(n, s), grads, partials, out, dtype, dtype, launch)
+
+
 CALLS = {
     "blend": blend_launches,
+    "blend_lists": list_launches,
+    "blend_lists_weight_grad": list_weight_grad_launches,
     "blend_telemetry": telemetry_launches,
     "blend_weight_grad": weight_grad_launches,
     "offset_gram": offset_gram_launches,
@@ -172,7 +195,7 @@ def compile_case(
             kernel.name += f" to {conversion[0]}".replace("torch.", "") + " seeded" * bool(
                 conversion[1]
             )
-        if name == "blend":
+        if name in ("blend", "blend_lists"):
             main = case in MAIN and not (conversion and conversion[1])
             kernel.check_blend(n if main else None, narrow_stores=bool(conversion))
         if name == "offset_gram" and case in MAIN and "partial" in title:

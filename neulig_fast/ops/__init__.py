@@ -1,7 +1,9 @@
 """The fused ops, one file each."""
 
+from ._lists_into import blend_lists_
 from .blend import blend
 from .blend_ import blend_
+from .blend_lists import blend_lists
 from .blend_telemetry import BlendTelemetry, blend_telemetry
 from .blend_weight_grad import blend_weight_grad
 from .neulig_loss import NeuLigLoss, neulig_loss
@@ -12,6 +14,8 @@ __all__ = [
     "NeuLigLoss",
     "blend",
     "blend_",
+    "blend_lists",
+    "blend_lists_",
     "blend_telemetry",
     "blend_weight_grad",
     "neulig_loss",

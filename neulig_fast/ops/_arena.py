@@ -152,7 +152,7 @@ class Draw:
 
     def normal(self, *shape: int) -> torch.Tensor:
         """Standard normal values, drawn on the CPU so that every device sees the same."""
-        return torch.randn(*shape, generator=self.generator).to(self.device, self.dtype)
+        return torch.randn(shape, generator=self.generator).to(self.device, self.dtype)
 
     def bounds(self, *values: int) -> torch.Tensor:
         """Segment boundaries."""

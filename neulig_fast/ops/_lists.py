@@ -1,0 +1,167 @@
+"""What the ops over lists of tensors share: their arguments, and how a backend is run on tables.
+
+The dispatcher sees N lists of T tensors as one list, expert after expert. The fast rooms never see
+tensors at all: they are given :class:`neulig_fast.TensorLists`' tables of addresses, and all have
+one signature, that of the native twins::
+
+    blend_lists(weights, table, outputs, base, chunk, chunks, dtype, out_dtype)
+    blend_lists_weight_grad(table, grads, experts, chunk, chunks, per_tensor, dtype, grad_dtype)
+
+``outputs`` and ``grads`` are T addresses (int64, on the device), outputs from ``base`` on.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _checks
+from ..tensor_lists import Group, TensorLists, list_faults, on_device
+
+# Elements of a chunk. On the CPU it is what a thread takes at a time. On CUDA it is a block's work:
+# 16 KiB of each tensor to blend, and more columns for a sum, whose reduction they pay for.
+CPU_CHUNK = 16384
+CUDA_BYTES = {"blend_lists": 16384, "blend_lists_weight_grad": 65536}
+MAX_GPU_EXPERTS = 64  # as csrc/cuda/bindings.h and kernels/_launch.py have it
+
+
+def rows(experts: Sequence[Tensor], count: int) -> tuple[tuple[Tensor, ...], ...]:
+    """One list of N * T tensors as N lists of T."""
+    each = len(experts) // count
+    return tuple(tuple(experts[i * each : (i + 1) * each]) for i in range(count))
+
+
+def result_dtype(dtypes: Iterable[torch.dtype]) -> torch.dtype:
+    """The accumulation dtype of sums over tensors of several dtypes."""
+    return torch.float64 if torch.float64 in dtypes else torch.float32
+
+
+def faults(weights: Tensor, experts: Sequence[Tensor]) -> list[str]:
+    """What is wrong with weights and N * T expert tensors."""
+    count = weights.shape[-1] if weights.ndim in (1, 2) else 0
+    if count < 1:
+        shape = _checks.shape(weights)
+        return [f"weights must be (N,) or (T, N) with N >= 1, got {shape}"]
+    if len(experts) % count:
+        counted = f"{len(experts)} tensors"
+        return [
+            f"weights must be (N,) or (T, N) and experts N * T tensors, here N = {count}, "
+            f"got {_checks.shape(weights)} and {counted}"
+        ]
+    lists = rows(experts, count)
+    return weight_faults(weights, lists) + list_faults(lists)
+
+
+def weight_faults(weights: Tensor, lists: Sequence[Sequence[Tensor]]) -> list[str]:
+    """What is wrong with the weights of N lists of T tensors."""
+    n, t = len(lists), len(lists[0]) if lists else 0
+    found = []
+    if not weights.is_floating_point():
+        found.append(f"weights must be floating point, got {weights.dtype}")
+    if tuple(weights.shape) not in ((n,), (t, n)):
+        sizes = f"here N = {n}, T = {t}"
+        found.append(f"weights must be (N,) or (T, N), {sizes}; got {_checks.shape(weights)}")
+    if t and isinstance(lists[0][0], Tensor) and weights.device != lists[0][0].device:
+        device = lists[0][0].device
+        found.append(f"weights must be on {device} like the experts, got {weights.device}")
+    return found
+
+
+def why_not_gpu(weights: Tensor, *_args: Any) -> str | None:
+    """What the GPU kernels ask of a call."""
+    if weights.shape[-1] > MAX_GPU_EXPERTS:
+        return f"{weights.shape[-1]} experts, more than {MAX_GPU_EXPERTS}"
+    return None
+
+
+def room(op: str, backend: str, group: Group) -> tuple[Callable[..., Any], int]:
+    """A backend's function over tables, and how many elements its chunks have."""
+    if backend == "triton":
+        module = importlib.import_module(f"neulig_fast.kernels.{op}")
+        return getattr(module, op), module.chunk(group.dtype, group.addresses.shape[1])
+    native = getattr(torch.ops.neulig_fast_C, op).default
+    return native, CPU_CHUNK if backend == "cpu" else CUDA_BYTES[op] // group.dtype.itemsize
+
+
+# -- blend ----------------------------------------------------------------------------------------
+
+
+def _launch(
+    backend: str, group: Group, weights: Tensor, starts: Tensor, base: int, dtype: torch.dtype
+) -> None:
+    run, chunk = room("blend_lists", backend, group)
+    table, chunks = group.table(chunk)
+    if chunks:
+        w = weights.to(_checks.accumulation_dtype(group.dtype)).contiguous()
+        run(w, table, starts, base, chunk, chunks, group.dtype, dtype)
+
+
+def write(backend: str, weights: Tensor, lists: TensorLists, outputs: Sequence[Tensor]) -> None:
+    """Blend into ``outputs``, T contiguous tensors: one launch per pair of dtypes."""
+    for whole in lists.groups:
+        targets = [outputs[position] for position in whole.positions]
+        for group, some in whole.split([target.dtype for target in targets]):
+            addresses = torch.tensor([targets[i].data_ptr() for i in some], dtype=torch.int64)
+            starts = on_device(addresses, whole.device)
+            _launch(backend, group, weights, starts, 0, targets[some[0]].dtype)
+
+
+def blended(
+    backend: str, weights: Tensor, lists: TensorLists, out_dtype: torch.dtype | None
+) -> list[Tensor]:
+    """The blended tensors, in one new buffer per dtype, made into tensors after the launches."""
+    launched = []
+    for group in lists.groups:
+        dtype = out_dtype or group.dtype
+        layout = group.layout(dtype.itemsize)
+        buffer = torch.empty(sum(layout.pieces), dtype=dtype, device=group.device)
+        _launch(backend, group, weights, layout.starts, buffer.data_ptr(), dtype)
+        launched.append((group, layout, buffer))
+    results: list[Any] = [None] * lists.num_tensors
+    for group, layout, buffer in launched:
+        # "Unsafe": to autograd these are tensors of their own, which nothing ties to each other.
+        pieces = torch.unsafe_split_with_sizes(buffer, layout.pieces)[::2]
+        for position, piece in zip(group.positions, pieces, strict=True):
+            results[position] = torch.ops.aten._unsafe_view(piece, lists.shapes[position])
+    return results
+
+
+# -- gradient -------------------------------------------------------------------------------------
+
+
+def weight_grad(
+    backend: str, per_tensor: bool, grads: Sequence[Tensor | None], lists: TensorLists
+) -> Tensor:
+    """(N,), or (T, N): the dot products of T gradients, or None for zeros, with N * T tensors."""
+    shape = (lists.num_tensors, lists.num_experts) if per_tensor else (lists.num_experts,)
+    dense = [None if grad is None else grad.contiguous() for grad in grads]
+    total = torch.zeros(shape, dtype=torch.float64, device=lists.device)
+    for whole in lists.groups:
+        mine = [dense[position] for position in whole.positions]
+        for group, some in whole.split([whole.dtype if g is None else g.dtype for g in mine]):
+            part = _dots(backend, per_tensor, group, [mine[i] for i in some])
+            if not per_tensor:
+                total += part[0]
+            elif len(group.positions) == lists.num_tensors:
+                total = part
+            else:
+                total[group.rows] = part
+    return total.to(result_dtype(lists.dtypes))
+
+
+def _dots(backend: str, per_tensor: bool, group: Group, grads: Sequence[Tensor | None]) -> Tensor:
+    """(T, N), or (1, N), in fp64."""
+    run, chunk = room("blend_lists_weight_grad", backend, group)
+    table, chunks = group.table(chunk)
+    dtype = next((grad.dtype for grad in grads if grad is not None), group.dtype)
+    addresses = torch.tensor([0 if g is None else g.data_ptr() for g in grads], dtype=torch.int64)
+    experts = group.addresses.shape[1]
+    if not chunks:
+        shape = (len(grads) if per_tensor else 1, experts)
+        return torch.zeros(shape, dtype=torch.float64, device=group.device)
+    there = on_device(addresses, group.device)
+    return run(table, there, experts, chunk, chunks, per_tensor, group.dtype, dtype)
