@@ -22,7 +22,8 @@ Accuracy on the test split, % (one run, seed 0, default settings):
 
 Here it gains one point on its starting point, task arithmetic, and stays below the uniform average.
 Half of the predictions it starts from are wrong, and entropy does not tell those from the others:
-on the validation split, 100 steps per layer at a rate of 1e-2 took the mean from 46.6 to 37.1.
+on the validation split, 100 steps per layer at a rate of 1e-2, with 32 images per task and step,
+took the mean from 46.6 to 37.1.
 """
 
 from __future__ import annotations
