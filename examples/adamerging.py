@@ -1,7 +1,7 @@
 """AdaMerging: learn how much of each expert goes into each layer, from unlabelled test images.
 
-    python examples/adamerging.py            # makes the demo's experts first: about three minutes
-    python examples/adamerging.py --toy      # the same in seconds; it learns little
+    python examples/adamerging.py          # makes the demo's experts first, in minutes
+    python examples/adamerging.py --toy    # the same in seconds; it learns little
 
 Layer-wise AdaMerging (Yang et al., "AdaMerging: Adaptive Model Merging for Multi-Task Learning",
 arXiv 2310.02575) merges the pre-trained model theta_0 and the experts theta_k into
@@ -9,8 +9,21 @@ arXiv 2310.02575) merges the pre-trained model theta_0 and the experts theta_k i
     theta[l] = theta_0[l] + sum_k lambda[l, k] * (theta_k[l] - theta_0[l])
 
 and lowers the entropy of the merged model's predictions on the tasks' test images, without labels.
-The result is one model for all tasks, as uniform averaging and task arithmetic (all lambda = 0.3)
-give one; it is told from them by nothing but its coefficients.
+The result is one model for all tasks, like those of uniform averaging and task arithmetic.
+
+Accuracy on the test split, % (one run, seed 0, default settings):
+
+    merged model            digits  letters  shapes  textures  colours  mean
+    pre-trained               12.0     51.4    40.4      37.4     56.8  39.6
+    uniform average           44.2     51.2    49.2      39.6     68.8  50.6
+    task arithmetic, 0.3      53.0     47.4    45.4      35.4     62.8  48.8
+    AdaMerging per layer      47.2     56.4    46.8      39.0     59.6  49.8
+    AdaMerging per tensor     48.0     56.0    46.2      37.8     60.6  49.7
+
+Here it gains one point on its starting point, task arithmetic, and stays below the uniform average.
+Half of the predictions it starts from are wrong, and entropy does not tell those from the others:
+on the validation split, 100 steps per layer at a rate of 1e-2, with 32 images per task and step,
+took the mean from 46.6 to 37.1.
 """
 
 from __future__ import annotations
@@ -28,7 +41,8 @@ from neulig_fast.demo import tasks
 from neulig_fast.demo.pipeline import Stages, make_experts
 from neulig_fast.demo.settings import DemoSettings, derived_seed
 
-STEPS, BATCH, RATE = 500, 32, 1e-2  # images per task and step
+STEPS, BATCH, RATE = 200, 16, 1e-3  # images per task and step; batch and rate are AdaMerging's
+GRANULARITIES = ("layer", "tensor")  # its code has coefficients per tensor and says "layer-wise"
 Accuracy = dict[str, float]
 
 
@@ -98,25 +112,24 @@ def run(settings: DemoSettings, steps: int, console: Console) -> dict[str, Accur
         for name in experts
     }
     images = {name: tasks.normalise(data.images) for name, data in test.items()}
-    learned = nf.CoefficientModule(pool, "layer", init=0.3, constraint="clamp", base=0)
-    with stages.stage("entropy minimisation") as bars:
-        bar = bars.add_task("coefficients", total=steps)
-        for loss in adapt(learned, heads, images, steps, settings.seed):
-            bars.update(bar, advance=1, description=f"coefficients, loss {loss:.2f}")
     models = {
         "pre-trained": nf.CoefficientModule(pool, init=0.0, base=0),
         "uniform average": nf.CoefficientModule(pool, init=1 / len(experts), base=0),
         "task arithmetic, 0.3": nf.CoefficientModule(pool, init=0.3, base=0),
-        "AdaMerging": learned,
     }
+    for by in GRANULARITIES:
+        learned = nf.CoefficientModule(pool, by, init=0.3, constraint="clamp", base=0)
+        with stages.stage(f"entropy minimisation per {by}") as bars:
+            bar = bars.add_task("coefficients", total=steps)
+            for loss in adapt(learned, heads, images, steps, settings.seed):
+                bars.update(bar, advance=1, description=f"coefficients, loss {loss:.2f}")
+        models[f"AdaMerging per {by}"] = learned
     results = {name: accuracy(model, heads, test) for name, model in models.items()}
     console.print(table("accuracy on the test split, %", results))
-    rows = learned.coefficients.detach().clamp(0, 1)
-    coefficients = {
-        layer: dict(zip(experts, row.tolist(), strict=True))
-        for layer, row in zip(learned.rows, rows, strict=True)
-    }
-    console.print(table("coefficients", coefficients, digits=2))
+    layers = models["AdaMerging per layer"]
+    rows = [dict(zip(experts, row.tolist(), strict=True)) for row in layers.coefficients.detach()]
+    named = dict(zip(layers.rows, rows, strict=True))
+    console.print(table("coefficients per layer, before clamping", named, digits=2))
     return results
 
 
@@ -132,7 +145,5 @@ def table(title: str, rows: Mapping[str, Accuracy], digits: int = 1) -> Table:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--toy", action="store_true", help="small experts in seconds, for a look")
-    parser.add_argument("--steps", type=int, default=STEPS, help="of the optimiser")
-    arguments = parser.parse_args()
-    chosen = DemoSettings.toy() if arguments.toy else DemoSettings()
-    run(chosen, arguments.steps, Console())
+    toy = parser.parse_args().toy
+    run(DemoSettings.toy() if toy else DemoSettings(), STEPS, Console())
