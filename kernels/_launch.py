@@ -64,8 +64,9 @@ def config(op: str, dtype: torch.dtype, experts: int, outputs: int) -> Config:
         block = 2048 if outputs <= 2 else 1024
         return Config(block=block // registers, num_warps=4, held=min(outputs, 4))
     if op == "blend_telemetry":
-        held = next(h for h in (experts, 5, 4, 3, 2, 1) if h <= 8 and experts % h == 0)
-        return Config(block=1024 // registers, num_warps=4, held=held)
+        held = next(h for h in (experts, 5, 4, 3, 2, 1) if h <= 7 and experts % h == 0)
+        columns = 1024 if held < 7 else 512  # more of either would spill
+        return Config(block=columns // registers, num_warps=4, held=held)
     raise ValueError(f"config: {op!r} has no kernel")
 
 
