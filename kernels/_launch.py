@@ -78,8 +78,9 @@ def config(
     if op == "blend_weight_grad":
         return _blend_weight_grad(registers, experts, outputs)
     if op == "blend_telemetry":
-        held = next(h for h in (experts, 5, 4, 3, 2, 1) if h <= 8 and experts % h == 0)
-        return Config(block=1024 // registers, num_warps=4, held=held)
+        held = next(h for h in (experts, 5, 4, 3, 2, 1) if h <= 7 and experts % h == 0)
+        columns = 1024 if held < 7 else 512  # more of either would spill
+        return Config(block=columns // registers, num_warps=4, held=held)
     if op == "offset_gram":  # 9 experts at once; more in groups of 4, whose columns stay in cache
         if experts > 9:
             return Config(block=4096, num_warps=4, held=4)

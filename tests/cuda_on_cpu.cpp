@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "cuda/blend.cu"
+#include "cuda/blend_telemetry.cu"
 #include "cuda/blend_weight_grad.cu"
 #include "cuda/offset_gram.cu"
 
@@ -68,8 +69,8 @@ void all_partial_sums(const BlendWeightGradCall& call, bool wide) {
 template <typename T>
 void weight_grad_all(const BlendWeightGradCall& call, bool wide, int rows) {
   using A = Accumulator<T>;
-  if (rows == 1) all_partial_sums<T, 1, kMostExperts>(call, wide);
-  else all_partial_sums<T, kMostRows, kMostExperts>(call, wide);
+  if (rows == 1) all_partial_sums<T, 1, kGroupExperts>(call, wide);
+  else all_partial_sums<T, kGroupGrads, kGroupExperts>(call, wide);
   for (int64_t segment = 0; segment < call.segments; ++segment)
     for (int64_t entry = 0; entry < call.outputs * call.experts; ++entry) {
       double sum = 0;
@@ -138,9 +139,78 @@ void gram_all(const OffsetGramCall& call, bool wide, bool grouped) {
   }
 }
 
+// Writes the partial sums of a slot, as a block of `threads` threads does.
+template <typename T, int kExperts>
+void telemetry_partials(const BlendTelemetryCall& call, bool wide, int threads, int64_t slot) {
+  const Piece piece = find_piece(call.bounds, call.segments, call.columns, slot, kTelemetryColumns);
+  if (piece.begin >= piece.end) return;
+  const int64_t segment = slot - piece.block / kTelemetryColumns;
+  for (int64_t first = 0; first == 0 || first < call.outputs; first += kMostOutputs) {
+    const int outputs = static_cast<int>(least(kMostOutputs, call.outputs - first));
+    std::vector<double> squares((call.experts + outputs) * threads);
+    std::vector<uint32_t> counts((1 + outputs) * threads);
+    for (int thread = 0; thread < threads; ++thread)
+      tally_piece<T, kExperts>(call, piece, segment, wide, thread, threads, first, outputs,
+                               {squares.data() + thread, counts.data() + thread, threads});
+    const auto add = [&](const auto& rows, int64_t row) {
+      std::decay_t<decltype(rows[0])> sum = 0;
+      for (int thread = 0; thread < threads; ++thread) sum += rows[row * threads + thread];
+      return sum;
+    };
+    for (int64_t row = first == 0 ? 0 : call.experts; row < call.experts + outputs; ++row)
+      call.square_partials[(row < call.experts ? row : first + row) * call.slots + slot] =
+          add(squares, row);
+    if (first == 0) call.count_partials[slot] = add(counts, 0);
+    for (int64_t row = 1; row < 1 + outputs; ++row) {
+      const uint32_t sum = add(counts, row);
+      call.count_partials[(first + row) * call.slots + slot] = sum & 0xFFFFu;
+      call.count_partials[(call.outputs + first + row) * call.slots + slot] = sum >> 16;
+    }
+  }
+}
+
+template <typename T, int kExperts>
+void telemetry_of(const BlendTelemetryCall& call, bool wide, int64_t slot) {
+  if constexpr (kExperts > 1) {
+    if (call.experts < kExperts) return telemetry_of<T, kExperts - 1>(call, wide, slot);
+  }
+  telemetry_partials<T, kExperts>(call, wide, kThreads, slot);
+}
+
+template <typename T>
+void telemetry_all(const BlendTelemetryCall& call, bool wide, bool few) {
+  for (int64_t slot = 0; slot < call.slots; ++slot) {
+    if (few) telemetry_of<T, kMostExperts>(call, wide, slot);
+    else telemetry_partials<T, 0>(call, wide, kManyThreads, slot);
+  }
+  const int64_t squares = call.experts + call.outputs, counts = 1 + 2 * call.outputs;
+  for (int64_t segment = 0; segment < call.segments; ++segment)
+    for (int64_t row = 0; row < squares + counts; ++row) {
+      double square = 0;
+      int64_t count = 0;
+      for (int thread = 0; thread < kThreads; ++thread) {
+        if (row < squares)
+          square += add_row<double>(call, call.square_partials, row, segment, thread);
+        else count += add_row<int64_t>(call, call.count_partials, row - squares, segment, thread);
+      }
+      if (row < squares) *place_of_squares(call, row, segment) = square;
+      else *place_of_count(call, row - squares, segment) = count;
+    }
+}
+
 }  // namespace
 
 extern "C" {
+
+void telemetry(int element, const BlendTelemetryCall* call, bool wide, bool few) {
+  switch (static_cast<Element>(element)) {
+    case Element::kFloat: return telemetry_all<float>(*call, wide, few);
+    case Element::kDouble: return telemetry_all<double>(*call, wide, few);
+    case Element::kBFloat16: return telemetry_all<__nv_bfloat16>(*call, wide, few);
+    case Element::kHalf: return telemetry_all<__half>(*call, wide, few);
+    default: return;  // no fp8
+  }
+}
 
 // Columns first .. of every output, `first` a multiple of 16: packs a thread owns are side by side
 // here, on a GPU apart.

@@ -15,8 +15,10 @@ import pytest
 import torch
 
 from neulig_fast import testing
+from neulig_fast.kernels.blend_telemetry import overflow_limit
 from neulig_fast.ops._rounding import FORMATS
 from neulig_fast.ops.blend import blend_reference
+from neulig_fast.ops.blend_telemetry import blend_telemetry_reference
 from neulig_fast.ops.blend_weight_grad import blend_weight_grad_reference
 from neulig_fast.ops.offset_gram import offset_gram_reference
 
@@ -60,6 +62,17 @@ class OffsetGramCall(ctypes.Structure):
     _fields_ = [
         (name, POINTER) for name in ("params", "bounds", "partials", "totals", "sums", "gram")
     ] + [(name, I64) for name in ("segments", "experts", "columns", "row_stride", "slots", "width")]
+
+
+class BlendTelemetryCall(ctypes.Structure):
+    _fields_ = (
+        [(name, POINTER) for name in ("weights", "params", "bounds", "theta")]
+        + [(name, POINTER) for name in ("square_partials", "count_partials")]
+        + [(name, POINTER) for name in ("expert_squares", "merged_squares", "conflicts", "counts")]
+        + [(name, I64) for name in ("outputs", "segments", "experts", "columns", "row_stride")]
+        + [("slots", I64), ("base", I64), ("share", ctypes.c_double), ("limit", ctypes.c_double)]
+        + [("out", ctypes.c_int)]
+    )
 
 
 class Piece(ctypes.Structure):
@@ -354,6 +367,74 @@ def test_gram_width_is_whole_packs_and_enough_pieces(threads):
             width = threads.gram_width(columns, n)
             assert 4096 <= width <= 32768 and width % 4096 == 0
     assert threads.gram_width(151_277_313, 5) == 32768
+
+
+# -- blend_telemetry -----------------------------------------------------------------------------
+
+
+def run_telemetry(threads, weights, params, segments, out_dtype, base, wide, few):
+    """The op's results for weights (K, S, N); scratch and results start as garbage."""
+    (k, s, n), p = weights.shape, params.shape[1]
+    slots = threads.slot_count(p, s, 16384)  # kTelemetryColumns
+    theta = torch.full((k, p), 7, dtype=out_dtype)
+    counts, conflicts = torch.full((2, k, s), 7), torch.full((s,), 7)
+    squares = [
+        torch.full(size, 7.0, dtype=torch.float64) for size in ((n + k, slots), (s, n), (k, s))
+    ]
+    count_partials = torch.full((1 + 2 * k, slots), 7, dtype=torch.int32)
+    partials = (squares[0], count_partials)
+    call = BlendTelemetryCall(
+        *(pointer(t) for t in (weights, params, segments, theta, *partials, *squares[1:])),
+        *(pointer(t) for t in (conflicts, counts)),
+        *(k, s, n, p, params.stride(0), slots, -1 if base is None else base),
+        *(1 / n, overflow_limit(out_dtype), ELEMENTS[out_dtype]),
+    )
+    element, flags = ELEMENTS[params.dtype], (ctypes.c_bool(wide), ctypes.c_bool(few))
+    threads.telemetry(element, ctypes.byref(call), *flags)
+    return theta, counts, *squares[1:], conflicts
+
+
+def check_telemetry(threads, weights, params, segments, out_dtype=None, base=None):
+    """All paths: the reference's bits and counts, its sums within the rule, one sum for all."""
+    args = (weights, params, segments, out_dtype or params.dtype, base)
+    expected = blend_telemetry_reference(*args)
+    oracle = blend_telemetry_reference(*testing.cast(args, torch.float64))
+    paths = [(True, False), (False, False)]  # wide, few
+    paths += [(True, True), (False, True)] if params.shape[0] <= 8 else []
+    before: tuple = ()
+    for wide, few in paths:
+        got = run_telemetry(threads, *args, wide, few)
+        for index in (0, 1, 4):
+            assert torch.equal(got[index].isnan(), expected[index].isnan()), (wide, few)
+            assert torch.equal(got[index].nan_to_num(), expected[index].nan_to_num()), (wide, few)
+        for index in (2, 3):
+            exact = oracle[index]
+            testing.assert_within_rule(got[index], expected[index], exact, params.shape[1])
+        if not wide:
+            assert all(
+                torch.equal(a.nan_to_num(), b.nan_to_num())
+                for a, b in zip(got, before, strict=True)
+            )
+        before = got
+
+
+@in_every_dtype
+@pytest.mark.parametrize("base", [None, 0])
+@pytest.mark.parametrize("n, k", [*((n, 1) for n in range(1, 9)), (4, 9), (9, 2), (33, 1)])
+def test_telemetry_on_every_path(threads, dtype, n, k, base):
+    params = normal(n, 4240, dtype=dtype, seed=1)[:, :4224]
+    segments = torch.tensor([0, 0, 7, 64, 4100, 4224, 4224])
+    weights = normal(k, 6, n, dtype=accumulator(dtype))
+    check_telemetry(threads, weights, params, segments, base=base)
+
+
+@in_every_dtype
+@pytest.mark.parametrize("out_dtype", testing.DTYPES, ids=str)
+def test_telemetry_counts_what_the_output_cannot_hold(threads, dtype, out_dtype):
+    params = normal(3, 144, dtype=dtype, seed=1)
+    params[1, 3], params[2, 40] = float("inf"), float("nan")
+    weights = 5e4 * normal(2, 1, 3, dtype=accumulator(dtype))
+    check_telemetry(threads, weights, params, torch.tensor([0, 144]), out_dtype, 1)
 
 
 # -- indices -------------------------------------------------------------------------------------

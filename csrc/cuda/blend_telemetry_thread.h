@@ -76,6 +76,7 @@ NF_DEVICE void finish_output(const BlendTelemetryCall& call, int64_t k, int64_t 
     case Element::kDouble: return store_as<double>(call, at, sum);
     case Element::kBFloat16: return store_as<__nv_bfloat16>(call, at, sum);
     case Element::kHalf: return store_as<__half>(call, at, sum);
+    default: return;  // no fp8
   }
 }
 

@@ -19,8 +19,8 @@ namespace neulig_fast {
 namespace {
 
 constexpr int64_t kPieceColumns = 16384;
-constexpr int kMostExperts = 8;  // whose sums a thread keeps
-constexpr int kMostRows = 8;     // of grad, likewise
+constexpr int kGroupExperts = 8;  // whose sums a thread keeps
+constexpr int kGroupGrads = 8;    // of grad, likewise
 constexpr int kTotalThreads = 1024;
 
 // The rows that a block of threads sums: kRows gradients from k on and kExperts experts from i on.
@@ -219,8 +219,8 @@ void launch(const BlendWeightGradCall& call, cudaStream_t stream) {
                     aligned(reinterpret_cast<intptr_t>(call.grad)) &&
                     (call.experts == 1 || aligned(call.row_stride * sizeof(T))) &&
                     (call.outputs == 1 || aligned(call.grad_stride * sizeof(T)));
-  if (call.outputs == 1) launch_partial<T, 1, kMostExperts>(call, wide, stream);
-  else launch_partial<T, kMostRows, kMostExperts>(call, wide, stream);
+  if (call.outputs == 1) launch_partial<T, 1, kGroupExperts>(call, wide, stream);
+  else launch_partial<T, kGroupGrads, kGroupExperts>(call, wide, stream);
   const auto results = static_cast<unsigned>(call.outputs * call.experts * call.segments);
   blend_weight_grad_total_kernel<Accumulator<T>><<<results, kTotalThreads, 0, stream>>>(call);
 }
