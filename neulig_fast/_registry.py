@@ -121,24 +121,26 @@ class Op:
         self.reference, self.fake, self.faults, self.check = reference, fake, faults, check
         self.order = {device: tuple(order[device]) for device in DEVICES}
         self.samples, self.terms, self.elementwise = samples, terms, elementwise
-        self.differentiable = tuple(differentiable)
-        self.not_offered = dict(not_offered or {})
+        self.differentiable, self.not_offered = tuple(differentiable), dict(not_offered or {})
         self.impls: dict[str, Impl] = {"torch": Impl(reference, _always, _always)}
         self.kernels_write: bool = native is not None if room is None else OPS[room].kernels_write
-        self._able: set[tuple[str, str]] = set()
-
-        _LIB.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        self._able: set[tuple[str, str]] = set()  # (backend, device) known to run here
         if room is None:
             _NATIVE_LIB.define(name + (native or schema))
-        self.overload = getattr(torch.ops.neulig_fast, name).default
-        self.arguments = [argument.name for argument in self.overload._schema.arguments]
-        self.writes = self.overload._schema.is_mutable
-        kinds = [str(argument.type) for argument in self.overload._schema.arguments]
-        self._witness = kinds.index("Tensor")  # the first that is never None says the device
-        _LIB.impl(name, self._run, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"neulig_fast::{name}", self._run_fake, lib=_LIB)
-        _autograd.register(self, _LIB, autograd)
+        self._define(autograd)
         OPS[name] = self
+
+    def _define(self, formula: _autograd.Formula | None) -> None:
+        _LIB.define(self.name + self.schema, tags=(torch.Tag.pt2_compliant_tag,))
+        self.overload = getattr(torch.ops.neulig_fast, self.name).default
+        arguments = self.overload._schema.arguments
+        self.arguments = [argument.name for argument in arguments]
+        self.writes = self.overload._schema.is_mutable
+        # The first tensor that is never None says the device.
+        self._witness = [str(argument.type) for argument in arguments].index("Tensor")
+        _LIB.impl(self.name, self._run, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"neulig_fast::{self.name}", self._run_fake, lib=_LIB)
+        _autograd.register(self, _LIB, formula)
 
     def __call__(self, *args: Any) -> Any:
         """Call the operator.
@@ -226,10 +228,9 @@ class Op:
     def forced(self) -> str | None:
         """The backend this op is bound to by ``use_backend`` or the environment, if any."""
         for choices in reversed(forcing):
-            if self.name in choices:
-                return choices[self.name]
-            if self.room in choices:
-                return choices[self.room]
+            for name in (self.name, self.room):
+                if name in choices:
+                    return choices[name]
             if choices.get(None) in self.impls:
                 return choices[None]
         return None
@@ -241,7 +242,7 @@ class Op:
         impl = self.impls[backend]
         if args is None:
             return impl.missing(device)
-        if (backend, device) not in self._able:  # what can run here goes on to
+        if (backend, device) not in self._able:
             if (reason := impl.missing(device)) is not None:
                 return reason
             self._able.add((backend, device))
@@ -284,8 +285,7 @@ class Op:
             self.check(*args)
         self.guard(*args)
         backend = self.choose(device, args)
-        if log.isEnabledFor(logging.DEBUG):
-            log.debug("%s: %s on %s", self.name, backend, device)
+        log.debug("%s: %s on %s", self.name, backend, device)
         run = self.impls[backend].run
         if torch.is_autocast_enabled(device):  # the op states its own types
             with torch.autocast(device, enabled=False):

@@ -104,6 +104,15 @@ def test_faults_are_found(changes, fault):
     assert found.faults == ([fault] if fault else [])
 
 
+def test_stores_of_another_type_may_be_narrow_and_loads_may_not():
+    found = kernel(stores={64: 2})
+    found.check_blend(5, narrow_stores=True)
+    assert not found.faults
+    found = kernel(loads={64: 10})
+    found.check_blend(5, narrow_stores=True)
+    assert found.faults == ["narrow accesses on the main path of 5 experts"]
+
+
 SASS = """
  LDG.E.128 R4, desc[UR4][R2.64] ;  LDG.E.U16 R6, [R2] ;  @P0 LDG.E R7, [R2] ;  STG.E.64 [R2], R4 ;
  LDG.E.64.CONSTANT R8, [R2] ;
