@@ -67,20 +67,25 @@ class Setting:
         return short <= 0
 
 
+def grid(dtype: torch.dtype, device: str, make: Callable[..., Any] = Setting) -> Iterator[Any]:
+    """What every op on experts is measured on. The most experts first: later cases then fit into
+    memory already had."""
+    yield from (make(VIT_B_32, dtype, N) for N in (16, 8, 5, 3, 2))
+    yield make(VIT_B_32, dtype, 5, per_tensor=True)
+    if device == "cpu" and machine.cores() > 1:
+        yield make(VIT_B_32, dtype, 5, threads=1)
+    yield make(TOY, dtype, 5)  # what a call costs that moves almost nothing
+    yield from (make(shape, dtype, N) for shape in (VIT_L_14, QWEN_1_5B) for N in (5, 2))
+
+
 def settings(quick: bool, device: str) -> Iterator[Setting]:
-    """What is measured. The most experts first: later cases then fit into memory already had."""
-    many = machine.cores()
+    """What is measured."""
     for dtype in (torch.float32, torch.bfloat16):
         if quick:
             yield Setting(TOY, dtype, 3, None if dtype == torch.float32 else 2)
             yield Setting(TOY, dtype, 2, per_tensor=True, threads=1)
-            continue
-        yield from (Setting(VIT_B_32, dtype, N) for N in (16, 8, 5, 3, 2))
-        yield Setting(VIT_B_32, dtype, 5, per_tensor=True)
-        if device == "cpu" and many > 1:
-            yield Setting(VIT_B_32, dtype, 5, threads=1)
-        yield Setting(TOY, dtype, 5)  # what a call costs that moves almost nothing
-        yield from (Setting(shape, dtype, N) for shape in (VIT_L_14, QWEN_1_5B) for N in (5, 2))
+        else:
+            yield from grid(dtype, device)
     if not quick:  # last: several outputs take the most memory beside the experts
         yield from (Setting(VIT_B_32, dtype, 5, 8) for dtype in (torch.bfloat16, torch.float32))
 

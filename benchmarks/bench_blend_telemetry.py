@@ -12,38 +12,33 @@ import functools
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 
-import bench_blend
-import harness
-import machine
 import torch
-from ceilings import ceilings
-from harness import Case, Provider
-from shapes import TOY, VIT_B_32, Experts, layout, make_experts
 from torch import Tensor
 
 import neulig_fast
 from neulig_fast import testing
 from neulig_fast.ops.blend_telemetry import OP, Results, blend_telemetry_reference
 
+from . import bench_blend, harness
+from .bench_blend import Setting, draw_weights, grid
+from .ceilings import ceilings
+from .harness import Case, Provider
+from .shapes import TOY, VIT_B_32, Experts, make_experts
+
 _BLOCK = 1 << 20  # columns of the oracle at a time
 _BASE = 0
+_EPS = torch.finfo(torch.float32).eps  # of the offsets; their squares are added in fp64
 
-Setting = tuple[int, int | None, bool, int]  # N, K, per tensor?, threads
 
-
-def settings(quick: bool, device: str) -> Iterator[tuple[torch.dtype, Setting]]:
-    many = machine.cores()
+def settings(quick: bool, device: str) -> Iterator[Setting]:
     if quick:
-        yield torch.float32, (3, None, False, many)
-        yield torch.bfloat16, (2, None, False, many)
-        yield torch.float32, (2, 2, True, 1)
+        yield Setting(TOY, torch.float32, 3)
+        yield Setting(TOY, torch.bfloat16, 2)
+        yield Setting(TOY, torch.float32, 2, 2, per_tensor=True, threads=1)
         return
     for dtype in (torch.float32, torch.bfloat16):
-        yield from ((dtype, (N, None, False, many)) for N in (16, 8, 5, 3, 2))
-        yield dtype, (5, None, True, many)
-        if device == "cpu" and many > 1:
-            yield dtype, (5, None, False, 1)
-    yield torch.float32, (5, 4, False, many)
+        yield from grid(dtype, device)
+    yield Setting(VIT_B_32, torch.float32, 5, 4)
 
 
 def telemetry(weights: Tensor, params: Tensor, segments: Tensor | None) -> Results:
@@ -111,8 +106,8 @@ def check(weights: Tensor, experts: Experts, per_tensor: bool) -> Callable[[Resu
         theta, counts, squares, merged, conflicts = result
         theta_fits(theta)
         working, oracle = expected(experts.params.dtype), expected(torch.float64)
-        testing.assert_within_rule(squares, working[0], oracle[0], width)
-        testing.assert_within_rule(merged, working[1], oracle[1], width)
+        testing.assert_within_rule(squares, working[0], oracle[0], width, _EPS)
+        testing.assert_within_rule(merged, working[1], oracle[1], width, _EPS)
         if not torch.equal(counts, working[2]) or not torch.equal(conflicts, working[3]):
             raise AssertionError("counts differ from the reference's")
 
@@ -121,57 +116,53 @@ def check(weights: Tensor, experts: Experts, per_tensor: bool) -> Callable[[Resu
 
 def providers(weights: Tensor, experts: Experts, per_tensor: bool) -> list[Provider]:
     params = experts.params
-    device, row = params.device.type, 4 * params.shape[1]
-    segments = experts.segments.bounds_on(params.device) if per_tensor else None
-    bounds = experts.segments.bounds.tolist() if per_tensor else [0, params.shape[1]]
-    args = (weights, params, segments)
+    device, out = params.device.type, weights[..., 0].numel() * params[0].nbytes
+    bounds, segments = [0, params.shape[1]], None
+    if per_tensor:
+        out = out // len(experts.segments)
+        bounds = experts.segments.bounds.tolist()
+        segments = experts.segments.bounds_on(params.device)
+    args, row = (weights, params, segments), 4 * params.shape[1]
     offsets = 3 * (len(params) + 2) * row  # of the reference, whole rows in fp32 and fp64
-    found = harness.ours(
-        OP, device, lambda: telemetry(*args), (*args, None, _BASE), reference_needs=offsets
-    )
+    found = harness.ours(OP, device, lambda: telemetry(*args), (*args, None, _BASE), offsets, out)
     separate = Provider(
-        "blend, then torch", lambda: blend_then_measure(*args, bounds), needs=6 * row
+        "blend, then torch", lambda: blend_then_measure(*args, bounds), needs=out + 6 * row
     )
     if per_tensor:
         return [*found, separate]
     flat = harness.compiled(lambda w, p: blend_telemetry_reference(w, p, None, None, _BASE))
-    compiled = Provider("torch.compile", lambda: flat(weights, params), needs=row)
+    compiled = Provider("torch.compile", lambda: flat(weights, params), needs=out + row)
     return [*found, separate, compiled]
 
 
-def make_case(size: dict, dtype: torch.dtype, setting: Setting, device: str) -> Case | None:
-    N, K, per_tensor, threads = setting
-    segments = layout(size, dtype)
-    resident = (N + (K or 1) + 2) * segments.width * dtype.itemsize
-    if resident > machine.memory(device):
-        harness.say(f"blend_telemetry N={N} {dtype} skipped: it needs {resident / 1e9:.0f} GB")
-        return None
-    experts = make_experts(N, segments, dtype, device)
-    weights = bench_blend.draw_weights(N, K, len(segments) if per_tensor else None, device)
+def make_case(setting: Setting, device: str) -> Case:
+    N, outputs, segments = setting.N, setting.K or 1, setting.segments
+    experts = make_experts(N, segments, setting.dtype, device)
+    per_tensor = setting.per_tensor
+    weights = draw_weights(N, setting.K, len(segments) if per_tensor else None, device)
     return Case(
         op="blend_telemetry",
         mode="fwd",
-        shape="ViT-B-32" if size is VIT_B_32 else "toy",
-        dtype=dtype,
+        shape=setting.shape.name,
+        dtype=setting.dtype,
         device=device,
-        threads=threads,
+        threads=setting.threads,
         providers=[
             *providers(weights, experts, per_tensor),
-            *ceilings(experts.params, threads, write=True),
+            *ceilings(experts.params, setting.threads, write=True),
         ],
         check=check(weights, experts, per_tensor),
-        traffic=(N + (K or 1)) * experts.params[0].nbytes,
-        resident=resident,
-        numbers={"N": N, "K": K or 1, "P": segments.width, "S": len(segments) if per_tensor else 1},
+        traffic=setting.resident(N + outputs),
+        flops=(2 * N * outputs + 7 * N) * segments.width,
+        resident=setting.resident(N + 1),
+        numbers=setting.numbers,
     )
 
 
 def cases(device: str, quick: bool) -> Iterator[Case]:
-    for dtype, setting in settings(quick, device):
-        case = make_case(TOY if quick else VIT_B_32, dtype, setting, device)
-        if case is not None:
-            yield case
-            del case
+    for setting in settings(quick, device):
+        if setting.wanted("blend_telemetry", device, setting.N + (setting.K or 1) + 1):
+            yield make_case(setting, device)
 
 
 if __name__ == "__main__":

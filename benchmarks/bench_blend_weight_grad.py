@@ -21,11 +21,11 @@ from neulig_fast import testing
 from neulig_fast.ops.blend import blend_reference
 from neulig_fast.ops.blend_weight_grad import OP, blend_weight_grad_reference
 
-from . import bench_blend, harness, machine
-from .bench_blend import draw_weights
+from . import bench_blend, harness
+from .bench_blend import draw_weights, grid
 from .ceilings import ceilings
 from .harness import Case, Provider
-from .shapes import QWEN_1_5B, TOY, VIT_B_32, VIT_L_14, Experts, make_experts, row_views
+from .shapes import TOY, VIT_B_32, Experts, make_experts, row_views
 
 _BLOCK = 1 << 20  # columns of the fp64 oracle at a time
 
@@ -38,20 +38,14 @@ class Setting(bench_blend.Setting):
 
 
 def settings(quick: bool, device: str) -> Iterator[Setting]:
-    many = machine.cores()
     for dtype in (torch.float32, torch.bfloat16):
         if quick:
             yield Setting(TOY, dtype, 3, per_tensor=dtype == torch.bfloat16)
             yield Setting(TOY, dtype, 2, threads=1, mode="fwd+bwd")
             continue
-        yield from (Setting(VIT_B_32, dtype, N) for N in (16, 8, 5, 3, 2))
+        yield from grid(dtype, device, Setting)
         yield Setting(VIT_B_32, dtype, 5, 8)
-        yield Setting(VIT_B_32, dtype, 5, per_tensor=True)
         yield Setting(VIT_B_32, dtype, 5, mode="fwd+bwd")
-        if device == "cpu" and many > 1:
-            yield Setting(VIT_B_32, dtype, 5, threads=1)
-        yield Setting(TOY, dtype, 5)  # what a call costs that moves almost nothing
-        yield from (Setting(shape, dtype, N) for shape in (VIT_L_14, QWEN_1_5B) for N in (5, 2))
 
 
 # -- other people's ways: one dot product per tensor and expert -----------------------------------
