@@ -16,11 +16,7 @@ constexpr int kWarps = kThreads / 32;
 
 // Packs of each expert that a thread has in flight: two, unless their values would spill.
 template <typename T, int kExperts>
-constexpr int kDotPacks = kExperts > (sizeof(T) == 2   ? 4
-                                      : sizeof(T) == 8 ? 6
-                                                       : kGroup)
-                              ? 1
-                              : 2;
+constexpr int kDotPacks = kExperts > (sizeof(T) == 4 ? kGroup : 4) ? 1 : 2;
 
 NF_DEVICE float multiply_add(float a, float b, float sum) {
 #ifdef __CUDA_ARCH__
