@@ -153,6 +153,7 @@ const char* launch_blend_lists_weight_grad(Element element, const BlendListsWeig
     case Element::kDouble: launch<double>(call, on); break;
     case Element::kBFloat16: launch<__nv_bfloat16>(call, on); break;
     case Element::kHalf: launch<__half>(call, on); break;
+    default: break;  // no fp8: the caller has refused it
   }
   const cudaError_t error = cudaGetLastError();
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
