@@ -57,8 +57,7 @@ def _measure_piece(
 ):  # fmt: skip
     """All that is told of a piece; pointers at its first column, its weights and its slot.
 
-    ``experts`` is N. The compiler must not know where a loop has more than one turn: it would
-    unroll it and spill.
+    ``experts`` is N, hidden from the compiler where it would unroll several turns and spill.
     """
     if HELD == N:
         experts = N
@@ -123,7 +122,7 @@ def blend_telemetry_partial_kernel(
     N: tl.constexpr, HELD: tl.constexpr, CENTRED: tl.constexpr, LIMIT: tl.constexpr,
     STEPS: tl.constexpr, COLUMN_UNIT: tl.constexpr, STRIDE_UNIT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """out = the blend of a slot's piece; squares and counts of it.
+    """The blend of a slot's piece, and squares and counts of it.
 
     weights (K, S, N) contiguous, fp32 (fp64 for fp64 params); params (N, P), any row stride, column
     stride 1, fp32, bf16, fp16 or fp64; bounds (S+1,) int64, not read when S = 1; out (K, P)
@@ -200,11 +199,7 @@ def blend_telemetry_total_kernel(
 
 
 def why_not(
-    weights: torch.Tensor,
-    params: torch.Tensor,
-    segments: torch.Tensor | None = None,
-    out_dtype: torch.dtype | None = None,
-    base: int | None = None,
+    weights: torch.Tensor, params: torch.Tensor, segments: torch.Tensor | None = None, *_: object
 ) -> str | None:
     """Why Triton cannot take this call, or None."""
     return why_not_arena(params, segments)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import os
 import threading
 from collections.abc import Mapping
 
 from . import _native, _registry
-from ._registry import BACKENDS, DEVICES, OPS, BackendStatus, log
+from ._registry import BACKENDS, DEVICES, OPS, Op, log, no_device
 
 VARIABLE = "NEULIG_FAST_BACKEND"
 _lock = threading.Lock()
@@ -74,6 +75,28 @@ def read_environment() -> None:
         log.setLevel(logging.DEBUG)
 
 
+@dataclasses.dataclass(frozen=True)
+class BackendStatus:
+    """What runs for one op on one device type, and why the other backends do not."""
+
+    op: str
+    device: str
+    runs: str | None
+    reasons: Mapping[str, str | None]
+    forced: str | None
+
+
+def status(op: Op, device: str) -> BackendStatus:
+    """What would run of ``op`` on ``device``, and why the other backends would not."""
+    reasons = {backend: op.why_not(backend, device) for backend in BACKENDS}
+    if device == "cuda" and no_device("cuda"):
+        return BackendStatus(op.name, device, None, reasons, op.forced())
+    forced = op.forced()
+    candidates = op.order[device] if forced is None else (forced,)
+    runs = next((b for b in candidates if reasons[b] is None), None)
+    return BackendStatus(op.name, device, runs, reasons, forced)
+
+
 def _line(row: BackendStatus) -> str:
     others = [
         f"{backend}: {row.reasons[backend] or 'ok'}"
@@ -87,7 +110,7 @@ def _line(row: BackendStatus) -> str:
 
 def show_backends() -> list[BackendStatus]:
     """Print, and return, what runs for every op on every device type and why others do not."""
-    rows = [OPS[name].status(device) for name in sorted(OPS) for device in DEVICES]
+    rows = [status(OPS[name], device) for name in sorted(OPS) for device in DEVICES]
     variable = os.environ.get(VARIABLE)
     bound = (item for choices in _registry.forcing for item in choices.items())
     forced = ", ".join(f"{op or 'every op'}={backend}" for op, backend in bound)

@@ -54,17 +54,6 @@ class Impl:
     why_not: Callable[..., str | None]
 
 
-@dataclasses.dataclass(frozen=True)
-class BackendStatus:
-    """What runs for one op on one device type, and why the other backends do not."""
-
-    op: str
-    device: str
-    runs: str | None
-    reasons: Mapping[str, str | None]
-    forced: str | None
-
-
 def _always(*_args: Any, **_kwargs: Any) -> None:
     return None
 
@@ -175,7 +164,7 @@ class Op:
         def missing(device: str) -> str | None:
             if device != backend:
                 return f"for {backend} tensors"
-            return _native.why_missing(self.room, key) or _no_device(device)
+            return _native.why_missing(self.room, key) or no_device(device)
 
         kernel = self._adapted(lambda: overload, prepare)
         self.impls[backend] = Impl(run or kernel, missing, why_not)
@@ -198,7 +187,7 @@ class Op:
 
         def missing(device: str) -> str | None:
             kernels = importlib.import_module("neulig_fast.kernels._launch")
-            return kernels.missing(device) or _no_device(device)
+            return kernels.missing(device) or no_device(device)
 
         self.impls["triton"] = Impl(
             run or self._adapted(lambda: getattr(module(), self.room), prepare),
@@ -298,16 +287,7 @@ class Op:
         _checks.raise_all(self.name, self.faults(*args))
         return self.fake(*args)
 
-    def status(self, device: str) -> BackendStatus:
-        """What would run on ``device``, and why the other backends would not."""
-        reasons = {backend: self.why_not(backend, device) for backend in BACKENDS}
-        if device == "cuda" and _no_device("cuda"):
-            return BackendStatus(self.name, device, None, reasons, self.forced())
-        forced = self.forced()
-        candidates = self.order[device] if forced is None else (forced,)
-        runs = next((b for b in candidates if reasons[b] is None), None)
-        return BackendStatus(self.name, device, runs, reasons, forced)
 
-
-def _no_device(device: str) -> str | None:
+def no_device(device: str) -> str | None:
+    """Why there is nothing to run on: no CUDA device where one is asked for."""
     return "no CUDA device" if device == "cuda" and not torch.cuda.is_available() else None

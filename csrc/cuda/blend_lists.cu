@@ -180,6 +180,7 @@ const char* launch_blend_lists(Element element, const BlendListsCall& call, void
     case Element::kDouble: launch<double>(call, on); break;
     case Element::kBFloat16: launch<__nv_bfloat16>(call, on); break;
     case Element::kHalf: launch<__half>(call, on); break;
+    default: break;  // no fp8: the caller has refused it
   }
   const cudaError_t error = cudaGetLastError();
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);

@@ -8,6 +8,7 @@
 // Bytes: (N + 1) values read per element; beyond 8 experts the gradient again for every 8 more.
 #include "cuda/blend_lists_weight_grad.h"
 #include "cuda/list_chunks.h"
+#include "cuda/reduce.h"
 
 namespace neulig_fast {
 namespace {
@@ -16,27 +17,7 @@ constexpr int kWarps = kThreads / 32;
 
 // Packs of each expert that a thread has in flight: two, unless their values would spill.
 template <typename T, int kExperts>
-constexpr int kDotPacks = kExperts > (sizeof(T) == 2   ? 4
-                                      : sizeof(T) == 8 ? 6
-                                                       : kGroup)
-                              ? 1
-                              : 2;
-
-NF_DEVICE float multiply_add(float a, float b, float sum) {
-#ifdef __CUDA_ARCH__
-  return __fmaf_rn(a, b, sum);
-#else
-  return a * b + sum;
-#endif
-}
-
-NF_DEVICE double multiply_add(double a, double b, double sum) {
-#ifdef __CUDA_ARCH__
-  return __fma_rn(a, b, sum);
-#else
-  return a * b + sum;
-#endif
-}
+constexpr int kDotPacks = kExperts > (sizeof(T) == 4 ? kGroup : 4) ? 1 : 2;
 
 // sums[i] += grad[q] * x[i][q] over kPackCount packs of kLanes columns, `step` columns apart, from
 // p on and before `end`. The experts are loaded first: what the gradient's type is decided upon
@@ -108,14 +89,6 @@ NF_DEVICE double add_partials(const BlendListsWeightGradCall& call, int64_t entr
 #ifdef __CUDACC__
 namespace {
 
-// The sum of a warp's values, the same in every lane.
-template <typename A>
-__device__ __forceinline__ A add_warp(A value) {
-  for (int distance = 16; distance > 0; distance /= 2)
-    value += __shfl_xor_sync(0xFFFFFFFFu, value, distance);
-  return value;
-}
-
 template <typename T, int kExperts>
 __global__ void __launch_bounds__(kThreads, 2)
     blend_lists_weight_grad_partial_kernel(const __grid_constant__ BlendListsWeightGradCall call,
@@ -180,6 +153,7 @@ const char* launch_blend_lists_weight_grad(Element element, const BlendListsWeig
     case Element::kDouble: launch<double>(call, on); break;
     case Element::kBFloat16: launch<__nv_bfloat16>(call, on); break;
     case Element::kHalf: launch<__half>(call, on); break;
+    default: break;  // no fp8: the caller has refused it
   }
   const cudaError_t error = cudaGetLastError();
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);

@@ -13,6 +13,7 @@
 // blend_weight_grad.cu: a block of threads per piece of columns, each thread adding its own columns
 // in shared memory; then a block of threads per total adds the partial sums of its segment.
 #include "cuda/blend_telemetry_thread.h"
+#include "cuda/reduce.h"
 
 namespace neulig_fast {
 namespace {
@@ -29,14 +30,6 @@ int64_t blend_telemetry_slots(int64_t columns, int64_t segments) {
 
 #ifdef __CUDACC__
 namespace {
-
-// The sum of a warp's values, the same in every lane.
-template <typename V>
-__device__ __forceinline__ V add_warp(V value) {
-  for (int distance = 16; distance > 0; distance /= 2)
-    value += __shfl_xor_sync(0xFFFFFFFFu, value, distance);
-  return value;
-}
 
 // The sum of a row of shared memory, one value per thread, in every lane of the warp that asks.
 template <typename V>

@@ -115,6 +115,7 @@ NF_DEVICE void store_sums(Element element, int64_t address, int64_t p, const A (
     case Element::kDouble: return store_as(at_address<double>(address) + p, sums);
     case Element::kBFloat16: return store_as(at_address<__nv_bfloat16>(address) + p, sums);
     case Element::kHalf: return store_as(at_address<__half>(address) + p, sums);
+    default: return;  // no fp8
   }
 }
 
@@ -137,6 +138,7 @@ NF_DEVICE void load_values(Element element, int64_t address, int64_t p, A (&valu
     case Element::kDouble: return load_as(at_address<const double>(address) + p, values);
     case Element::kBFloat16: return load_as(at_address<const __nv_bfloat16>(address) + p, values);
     case Element::kHalf: return load_as(at_address<const __half>(address) + p, values);
+    default: return;  // no fp8
   }
 }
 
