@@ -128,7 +128,7 @@ def ours(
 @functools.cache
 def say(text: str) -> None:
     """A sentence about what is left out, once."""
-    console.print(f"[yellow]{text}")
+    console.print(f"[yellow]{escape(text)}")
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
