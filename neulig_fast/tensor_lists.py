@@ -27,10 +27,24 @@ Lists = Sequence[Sequence[Tensor]]
 
 
 class Layout(NamedTuple):
-    """Where the tensors of a group are in one buffer: lengths and paddings in turn; bytes."""
+    """Where the tensors of a group are in one buffer.
+
+    ``pieces``: the lengths it is cut into; ``kept``: which of them are tensors, not padding;
+    ``starts``: the tensors' first bytes, on the device; ``width``: its length.
+    """
 
     pieces: list[int]
+    kept: list[int]
     starts: Tensor
+    width: int
+
+
+class Target(NamedTuple):
+    """Tensors of a group, the addresses (on the device) and the dtype of the outputs they go to."""
+
+    group: Group
+    addresses: Tensor
+    dtype: torch.dtype
 
 
 class Group:
@@ -60,9 +74,13 @@ class Group:
         if itemsize not in self._layouts:
             unit = ALIGNMENT // itemsize
             room = (self.lengths + (unit - 1)) // unit * unit
-            pieces = torch.stack([self.lengths, room - self.lengths], 1).flatten().tolist()
-            starts = (room.cumsum(0) - room) * itemsize
-            self._layouts[itemsize] = Layout(pieces, on_device(starts, self.device))
+            pieces: list[int] = []
+            kept: list[int] = []
+            for length, whole in zip(self.lengths.tolist(), room.tolist(), strict=True):
+                kept.append(len(pieces))
+                pieces += [length] if length == whole else [length, whole - length]
+            starts = on_device((room.cumsum(0) - room) * itemsize, self.device)
+            self._layouts[itemsize] = Layout(pieces, kept, starts, sum(pieces))
         return self._layouts[itemsize]
 
     @functools.cached_property
@@ -123,8 +141,9 @@ class TensorLists:
         self.device = self.flat[0].device if self.flat else None
         self.shapes = [tensor.shape for tensor in lists[0]]
         self.dtypes = [tensor.dtype for tensor in lists[0]]
-        # Prepared outputs that were found to fit.
-        self.approved: weakref.WeakSet[TensorLists] = weakref.WeakSet()
+        # Prepared outputs that were found to fit, and how to write into them.
+        self.targets: weakref.WeakKeyDictionary[TensorLists, list[Target]]
+        self.targets = weakref.WeakKeyDictionary()
 
     def __repr__(self) -> str:
         return f"TensorLists({self.num_experts} experts of {self.num_tensors} tensors)"

@@ -40,8 +40,9 @@ def test_configurations_are_possible(op, dtype):
 
 def test_alignment_and_search_steps():
     assert [_launch.alignment(s) for s in (0, 1, 6, 8, 32, 48, 2**40)] == [16, 1, 2, 8, 16, 16, 16]
-    for segments in range(1, 70):
-        assert 2 ** search_steps(segments) >= segments
+    for segments in (*range(1, 70), 1023, 1024, 1025):
+        steps = search_steps(segments)
+        assert 32**steps >= segments and (steps == 0 or 32 ** (steps - 1) < segments)
 
 
 def test_kernels_can_be_imported_without_triton():

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from neulig_fast import ExpertPool, _memory
+from neulig_fast import ExpertPool, _memory, blend
 
 THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 needs_large_pages = pytest.mark.skipif(
@@ -41,6 +41,12 @@ def test_a_large_fresh_tensor_gets_large_pages():
 def test_an_arena_gets_large_pages():
     pool = ExpertPool([{"a": torch.ones(5_000_000)}, {"a": torch.ones(5_000_000)}])
     assert asked_for_large_pages(pool.params.data_ptr() + pool.params.nbytes // 2)
+
+
+@needs_large_pages
+def test_a_large_blend_gets_large_pages():
+    merged = blend(torch.ones(2), torch.ones(2, 10_000_000))
+    assert asked_for_large_pages(merged.data_ptr() + merged.nbytes // 2)
 
 
 def test_small_tensors_and_other_devices_are_left_alone(monkeypatch):

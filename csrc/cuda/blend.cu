@@ -98,6 +98,29 @@ NF_DEVICE void blend_pack(const BlendCall& call, int64_t segment, int64_t p,
   }
 }
 
+// find_segment for the columns of a warp, which ascend with its lanes: where all lanes are there,
+// they look for lane 0's together, 32 bounds at a time, and each goes on from it.
+template <int kLanes>
+NF_DEVICE int64_t find_segment_in_warp(const BlendCall& call, int64_t p) {
+#ifdef __CUDA_ARCH__
+  const int lane = threadIdx.x % 32;
+  if (call.segments > 1 && p + (31 - lane) * kLanes < call.columns) {
+    const int64_t first = p - lane * kLanes;
+    int64_t low = 0, more = call.segments - 1;  // the answer is in low .. low + more
+    while (more > 0) {
+      const int64_t stride = (more + 31) / 32, ahead = (lane + 1) * stride;
+      const bool passed = ahead <= more && __ldg(call.bounds + low + ahead) <= first;
+      const int64_t steps = __popc(__ballot_sync(0xFFFFFFFFu, passed)) * stride;
+      low += steps;
+      more = least(more - steps, stride - 1);
+    }
+    while (low < call.segments - 1 && __ldg(call.bounds + low + 1) <= p) ++low;
+    return low;
+  }
+#endif
+  return find_segment(call.bounds, call.segments, p);
+}
+
 // The packs of columns at p, p + apart, ..., all experts in registers.
 template <typename T, int kExperts>
 NF_DEVICE void blend_few(const BlendCall& call, int64_t p, int64_t apart) {
@@ -111,7 +134,7 @@ NF_DEVICE void blend_few(const BlendCall& call, int64_t p, int64_t apart) {
     for (int i = 0; i < kExperts; ++i)
       x[pack][i] = load_all<kLanes>(static_cast<const T*>(call.params) + i * call.row_stride + q);
   }
-  int64_t segment = find_segment(call.bounds, call.segments, p);
+  int64_t segment = find_segment_in_warp<kLanes>(call, p);
   NF_UNROLL
   for (int pack = 0; pack < kCount; ++pack) {
     const int64_t q = p + pack * apart;
@@ -134,7 +157,7 @@ NF_DEVICE bool words_fit(const BlendCall& call, int64_t segment, int64_t p) {
 template <typename T, int kLanes, bool kRandom>
 NF_DEVICE void blend_many(const BlendCall& call, int64_t p, Loaded<T, kLanes>* stage, int stride) {
   using A = Accumulator<T>;
-  const int64_t segment = find_segment(call.bounds, call.segments, p);
+  const int64_t segment = find_segment_in_warp<kLanes>(call, p);
   if (!in_segment(call, segment, p, kLanes) || !words_fit<kLanes, kRandom>(call, segment, p))
     return blend_columns<kLanes, T, kRandom>(call, p);
   const T* params = static_cast<const T*>(call.params) + p;

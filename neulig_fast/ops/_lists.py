@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from ..tensor_lists import Group, TensorLists, list_faults, on_device
+from .._memory import large_pages
+from ..tensor_lists import Group, Target, TensorLists, list_faults, on_device
 
 # Elements of a chunk. On the CPU it is what a thread takes at a time. On CUDA it is a block's work:
 # 16 KiB of each tensor to blend, and more columns for a sum, whose reduction they pay for.
@@ -100,33 +101,47 @@ def _launch(
         run(w, table, starts, base, chunk, chunks, group.dtype, dtype)
 
 
-def write(backend: str, weights: Tensor, lists: TensorLists, outputs: Sequence[Tensor]) -> None:
-    """Blend into ``outputs``, T contiguous tensors: one launch per pair of dtypes."""
+def targets(lists: TensorLists, outputs: Sequence[Tensor]) -> list[Target]:
+    """How ``outputs``, T contiguous tensors, are written: one target per pair of dtypes."""
+    made = []
     for whole in lists.groups:
-        targets = [outputs[position] for position in whole.positions]
-        for group, some in whole.split([target.dtype for target in targets]):
-            addresses = torch.tensor([targets[i].data_ptr() for i in some], dtype=torch.int64)
-            starts = on_device(addresses, whole.device)
-            _launch(backend, group, weights, starts, 0, targets[some[0]].dtype)
+        mine = [outputs[position] for position in whole.positions]
+        for group, some in whole.split([output.dtype for output in mine]):
+            addresses = torch.tensor([mine[i].data_ptr() for i in some], dtype=torch.int64)
+            made.append(Target(group, on_device(addresses, whole.device), mine[some[0]].dtype))
+    return made
+
+
+def write(backend: str, weights: Tensor, into: Iterable[Target]) -> None:
+    """Blend into outputs, one launch per target."""
+    for target in into:
+        _launch(backend, target.group, weights, target.addresses, 0, target.dtype)
 
 
 def blended(
-    backend: str, weights: Tensor, lists: TensorLists, out_dtype: torch.dtype | None
+    backend: str,
+    weights: Tensor,
+    lists: TensorLists,
+    out_dtype: torch.dtype | None,
+    view: Callable[[Tensor, torch.Size], Tensor] = Tensor.view,
 ) -> list[Tensor]:
-    """The blended tensors, in one new buffer per dtype, made into tensors after the launches."""
+    """The blended tensors, in one new buffer per dtype, made into tensors after the launches.
+
+    ``view`` gives a run of elements its shape.
+    """
     launched = []
     for group in lists.groups:
         dtype = out_dtype or group.dtype
         layout = group.layout(dtype.itemsize)
-        buffer = torch.empty(sum(layout.pieces), dtype=dtype, device=group.device)
+        buffer = large_pages(torch.empty(layout.width, dtype=dtype, device=group.device))
         _launch(backend, group, weights, layout.starts, buffer.data_ptr(), dtype)
         launched.append((group, layout, buffer))
     results: list[Any] = [None] * lists.num_tensors
     for group, layout, buffer in launched:
         # "Unsafe": to autograd these are tensors of their own, which nothing ties to each other.
-        pieces = torch.unsafe_split_with_sizes(buffer, layout.pieces)[::2]
-        for position, piece in zip(group.positions, pieces, strict=True):
-            results[position] = torch.ops.aten._unsafe_view(piece, lists.shapes[position])
+        pieces = torch.unsafe_split_with_sizes(buffer, layout.pieces)
+        for position, kept in zip(group.positions, layout.kept, strict=True):
+            results[position] = view(pieces[kept], lists.shapes[position])
     return results
 
 

@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from ..tensor_lists import TensorLists, address_faults, as_lists, has_memory, list_faults, not_dense
+from ..tensor_lists import (
+    Target,
+    TensorLists,
+    address_faults,
+    as_lists,
+    has_memory,
+    list_faults,
+    not_dense,
+)
 from . import _lists
 from .blend_lists import OP, Experts, by_table, prepare, refuse_tangent
 
@@ -38,14 +46,15 @@ def blend_lists_(outputs: Outputs, weights: Tensor, experts: Experts) -> Outputs
     targets = _targets(outputs)
     found = [] if prepared else list_faults(lists)
     found += _lists.weight_faults(weights, lists) + _grad_faults(targets, weights)
-    known = (
-        prepared is not None and isinstance(outputs, TensorLists) and outputs in prepared.approved
-    )
-    if not known:
+    known = None
+    if prepared is not None and isinstance(outputs, TensorLists):
+        known = prepared.targets.get(outputs)
+    if known is None:
         found += _output_faults(targets, lists[0] if lists else ())
-    table = not found and by_table(weights, experts, lists) and has_memory(targets)
-    if table and not known:
-        found += _address_faults(targets, lists)
+    table = not found and by_table(weights, experts, lists)
+    if table and known is None:
+        table = has_memory(targets)
+        found += _address_faults(targets, lists) if table else []
     _checks.raise_all("blend_lists_", found)
     refuse_tangent(weights)
     if not table:
@@ -53,13 +62,17 @@ def blend_lists_(outputs: Outputs, weights: Tensor, experts: Experts) -> Outputs
         for target, result in zip(targets, OP(weights.detach(), flat, None), strict=True):
             target.copy_(result)
         return outputs
+    blended = prepared or prepare("blend_lists_", lists)
+    into = known or _lists.targets(blended, targets)
     if prepared is not None and isinstance(outputs, TensorLists):
-        prepared.approved.add(outputs)
-    _write(targets, weights.detach(), prepared or prepare("blend_lists_", lists))
+        prepared.targets[outputs] = into
+    _write(targets, weights.detach(), blended, into)
     return outputs
 
 
-def _write(targets: Sequence[Tensor], weights: Tensor, lists: TensorLists) -> None:
+def _write(
+    targets: Sequence[Tensor], weights: Tensor, lists: TensorLists, into: list[Target]
+) -> None:
     args = (weights, lists.flat, None)
     backend = OP.choose(weights.device.type, args)
     if backend == "torch":
@@ -69,7 +82,7 @@ def _write(targets: Sequence[Tensor], weights: Tensor, lists: TensorLists) -> No
                 if target.dtype == dtype:
                     target.copy_(result)
         return
-    _lists.write(backend, weights, lists, targets)
+    _lists.write(backend, weights, into)
     torch.autograd.graph.increment_version([x for x in targets if not x.is_inference()])
 
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks
+from .._memory import large_pages
 from .._registry import Op
 from . import _arena, _rounding, _scales, _sharded
 
@@ -216,7 +217,7 @@ def _prepare(
     out_dtype: torch.dtype | None = None,
     rounding_seed: int | None = None,
 ) -> tuple[Any, ...]:
-    out = blend_fake(weights, params, segments, out_dtype)
+    out = large_pages(blend_fake(weights, params, segments, out_dtype))
     return kernel_arguments(out, weights, params, segments, rounding_seed)
 
 

@@ -88,12 +88,14 @@ def refuse_tangent(weights: Tensor) -> None:
         raise NotImplementedError("blend_lists: no forward-mode derivative")
 
 
-def _blended(weights: Tensor, lists: TensorLists, out_dtype: torch.dtype | None) -> list[Tensor]:
+def _blended(
+    weights: Tensor, lists: TensorLists, out_dtype: torch.dtype | None, view: Any = Tensor.view
+) -> list[Tensor]:
     args = (weights.detach(), lists.flat, out_dtype)
     backend = OP.choose(weights.device.type, args)
     if backend == "torch":
         return blend_lists_reference(*args)
-    return _lists.blended(backend, args[0], lists, out_dtype)
+    return _lists.blended(backend, args[0], lists, out_dtype, view)
 
 
 class _BlendTables(torch.autograd.Function):
@@ -103,7 +105,8 @@ class _BlendTables(torch.autograd.Function):
     def forward(
         ctx: Any, weights: Tensor, lists: TensorLists, out_dtype: torch.dtype | None
     ) -> tuple[Tensor, ...]:
-        results = _blended(weights, lists, out_dtype)
+        # A view made in here could not be written to afterwards; one that is none to autograd can.
+        results = _blended(weights, lists, out_dtype, torch.ops.aten._unsafe_view)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(weights)
         ctx.lists, ctx.versions = lists, lists.versions()
@@ -164,7 +167,7 @@ def _run(backend: str) -> Any:
     ) -> list[Tensor]:
         lists = prepare("blend_lists", _lists.rows(experts, weights.shape[-1]))
         outputs = blend_lists_fake(weights, experts, out_dtype)
-        _lists.write(backend, weights, lists, outputs)
+        _lists.write(backend, weights, _lists.targets(lists, outputs))
         return outputs
 
     return run
