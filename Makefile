@@ -13,6 +13,9 @@ SOURCES := pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*/*)
 # A GPU machine often has no network but a Python with torch: use that one.
 GPU_PYTHON ?= $(shell $(PYTHON) -c 'import torch' 2>/dev/null && echo $(PYTHON) || echo $(PY))
 
+# Where pytest-xdist is installed, tests of a GPU machine share its many cores.
+GPU_WORKERS ?= $(shell $(GPU_PYTHON) -c 'import xdist' 2>/dev/null && echo -n 12 -p no:benchmark)
+
 .PHONY: demo test check fmt build aot test-gpu test-sanitize bench tables clean
 
 # Waiting OpenMP threads sleep: where another program keeps a core busy, spinning ones stall it all.
@@ -21,7 +24,7 @@ demo: $(INSTALLED)
 	$(VENV)/bin/neulig-fast demo
 
 test: $(INSTALLED)
-	$(PY) -m pytest
+	$(PY) -m pytest -n auto
 
 check: $(INSTALLED)
 	$(PY) -m ruff check .
@@ -42,9 +45,10 @@ aot: $(INSTALLED)
 
 test-gpu:
 	$(GPU_PYTHON) setup.py build_ext --inplace
-	$(GPU_PYTHON) -m pytest tests/test_house.py tests/test_blend.py tests/test_blend_weight_grad.py \
-	    tests/test_blend_telemetry.py \
-	    tests/test_offset_gram.py tests/test_kernels.py
+	$(GPU_PYTHON) -m pytest $(GPU_WORKERS) -k "cuda or kernels" tests/test_house.py tests/test_kernels.py \
+	    tests/test_blend.py tests/test_blend_storage.py tests/test_blend_weight_grad.py \
+	    tests/test_blend_lists.py tests/test_blend_lists_weight_grad.py tests/test_blend_telemetry.py \
+	    tests/test_offset_gram.py
 
 test-sanitize: $(INSTALLED)
 	PYTHON=$(PY) tools/sanitize.sh

@@ -35,6 +35,7 @@ def main() -> int:
     parser.add_argument("--arch", type=int, nargs="*", default=ARCHS, help="80 90 100")
     parser.add_argument("--only", choices=("triton", "nvcc"))
     parser.add_argument("--dtype", nargs="*", default=aot_triton.DTYPES, help="of Triton kernels")
+    parser.add_argument("--few", action="store_true", help="two cases of each Triton kernel")
     options = parser.parse_args()
     os.environ.pop("TRITON_INTERPRET", None)  # an interpreted kernel cannot be compiled
     print(HEADER)
@@ -45,7 +46,7 @@ def main() -> int:
             print(f"skipped: {name} kernels" + (f" ({missing})" if missing else ""))
             continue
         for arch in options.arch:
-            kernels = tool.compile_all(arch, options.dtype)
+            kernels = tool.compile_all(arch, options.dtype, options.few)
             compiled += len(kernels)
             faults += report(kernels)
         for complaint in tool.complaints():

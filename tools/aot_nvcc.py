@@ -31,7 +31,7 @@ def complaints() -> list[str]:
     return []
 
 
-def compile_all(arch: int, _dtypes: Sequence[str]) -> list[CompiledKernel]:
+def compile_all(arch: int, _dtypes: Sequence[str], _few: bool = False) -> list[CompiledKernel]:
     """The kernels of every .cu file; a file that does not compile raises with nvcc's words."""
     sources = sorted((ROOT / "csrc/cuda").glob("*.cu"))
     return [kernel for source in sources for kernel in compile_file(source, arch)]

@@ -24,6 +24,8 @@ MAIN = [(2, 1, 302, P), (3, 4, 302, P), (5, 1, 1, P), (8, 1, 302, P), (8, 4, 302
 OTHERS = [(12, 4, 302, P), (17, 1, 302, P), (64, 1, 302, P), (16, 4, 302, P), (64, 4, 302, P)]
 OTHERS += [(5, 1, 302, P + 1), (8, 4, 302, P + 8)]
 
+FEW = [MAIN[2], MAIN[4]]
+
 # blend from and to other types, and stochastically: params, out, seed.
 CONVERSIONS = [
     ("float8_e4m3fn", "bfloat16", None), ("float8_e5m2", "float8_e5m2", None),
@@ -154,8 +156,8 @@ CALLS = {
 }
 
 
-def compile_all(arch: int, dtypes: Sequence[str]) -> list[CompiledKernel]:
-    """Every launch of every kernel file for one architecture."""
+def compile_all(arch: int, dtypes: Sequence[str], few: bool = False) -> list[CompiledKernel]:
+    """Every launch of every kernel file for one architecture; ``few``: of two cases only."""
     from triton.runtime import driver
 
     driver.set_active(NoDevice(arch))
@@ -164,10 +166,11 @@ def compile_all(arch: int, dtypes: Sequence[str]) -> list[CompiledKernel]:
         kernel
         for name, module in modules.items()
         if name in CALLS
-        for dtype, case in itertools.product(dtypes, MAIN + OTHERS)
+        for dtype, case in itertools.product(dtypes, FEW if few else MAIN + OTHERS)
         for kernel in compile_case(name, module, dtype, case, arch)
     ]
-    for (dtype, out, seed), case in itertools.product(CONVERSIONS, (MAIN[0], MAIN[-1], OTHERS[0])):
+    cases = MAIN[:1] if few else (MAIN[0], MAIN[-1], OTHERS[0])
+    for (dtype, out, seed), case in itertools.product(CONVERSIONS, cases):
         conversion = getattr(torch, out), seed
         kernels += compile_case("blend", modules["blend"], dtype, case, arch, *conversion)
     return kernels

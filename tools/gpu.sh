@@ -25,11 +25,11 @@ step "backends" "$python" -c "import neulig_fast; neulig_fast.show_backends()"
 step "tests" make --no-print-directory test-gpu PYTHON="$python"
 if command -v compute-sanitizer >/dev/null; then
     step "compute-sanitizer" compute-sanitizer --error-exitcode 9 --tool memcheck \
-        "$python" -m pytest -q tests/test_blend.py tests/test_blend_weight_grad.py \
-        -k "cuda and (one_hot or unit_vectors or segments or strided) and not 31"
+        "$python" -m pytest -q tests/test_house.py -k "tolerance_rule and cuda-cuda"
 fi
-for op in machine blend blend_weight_grad; do
-    step "benchmark $op" "$python" -m "neulig_fast.benchmarks.bench_$op" --device cuda
+for path in benchmarks/bench_*.py; do
+    name=$(basename "$path" .py)
+    step "$name" "$python" -m "neulig_fast.benchmarks.$name" --device cuda
 done
 if [ $# -gt 0 ]; then
     mkdir -p "$1" && cp benchmarks/results/*/*.csv "$1"
