@@ -35,7 +35,11 @@ def main() -> int:
     parser.add_argument("--arch", type=int, nargs="*", default=ARCHS, help="80 90 100")
     parser.add_argument("--only", choices=("triton", "nvcc"))
     parser.add_argument("--dtype", nargs="*", default=aot_triton.DTYPES, help="of Triton kernels")
-    parser.add_argument("--few", action="store_true", help="two cases of each Triton kernel")
+    parser.add_argument(
+        "--few",
+        action="store_true",
+        help="two cases of each Triton kernel; the built extension as it is",
+    )
     options = parser.parse_args()
     os.environ.pop("TRITON_INTERPRET", None)  # an interpreted kernel cannot be compiled
     print(HEADER)

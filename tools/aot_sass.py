@@ -74,9 +74,10 @@ def find_cuobjdump() -> str | None:
     return found or (str(bundled) if bundled and bundled.exists() else None)
 
 
-def dump(cubin: Path) -> str:
-    """Resource usage, then machine code."""
-    command = [find_cuobjdump() or "cuobjdump", "-res-usage", "-sass", str(cubin)]
+def dump(binary: Path, arch: int | None = None) -> str:
+    """Resource usage, then machine code: of a cubin, or of one architecture in a library."""
+    choice = [] if arch is None else ["-arch", f"sm_{arch}"]
+    command = [find_cuobjdump() or "cuobjdump", *choice, "-res-usage", "-sass", str(binary)]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
@@ -89,9 +90,9 @@ def accesses(sass: str, instruction: str) -> dict[int, int]:
     return dict(found)
 
 
-def inspect(cubin: Path, arch: int) -> list[CompiledKernel]:
-    """Every kernel in a cubin, under its mangled name."""
-    text = dump(cubin)
+def inspect(binary: Path, arch: int) -> list[CompiledKernel]:
+    """Every kernel in a cubin, or for ``arch`` in a library, under its mangled name."""
+    text = dump(binary, None if binary.suffix == ".cubin" else arch)
     usage = dict(re.findall(r"Function (\S+):\s*\n\s*(REG:.*)", text))
     parts = re.split(r"^\s*Function : (\S+)", text, flags=re.MULTILINE)
     kernels = []
