@@ -18,7 +18,7 @@ import torch
 import neulig_fast as nf
 from neulig_fast import testing
 from neulig_fast._registry import OPS
-from neulig_fast.ops import _sharded, _sharded_lists
+from neulig_fast.ops import _sharded
 
 RANKS = 2
 CHECKS = {}
@@ -214,15 +214,6 @@ def a_layout_gives_any_tensor_its_place_back():
         assert torch.equal(back.full_tensor(), 2 * tensor.full_tensor())
 
 
-def loop(weights, lists):
-    """The list form in plain PyTorch."""
-    rows = weights if weights.ndim == 2 else weights.expand(len(lists[0]), -1)
-    return [
-        sum(w * x for w, x in zip(row, tensors, strict=True))
-        for row, tensors in zip(rows, zip(*lists, strict=True), strict=True)
-    ]
-
-
 @check
 def lists_are_blended_where_they_lie():
     shapes, dims = ((5, 3), (4,), (2, 7), ()), (0, 0, 1, None)
@@ -233,8 +224,8 @@ def lists_are_blended_where_they_lie():
 
     cut = [[place(x, dim) for x, dim in zip(xs, dims, strict=True)] for xs in lists]
     for shape in ((3,), (4, 3)):
-        weights = draw(*shape, dtype=torch.float64).requires_grad_()
-        got, expected = _sharded_lists.blend_lists(loop, weights, cut), loop(weights, lists)
+        weights = draw(*shape).requires_grad_()
+        got, expected = nf.blend_lists(weights, cut), nf.blend_lists(weights, lists)
         for blended, tensor, whole in zip(got, cut[0], expected, strict=True):
             assert blended.placements == tensor.placements
             assert torch.equal(blended.full_tensor(), whole)
@@ -242,6 +233,10 @@ def lists_are_blended_where_they_lie():
         (exact,) = torch.autograd.grad(sum(x.square().sum() for x in expected), weights)
         torch.testing.assert_close(grad, exact)
         same_on_all_ranks(grad)
+        into = [place(torch.zeros(s), dim) for s, dim in zip(shapes, dims, strict=True)]
+        assert nf.blend_lists_(into, weights.detach(), cut) is into
+        for tensor, whole in zip(into, expected, strict=True):
+            assert torch.equal(tensor.full_tensor(), whole)
 
 
 @check
@@ -250,10 +245,11 @@ def lists_that_lie_apart_are_refused():
 
     rows, columns = placed(draw(4, 2), "Shard", 0), placed(draw(4, 2), "Shard", 1)
     parts = dt.DTensor.from_local(draw(4, 2), mesh(), [dt.Partial()])
-    run = _sharded_lists.blend_lists
-    refused("expert 1, position 0: placed as .*dim=1", run, loop, draw(2), [[rows], [columns]])
-    refused("as a plain tensor, expert 0 as", run, loop, draw(2), [[rows], [draw(4, 2)]])
-    refused("position 0: sums not yet reduced", run, loop, draw(2), [[parts], [parts]])
+    run, into = nf.blend_lists, nf.blend_lists_
+    refused("expert 1, position 0: placed as .*dim=1", run, draw(2), [[rows], [columns]])
+    refused("as a plain tensor, expert 0 as", run, draw(2), [[rows], [draw(4, 2)]])
+    refused("position 0: sums not yet reduced", run, draw(2), [[parts], [parts]])
+    refused("placed as", into, [draw(4, 2)], draw(2), [[rows], [rows]])
 
 
 def same_on_all_ranks(tensor):

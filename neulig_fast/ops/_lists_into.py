@@ -18,7 +18,7 @@ from ..tensor_lists import (
     list_faults,
     not_dense,
 )
-from . import _lists
+from . import _lists, _sharded_lists
 from .blend_lists import OP, Experts, by_table, prepare, refuse_tangent
 
 Outputs = Sequence[Tensor] | TensorLists
@@ -51,6 +51,10 @@ def blend_lists_(outputs: Outputs, weights: Tensor, experts: Experts) -> Outputs
         known = prepared.targets.get(outputs)
     if known is None:
         found += _output_faults(targets, lists[0] if lists else ())
+    if not found and prepared is None and _sharded_lists.any_dtensor((targets, *lists)):
+        weights, (mine, *theirs) = _sharded_lists.shards("blend_lists_", weights, targets, *lists)
+        blend_lists_(mine, weights, theirs)
+        return outputs
     table = not found and by_table(weights, experts, lists)
     if table and known is None:
         table = has_memory(targets)

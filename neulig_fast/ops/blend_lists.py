@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 from .. import _autograd, _checks
 from .._registry import Op
 from ..tensor_lists import TensorLists, address_faults, as_lists, has_memory, list_faults
-from . import _arena, _lists
+from . import _arena, _lists, _sharded_lists
 from .blend_lists_weight_grad import OP as WEIGHT_GRAD
 
 Experts = TensorLists | Iterable[Iterable[Tensor]]
@@ -44,9 +44,10 @@ def blend_lists(
         out_dtype: of the results; None: each position's own.
 
     Returns:
-        T tensors with the shapes of the positions. They share one new buffer per dtype, which
-        lives as long as one of them. Differentiable in ``weights``; to the experts' tensors, which
-        may well be parameters of modules, no gradient flows.
+        T tensors with the shapes of the positions, DTensors where the experts' are. Plain ones
+        share one new buffer per dtype, which lives as long as one of them. Differentiable in
+        ``weights``; to the experts' tensors, which may well be parameters of modules, no gradient
+        flows.
 
     Raises:
         ValueError: shapes, dtypes, devices or layouts that do not fit, all of them listed.
@@ -58,6 +59,8 @@ def blend_lists(
         _checks.raise_all("blend_lists", list_faults(lists))
     found = _lists.weight_faults(weights, lists) + _out_dtype_faults(out_dtype)
     _checks.raise_all("blend_lists", found)
+    if not isinstance(experts, TensorLists) and _sharded_lists.any_dtensor(lists):
+        return _sharded_lists.blend_lists(blend_lists, weights, lists, out_dtype)
     if not by_table(weights, experts, lists):
         flat = [tensor.detach() for tensors in lists for tensor in tensors]
         return list(OP(weights, flat, out_dtype))
