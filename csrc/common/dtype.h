@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #include "common/cpu_level.h"
 #include "common/formats.h"
@@ -55,9 +56,17 @@ NF_INLINE Vec<double, kLanes> load(const double* p) {
   return load_bits<Vec<double, kLanes>>(p);
 }
 
+// Lane by lane: gcc 12 makes one instruction of it, and several of __builtin_convertvector.
+template <typename E, int... kLane>
+NF_INLINE Vec<uint32_t, sizeof...(kLane)> load_words(const void* p,
+                                                     std::integer_sequence<int, kLane...>) {
+  const auto v = load_bits<Vec<E, sizeof...(kLane)>>(p);
+  return Vec<uint32_t, sizeof...(kLane)>{uint32_t{v[kLane]}...};
+}
+
 template <int kLanes>
 NF_INLINE Vec<uint32_t, kLanes> load_u16(const void* p) {
-  return __builtin_convertvector((load_bits<Vec<uint16_t, kLanes>>(p)), Vec<uint32_t, kLanes>);
+  return load_words<uint16_t>(p, std::make_integer_sequence<int, kLanes>());
 }
 
 template <int kLanes>
@@ -87,7 +96,7 @@ NF_INLINE Vec<float, kLanes> load(const Half* p) {
 
 template <int kLanes>
 NF_INLINE Vec<uint32_t, kLanes> load_u8(const void* p) {
-  return __builtin_convertvector((load_bits<Vec<uint8_t, kLanes>>(p)), Vec<uint32_t, kLanes>);
+  return load_words<uint8_t>(p, std::make_integer_sequence<int, kLanes>());
 }
 
 // The upper byte of an fp16.

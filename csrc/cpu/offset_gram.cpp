@@ -3,10 +3,11 @@
 //
 // params (N, P), any row stride, column stride 1, fp32 | bf16 | fp16 | fp64; segments (S + 1,)
 // boundaries; sums (S, N) and gram (S, N, N) contiguous fp64.
-// Per tile of columns, kept in the L1 cache: first the differences d_i = theta_i - theta_0, i >= 1,
-// rounded to the accumulation type, fp32 (fp64 for fp64); then their products, four rows at a time
-// against four or two, so that all accumulators are registers. The totals over a segment are
-// centred last (common/offsets.h). Each expert is read once from memory, however many there are.
+// Per tile of columns, kept in the L1 cache, while the next one comes from memory: the differences
+// d_i = theta_i - theta_0, i >= 1, rounded to the accumulation type, fp32 (fp64 for fp64), and the
+// products of four rows at a time with each other; then those of four rows with two of another
+// four. The totals over a segment are centred last (common/offsets.h).
+// Each expert is read once from memory, however many there are.
 // Sums in a fixed order: blocks of 4096 columns counted from the segment's start; in each, 16 lanes
 // (column modulo 16) summed in the accumulation type, multiplied then added; blocks are added lane
 // by lane, then lanes and items of 16 blocks, each in order, in fp64. The bits do not depend on
@@ -46,20 +47,23 @@ std::vector<Item> cut_items(const Segments& segments) {
   return items;
 }
 
-// What one item is computed in. rows = N - 1; totals as in common/offsets.h.
+// What one item is computed in. Rows are experts 1 to N - 1, counted from 0; totals as in
+// common/offsets.h.
 template <typename T>
 class Accumulation {
   using A = Acc<T>;
 
  public:
-  Accumulation(const T* params, int64_t row_stride, int64_t rows, const Kernels<T>& kernels)
+  Accumulation(const T* params, int64_t row_stride, const BlendShape& shape,
+               const Kernels<T>& kernels)
       : params_(params),
         stride_(row_stride),
-        rows_(rows),
+        columns_(shape.columns),
+        rows_(shape.experts - 1),
         kernels_(kernels),
-        tile_(rows * kTileSteps),
-        block_(count_totals(rows + 1)),
-        totals_(count_totals(rows + 1)) {}
+        tile_(rows_ * kTileSteps),
+        block_(count_totals(shape.experts)),
+        totals_(count_totals(shape.experts)) {}
 
   // totals (entries,), over all columns of an item.
   void run(const Item& item, double* totals) {
@@ -77,61 +81,64 @@ class Accumulation {
     std::fill(block_.begin(), block_.end(), Lanes<A>{});
     for (int64_t p = begin; p < end; p += kTile) {
       const int64_t columns = std::min(kTile, end - p);
-      subtract_tile(p, columns, p + 2 * kTile <= end ? kTile : 0);
-      multiply_tile((columns + kLaneCount - 1) / kLaneCount);
+      add_triangles(p, columns);
+      add_rectangles((columns + kLaneCount - 1) / kLaneCount);
     }
     for (size_t entry = 0; entry < block_.size(); ++entry)
       for (int lane = 0; lane < kLaneCount; ++lane)
         totals_[entry].lane[lane] += block_[entry].lane[lane];
   }
 
-  void subtract_tile(int64_t begin, int64_t columns, int64_t ahead) {
-    const int64_t steps = columns / kLaneCount, rest = begin + steps * kLaneCount;
-    const int64_t end = begin + columns;
+  // Each group of rows with itself; its differences are kept if there are other groups.
+  void add_triangles(int64_t begin, int64_t columns) {
+    const int64_t steps = columns / kLaneCount, rest = columns % kLaneCount;
+    const int64_t ahead = begin + 2 * kTile <= columns_ ? kTile : 0;
     for (int64_t i = 0; i < rows_; i += kGroup) {
       const int64_t count = std::min<int64_t>(kGroup, rows_ - i);
-      const T* x = params_ + (i + 1) * stride_;
-      Lanes<A>* tile = tile_.data() + i * kTileSteps;
-      Lanes<A>* sums = block_.data() + i;
-      if (steps > 0)
-        kernels_.subtract[count - 1](
-            {params_ + begin, x + begin, stride_, tile, sums, steps, ahead});
-      if (rest < end) part_of_step(x + rest, params_ + rest, count, end - rest, tile + steps, sums);
+      const auto kernel = kernels_.triangle[rows_ > kGroup][count - 1];
+      const T* x = params_ + (i + 1) * stride_ + begin;
+      Triangle<T> t{params_ + begin, x, stride_, steps, ahead, row(i), &block_[i], {}};
+      for (int64_t b = 0; b < count; ++b)
+        for (int64_t a = 0; a <= b; ++a) t.products[a][b] = product(i + a, i + b);
+      if (steps > 0) kernel(t);
+      if (rest > 0) part_of_step(t, kernel, count, rest);
     }
   }
 
-  // Fewer columns than a step: the same kernel on zero-padded copies.
-  void part_of_step(const T* x, const T* first, int64_t count, int64_t columns, Lanes<A>* tile,
-                    Lanes<A>* sums) {
+  // The columns after whole steps, fewer than one: the same kernel on zero-padded copies.
+  void part_of_step(Triangle<T> t, KernelFn<Triangle<T>> kernel, int64_t count, int64_t columns) {
+    const int64_t done = t.steps * kLaneCount;
     alignas(64) T padded[kGroup + 1][kLaneCount] = {};
-    std::memcpy(padded[0], first, columns * sizeof(T));
+    std::memcpy(padded[0], t.first + done, columns * sizeof(T));
     for (int64_t i = 0; i < count; ++i)
-      std::memcpy(padded[i + 1], x + i * stride_, columns * sizeof(T));
-    kernels_.subtract[count - 1]({padded[0], padded[1], kLaneCount, tile, sums, 1, 0});
+      std::memcpy(padded[i + 1], t.x + i * stride_ + done, columns * sizeof(T));
+    t.first = padded[0], t.x = padded[1], t.stride = kLaneCount, t.tile += t.steps;
+    t.steps = 1, t.ahead = 0;
+    kernel(t);
   }
 
-  void multiply_tile(int64_t steps) {
-    for (int64_t i = 0; i < rows_; i += kGroup) {
-      const int64_t count = std::min<int64_t>(kGroup, rows_ - i);
-      kernels_.triangle[count - 1](pairs(i, i, count, count, steps));
-      for (int64_t j = i + kGroup; j < rows_; j += 2) {
-        const int64_t others = std::min<int64_t>(2, rows_ - j);
-        kernels_.rectangle[others - 1](pairs(i, j, count, others, steps));
+  // Each group of rows with all rows after it.
+  void add_rectangles(int64_t steps) {
+    for (int64_t i = 0; i + kGroup < rows_; i += kGroup)
+      for (int64_t j = i + kGroup; j < rows_; j += kOthers) {
+        const int64_t others = std::min<int64_t>(kOthers, rows_ - j);
+        Rectangle<A> r{row(i), row(j), steps, {}};
+        for (int64_t a = 0; a < kGroup; ++a)
+          for (int64_t b = 0; b < others; ++b) r.products[a][b] = product(i + a, j + b);
+        kernels_.rectangle[others - 1](r);
       }
-    }
   }
 
-  Multiply<A> pairs(int64_t first, int64_t other, int64_t rows, int64_t others, int64_t steps) {
-    Multiply<A> m{tile_.data() + first * kTileSteps, tile_.data() + other * kTileSteps, {}, steps};
-    for (int64_t i = 0; i < rows; ++i)
-      for (int64_t j = 0; j < others; ++j)
-        if (first + i <= other + j)
-          m.products[i][j] = block_.data() + product_index(rows_ + 1, first + i + 1, other + j + 1);
-    return m;
+  Lanes<A>* row(int64_t i) {
+    return tile_.data() + i * kTileSteps;
+  }
+
+  Lanes<A>* product(int64_t i, int64_t j) {
+    return &block_[product_index(rows_ + 1, i + 1, j + 1)];
   }
 
   const T* params_;
-  int64_t stride_, rows_;
+  int64_t stride_, columns_, rows_;
   const Kernels<T>& kernels_;
   std::vector<Lanes<A>> tile_;
   std::vector<Lanes<A>> block_;
@@ -154,12 +161,12 @@ template <typename T>
 void run(const Tensor& params, const Segments& segments, const BlendShape& shape, double* sums,
          double* gram) {
   static const Kernels<T> kernels(cpu_level());
-  const int64_t rows = shape.experts - 1, entries = count_totals(rows + 1), n = shape.experts;
+  const int64_t n = shape.experts, entries = count_totals(n);
   const std::vector<Item> items = cut_items(segments);
   std::vector<double> parts(items.size() * entries), totals(segments.count * entries, 0.0);
-  for_each_item(items.size(), rows * shape.columns, [&](int64_t i) {
+  for_each_item(items.size(), n * shape.columns, [&](int64_t i) {
     Accumulation<T> accumulation(static_cast<const T*>(params.const_data_ptr()), params.stride(0),
-                                 rows, kernels);
+                                 shape, kernels);
     accumulation.run(items[i], parts.data() + i * entries);
   });
   for (size_t i = 0; i < items.size(); ++i)
