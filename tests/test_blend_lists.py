@@ -202,7 +202,17 @@ def test_results_are_tensors_of_their_own():
     first, second = neulig_fast.blend_lists(normal(2), make_lists(2, [(3,), (4,)])[0])
     before, version = second.clone(), second._version
     first.fill_(9.0)
-    assert torch.equal(second, before) and second._version == version and first._base is None
+    assert torch.equal(second, before) and second._version == version
+
+
+def test_results_with_a_gradient_can_be_written_to():
+    lists = make_lists(2, [(3,), (4,)])[0]
+    weights = normal(2).requires_grad_()
+    first, second = neulig_fast.blend_lists(weights, lists)
+    first.mul_(2.0)
+    (got,) = torch.autograd.grad(first.sum() + second.sum(), weights)
+    expected = torch.stack([2 * a.sum() + b.sum() for a, b in lists])
+    torch.testing.assert_close(got, expected)
 
 
 @needs_native
