@@ -109,7 +109,8 @@ def ours(
 ) -> list[Provider]:
     """``run`` with every backend of ``op`` that is able here; the reason for every other one.
 
-    ``needs``: bytes of the result; ``reference_needs``: what the reference takes on top of it.
+    ``needs``: bytes of the result; ``reference_needs``: what the reference takes on top of it,
+    counted twice on a CPU: blocks of several sizes take up to that much of glibc's heap.
     """
     found = []
     for backend in BACKENDS:
@@ -118,7 +119,7 @@ def ours(
             continue  # its interpreter is for tests; nobody runs it
         if reason is None:
             call = neulig_fast.use_backend(backend)(run)
-            more = reference_needs if backend == "torch" else 0
+            more = reference_needs * (1 + (device == "cpu")) if backend == "torch" else 0
             found.append(Provider(f"neulig_fast/{backend}", call, side="ours", needs=needs + more))
         elif backend in op.impls and not reason.startswith("for "):
             say(f"{op.name}: no {backend} backend on {device}: {reason}")
@@ -193,6 +194,7 @@ def _times(
     able = [provider for provider in case.providers if _able(case, provider)]
     for provider in able:
         advance(f"{case}: {provider.name}")
+        clock.make_room(provider.needs)
         checks[provider.name] = _checked(case, provider)
         if not checks[provider.name][0].startswith("failed"):
             first[provider.name] = clock(provider.run).ms
@@ -211,6 +213,8 @@ def _times(
         advance(f"{case}: round {k + 1} of {rounds}")
         for provider in able:
             if k < SLOW_ROUNDS or provider.name not in brief:
+                clock.make_room(provider.needs, first)
+                clock.warm(provider.name, provider.run)
                 times[provider.name].append(clock(provider.run).per(provider.steps))
     return checks, times
 
@@ -287,14 +291,9 @@ def main(name: str, cases: Callable[[str, bool], Iterator[Case]]) -> None:
         rows = files.setdefault(path, [])
         keep = rows.extend
         if options.out or not options.quick:
-            keep = functools.partial(_append, path, rows)
+            keep = functools.partial(report.append, path, rows)
         run(cases(device, options.quick), Selection(quick=options.quick), keep)
         keep([])  # a file, also where there was no case
     failures = [row for rows in files.values() for row in rows if report.is_failure_of_ours(row)]
     if failures:
         sys.exit("\n".join(f"{row['provider']}: {row['check']}" for row in failures))
-
-
-def _append(path: Path, rows: list[Row], new: list[Row]) -> None:
-    rows.extend(new)
-    report.write(path, rows)

@@ -95,15 +95,22 @@ def identity(device: str) -> dict[str, str]:
 def memory(device: str) -> int:
     """Bytes a case may use: three quarters of what is free when this is first asked.
 
-    The rest is for what malloc cannot reuse between cases of different size.
+    The rest is for what malloc cannot reuse.
     """
+    return _free(device) * 3 // 4
+
+
+def _free(device: str) -> int:
     if device == "cuda":
-        free = torch.cuda.mem_get_info()[0]
-    else:
-        path = Path("/proc/meminfo")
-        found = re.search(r"MemAvailable:\s*(\d+)", path.read_text() if path.is_file() else "")
-        free = int(found[1]) * 1024 if found else 8 * 2**30
-    return free * 3 // 4
+        return torch.cuda.mem_get_info()[0]
+    path = Path("/proc/meminfo")
+    found = re.search(r"MemAvailable:\s*(\d+)", path.read_text() if path.is_file() else "")
+    return int(found[1]) * 1024 if found else 8 * 2**30
+
+
+def has_room(needs: int) -> bool:
+    """Whether a call on the CPU can take ``needs`` bytes and leave a quarter of the memory free."""
+    return _free("cpu") - needs >= memory("cpu") // 3
 
 
 @functools.cache

@@ -152,6 +152,12 @@ def write(path: Path, rows: Iterable[Row]) -> None:
         writer.writerows(rows)
 
 
+def append(path: Path, rows: list[Row], new: list[Row]) -> None:
+    """Add ``new`` to ``rows`` and write them all."""
+    rows.extend(new)
+    write(path, rows)
+
+
 def read(path: Path) -> list[Row]:
     """The rows of one file, all values as text; "" for columns that the file is too old to have."""
     with path.open(newline="") as file:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import functools
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
+
+from neulig_fast._experts import return_freed_memory
 
 from . import machine
 
@@ -27,11 +29,29 @@ class Time(NamedTuple):
 
 
 class Clock:
-    """Times one call from a cold cache."""
+    """Times one call from a cold cache and, on a CPU, with warm memory."""
 
     def __init__(self, device: str) -> None:
         self.device = device
         self.other = torch.ones(2 * machine.cache_bytes(device) // 4, device=device)
+        self._cold: set[str] = set()
+
+    def make_room(self, needs: int, others: Iterable[str] = ()) -> None:
+        """Give freed memory back when a call that takes ``needs`` bytes may not find enough.
+
+        An aligned block rarely fits into the hole that one of its size left, so that glibc's heap
+        may grow with every call of the same function, to several times its needs. ``others`` then
+        find cold memory and are called once more before they are timed.
+        """
+        if self.device == "cpu" and not machine.has_room(needs):
+            return_freed_memory()
+            self._cold = set(others)
+
+    def warm(self, name: str, run: Callable[[], Any]) -> None:
+        """Call it untimed if memory was given back since its last call."""
+        if name in self._cold:
+            self._cold.remove(name)
+            run()
 
     def __call__(self, run: Callable[[], Any]) -> Time:
         if self.device == "cuda":

@@ -342,6 +342,19 @@ def test_a_gpu_waits_until_a_call_is_queued(monkeypatch):
     assert taken.per(2) == (5.0, taken.host_us / 2)
 
 
+def test_memory_is_given_back_before_it_runs_out_and_warmed_again(monkeypatch):
+    log, room = [], iter([True, True, True, True, True, False, *[True] * 20])
+    monkeypatch.setattr(machine, "has_room", lambda needs: next(room))
+    monkeypatch.setattr(timing, "return_freed_memory", lambda: log.append("-"))
+
+    def provider(name):
+        return Provider(name, lambda: (log.append(name), torch.ones(3))[1])
+
+    harness.measure(case(provider("A"), provider("B"), provider("C")), quick=True)
+    # Checked and called; then three rounds. Memory is given back before C is timed in the first.
+    assert "".join(log) == "AABBCC" + "AB-CC" + "AABBC" + "ABC"
+
+
 # -- what a call costs beside its time ------------------------------------------------------------
 
 
