@@ -71,8 +71,8 @@ def config(
     registers = 2 if dtype == torch.float64 else 1  # per value
     if op == "blend":
         return _blend(dtype.itemsize, registers, experts, outputs, seeded)
-    if op == "blend_lists":
-        return _blend(dtype.itemsize, registers, experts, 1, seeded)
+    if op == "blend_lists":  # as blend, but 16 columns a thread of more than 5 experts would spill
+        return _blend(dtype.itemsize if experts <= 5 else 4, registers, experts, 1, False)
     if op == "blend_lists_weight_grad":
         return Config(block=1024 // registers, num_warps=4, held=min(experts, 4))
     if op == "blend_weight_grad":
