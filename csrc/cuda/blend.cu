@@ -11,6 +11,7 @@
 // and kept in shared memory, each thread its own columns, if there is more than one output.
 // Kernels are compiled per type of params; theta's is chosen at each store, by all threads alike.
 #include "cuda/blend.h"
+#include "cuda/dispatch.h"
 #include "cuda/pieces.h"
 #include "cuda/store.h"
 
@@ -270,17 +271,8 @@ void launch(const BlendCall& call, cudaStream_t stream) {
 }  // namespace
 
 const char* launch_blend(Element element, const BlendCall& call, void* stream) {
-  const auto on = static_cast<cudaStream_t>(stream);
-  switch (element) {
-    case Element::kFloat: launch<float>(call, on); break;
-    case Element::kDouble: launch<double>(call, on); break;
-    case Element::kBFloat16: launch<__nv_bfloat16>(call, on); break;
-    case Element::kHalf: launch<__half>(call, on); break;
-    case Element::kFloat8E4M3: launch<Float8E4M3>(call, on); break;
-    case Element::kFloat8E5M2: launch<Float8E5M2>(call, on); break;
-  }
-  const cudaError_t error = cudaGetLastError();
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  return launch_for<float, double, __nv_bfloat16, __half, Float8E4M3, Float8E5M2>(
+      element, [&](auto zero) { launch<decltype(zero)>(call, static_cast<cudaStream_t>(stream)); });
 }
 #endif
 

@@ -10,6 +10,7 @@
 // of 16, a thread takes packs of 16 bytes of each expert, else single columns. Up to 8 experts are
 // loaded together, and two packs each of few experts in a 2-byte type; beyond, by eights.
 #include "cuda/blend_lists.h"
+#include "cuda/dispatch.h"
 #include "cuda/list_chunks.h"
 
 namespace neulig_fast {
@@ -174,16 +175,8 @@ void launch(const BlendListsCall& call, cudaStream_t stream) {
 }  // namespace
 
 const char* launch_blend_lists(Element element, const BlendListsCall& call, void* stream) {
-  const auto on = static_cast<cudaStream_t>(stream);
-  switch (element) {
-    case Element::kFloat: launch<float>(call, on); break;
-    case Element::kDouble: launch<double>(call, on); break;
-    case Element::kBFloat16: launch<__nv_bfloat16>(call, on); break;
-    case Element::kHalf: launch<__half>(call, on); break;
-    default: break;  // no fp8: the caller has refused it
-  }
-  const cudaError_t error = cudaGetLastError();
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  return launch_for<float, double, __nv_bfloat16, __half>(
+      element, [&](auto zero) { launch<decltype(zero)>(call, static_cast<cudaStream_t>(stream)); });
 }
 #endif
 

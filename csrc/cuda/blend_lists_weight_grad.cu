@@ -7,6 +7,7 @@
 // stage adds the chunks of a tensor, or all of them, in fp64. The bits depend on the input alone.
 // Bytes: (N + 1) values read per element; beyond 8 experts the gradient again for every 8 more.
 #include "cuda/blend_lists_weight_grad.h"
+#include "cuda/dispatch.h"
 #include "cuda/list_chunks.h"
 #include "cuda/reduce.h"
 
@@ -147,16 +148,8 @@ void launch(const BlendListsWeightGradCall& call, cudaStream_t stream) {
 
 const char* launch_blend_lists_weight_grad(Element element, const BlendListsWeightGradCall& call,
                                            void* stream) {
-  const auto on = static_cast<cudaStream_t>(stream);
-  switch (element) {
-    case Element::kFloat: launch<float>(call, on); break;
-    case Element::kDouble: launch<double>(call, on); break;
-    case Element::kBFloat16: launch<__nv_bfloat16>(call, on); break;
-    case Element::kHalf: launch<__half>(call, on); break;
-    default: break;  // no fp8: the caller has refused it
-  }
-  const cudaError_t error = cudaGetLastError();
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  return launch_for<float, double, __nv_bfloat16, __half>(
+      element, [&](auto zero) { launch<decltype(zero)>(call, static_cast<cudaStream_t>(stream)); });
 }
 #endif
 

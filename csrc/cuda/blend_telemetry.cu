@@ -13,6 +13,7 @@
 // blend_weight_grad.cu: a block of threads per piece of columns, each thread adding its own columns
 // in shared memory; then a block of threads per total adds the partial sums of its segment.
 #include "cuda/blend_telemetry_thread.h"
+#include "cuda/dispatch.h"
 #include "cuda/reduce.h"
 
 namespace neulig_fast {
@@ -146,16 +147,8 @@ void launch(const BlendTelemetryCall& call, cudaStream_t stream) {
 }  // namespace
 
 const char* launch_blend_telemetry(Element element, const BlendTelemetryCall& call, void* stream) {
-  const auto on = static_cast<cudaStream_t>(stream);
-  switch (element) {
-    case Element::kFloat: launch<float>(call, on); break;
-    case Element::kDouble: launch<double>(call, on); break;
-    case Element::kBFloat16: launch<__nv_bfloat16>(call, on); break;
-    case Element::kHalf: launch<__half>(call, on); break;
-    default: break;  // no fp8: the caller has refused it
-  }
-  const cudaError_t error = cudaGetLastError();
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  return launch_for<float, double, __nv_bfloat16, __half>(
+      element, [&](auto zero) { launch<decltype(zero)>(call, static_cast<cudaStream_t>(stream)); });
 }
 #endif
 

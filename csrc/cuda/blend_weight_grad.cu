@@ -12,6 +12,7 @@
 // pack. First, a block of threads per piece of columns (pieces.h) and group of rows: a partial sum
 // per (k, i). Then a block of threads per result adds the partial sums of its segment.
 #include "cuda/blend_weight_grad.h"
+#include "cuda/dispatch.h"
 #include "cuda/pieces.h"
 #include "cuda/reduce.h"
 
@@ -229,16 +230,8 @@ void launch(const BlendWeightGradCall& call, cudaStream_t stream) {
 
 const char* launch_blend_weight_grad(Element element, const BlendWeightGradCall& call,
                                      void* stream) {
-  const auto on = static_cast<cudaStream_t>(stream);
-  switch (element) {
-    case Element::kFloat: launch<float>(call, on); break;
-    case Element::kDouble: launch<double>(call, on); break;
-    case Element::kBFloat16: launch<__nv_bfloat16>(call, on); break;
-    case Element::kHalf: launch<__half>(call, on); break;
-    default: break;  // no fp8: the caller has refused it
-  }
-  const cudaError_t error = cudaGetLastError();
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  return launch_for<float, double, __nv_bfloat16, __half>(
+      element, [&](auto zero) { launch<decltype(zero)>(call, static_cast<cudaStream_t>(stream)); });
 }
 #endif
 

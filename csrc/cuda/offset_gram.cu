@@ -13,6 +13,7 @@
 // pack. First, a block of threads per piece of columns (pieces.h): a partial sum per total. Then a
 // block of threads per total and segment. Then one per segment, which centres.
 #include "common/offsets.h"
+#include "cuda/dispatch.h"
 #include "cuda/offset_differences.h"
 #include "cuda/offset_gram.h"
 #include "cuda/reduce.h"
@@ -187,16 +188,8 @@ void launch(const OffsetGramCall& call, cudaStream_t stream) {
 }  // namespace
 
 const char* launch_offset_gram(Element element, const OffsetGramCall& call, void* stream) {
-  const auto on = static_cast<cudaStream_t>(stream);
-  switch (element) {
-    case Element::kFloat: launch<float>(call, on); break;
-    case Element::kDouble: launch<double>(call, on); break;
-    case Element::kBFloat16: launch<__nv_bfloat16>(call, on); break;
-    case Element::kHalf: launch<__half>(call, on); break;
-    default: break;  // no fp8: the caller has refused it
-  }
-  const cudaError_t error = cudaGetLastError();
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  return launch_for<float, double, __nv_bfloat16, __half>(
+      element, [&](auto zero) { launch<decltype(zero)>(call, static_cast<cudaStream_t>(stream)); });
 }
 #endif
 
