@@ -209,15 +209,20 @@ def figure_of(folder: Path) -> Path:
     return FIGURES / f"roofline-{folder.name}.svg"
 
 
+_OPS = (
+    "blend",
+    "blend_weight_grad",
+    "blend_lists",
+    "blend_lists_weight_grad",
+    "offset_gram",
+    "blend_telemetry",
+)
 BLOCKS: dict[str, Callable[[], str]] = {
     "readme": readme,
     "training": training,
     "ceilings": ceilings,
     "rooflines": rooflines,
-    **{
-        name.replace("_", "-"): functools.partial(op, name)
-        for name in ("blend", "blend_weight_grad", "offset_gram", "blend_lists")
-    },
+    **{name.replace("_", "-"): functools.partial(op, name) for name in _OPS},
 }
 
 
