@@ -3,15 +3,16 @@
 //
 // params (N, P), any row stride, column stride 1, fp32 | bf16 | fp16 | fp64; segments (S + 1,)
 // boundaries; sums (S, N) and gram (S, N, N) contiguous fp64.
-// Per tile of columns, kept in the L1 cache, while the next one comes from memory: the differences
-// d_i = theta_i - theta_0, i >= 1, rounded to the accumulation type, fp32 (fp64 for fp64), and the
-// products of four rows at a time with each other; then those of four rows with two of another
-// four. The totals over a segment are centred last (common/offsets.h).
-// Each expert is read once from memory, however many there are.
+// Per tile of 512 columns, kept in the L1 cache, while the next one comes from memory: the
+// differences d_i = theta_i - theta_0, the offsets d_i - mean d, in the accumulation type, fp32
+// (fp64 for fp64), and the products of four rows of them at a time with each other and with two of
+// the others. Each expert is read once from memory, however many there are.
+//
 // Sums in a fixed order: blocks of 4096 columns counted from the segment's start; in each, 16 lanes
-// (column modulo 16) summed in the accumulation type, multiplied then added; blocks are added lane
-// by lane, then lanes and items of 16 blocks, each in order, in fp64. The bits do not depend on
-// threads or instruction set.
+// (columns modulo 16) summed tile by tile in the accumulation type, products by fused
+// multiplications and additions; blocks are added lane by lane, then lanes and items of 16 blocks,
+// each in order, in fp64. The bits do not depend on threads or instruction set.
+//
 // Bytes: N * P * itemsize.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -47,8 +48,7 @@ std::vector<Item> cut_items(const Segments& segments) {
   return items;
 }
 
-// What one item is computed in. Rows are experts 1 to N - 1, counted from 0; totals as in
-// common/offsets.h.
+// What one item is computed in; totals as in common/offsets.h.
 template <typename T>
 class Accumulation {
   using A = Acc<T>;
@@ -59,103 +59,127 @@ class Accumulation {
       : params_(params),
         stride_(row_stride),
         columns_(shape.columns),
-        rows_(shape.experts - 1),
+        experts_(shape.experts),
+        share_(A{1} / static_cast<A>(shape.experts)),
         kernels_(kernels),
-        tile_(rows_ * kTileSteps),
-        block_(count_totals(shape.experts)),
-        totals_(count_totals(shape.experts)) {}
+        tile_(experts_ * kTileSteps),
+        total_(kTileSteps),
+        block_(count_totals(experts_)),
+        totals_(count_totals(experts_)) {}
 
   // totals (entries,), over all columns of an item.
   void run(const Item& item, double* totals) {
     for (int64_t begin = item.begin; begin < item.end; begin += kBlock)
       add_block(begin, std::min(begin + kBlock, item.end));
-    for (const Lanes<double>& lanes : totals_) {
-      double sum = 0;
-      for (const double value : lanes.lane) sum += value;
-      *totals++ = sum;
+    for (size_t entry = 0; entry < totals_.size(); ++entry) {
+      totals[entry] = 0;
+      for (const double value : totals_[entry].lane) totals[entry] += value;
     }
+    if (few()) complete(totals);
   }
 
  private:
+  // Whether one group is all but expert 0, whose offsets are then left out: they are what the
+  // others' lack to zero. With more experts the rounding error of their mean would be multiplied by
+  // as many.
+  bool few() const {
+    return experts_ - 1 <= kGroup;
+  }
+
+  void complete(double* totals) const {
+    const int64_t n = experts_;
+    double* product = totals + n;
+    for (int64_t i = 1; i < n; ++i) {
+      totals[0] -= totals[i];
+      for (int64_t j = 1; j < n; ++j)
+        totals[product_index(n, 0, i)] -= totals[product_index(n, std::min(i, j), std::max(i, j))];
+      *product -= totals[product_index(n, 0, i)];
+    }
+  }
+
   void add_block(int64_t begin, int64_t end) {
     std::fill(block_.begin(), block_.end(), Lanes<A>{});
     for (int64_t p = begin; p < end; p += kTile) {
       const int64_t columns = std::min(kTile, end - p);
-      add_triangles(p, columns);
-      add_rectangles((columns + kLaneCount - 1) / kLaneCount);
+      subtract(p, columns);
+      multiply((columns + kLaneCount - 1) / kLaneCount);
     }
     for (size_t entry = 0; entry < block_.size(); ++entry)
       for (int lane = 0; lane < kLaneCount; ++lane)
         totals_[entry].lane[lane] += block_[entry].lane[lane];
   }
 
-  // Each group of rows with itself; its differences are kept if there are other groups.
-  void add_triangles(int64_t begin, int64_t columns) {
+  // A tile of offsets; the last step is filled up with zeros.
+  void subtract(int64_t begin, int64_t columns) {
     const int64_t steps = columns / kLaneCount, rest = columns % kLaneCount;
     const int64_t ahead = begin + 2 * kTile <= columns_ ? kTile : 0;
-    for (int64_t i = 0; i < rows_; i += kGroup) {
-      const int64_t count = std::min<int64_t>(kGroup, rows_ - i);
-      const auto kernel = kernels_.triangle[rows_ > kGroup][count - 1];
-      const T* x = params_ + (i + 1) * stride_ + begin;
-      Triangle<T> t{params_ + begin, x, stride_, steps, ahead, row(i), &block_[i], {}};
-      for (int64_t b = 0; b < count; ++b)
-        for (int64_t a = 0; a <= b; ++a) t.products[a][b] = product(i + a, i + b);
-      if (steps > 0) kernel(t);
-      if (rest > 0) part_of_step(t, kernel, count, rest);
+    if (!few()) {
+      std::fill_n(row(0), kTileSteps, Lanes<A>{});
+      std::fill(total_.begin(), total_.end(), Lanes<A>{});
     }
+    for (int64_t i = 1; i < experts_; i += kGroup) {
+      const int64_t count = std::min<int64_t>(kGroup, experts_ - i);
+      const auto kernel = kernels_.differences[few()][count - 1];
+      Differences<T> d{params_ + begin, params_ + i * stride_ + begin,
+                       stride_,         steps,
+                       ahead,           share_,
+                       row(i),          total_.data(),
+                       &block_[i]};
+      if (steps > 0) kernel(d);
+      if (rest > 0) subtract_part_of_step(d, kernel, count, rest);
+    }
+    if (!few())
+      kernels_.centring(
+          {row(0), total_.data(), experts_, steps + (rest > 0), share_, block_.data()});
   }
 
   // The columns after whole steps, fewer than one: the same kernel on zero-padded copies.
-  void part_of_step(Triangle<T> t, KernelFn<Triangle<T>> kernel, int64_t count, int64_t columns) {
-    const int64_t done = t.steps * kLaneCount;
+  void subtract_part_of_step(Differences<T> d, KernelFn<Differences<T>> kernel, int64_t count,
+                             int64_t columns) {
+    const int64_t done = d.steps * kLaneCount;
     alignas(64) T padded[kGroup + 1][kLaneCount] = {};
-    std::memcpy(padded[0], t.first + done, columns * sizeof(T));
+    std::memcpy(padded[0], d.first + done, columns * sizeof(T));
     for (int64_t i = 0; i < count; ++i)
-      std::memcpy(padded[i + 1], t.x + i * stride_ + done, columns * sizeof(T));
-    t.first = padded[0], t.x = padded[1], t.stride = kLaneCount, t.tile += t.steps;
-    t.steps = 1, t.ahead = 0;
-    kernel(t);
+      std::memcpy(padded[i + 1], d.x + i * stride_ + done, columns * sizeof(T));
+    d.first = padded[0], d.x = padded[1], d.stride = kLaneCount;
+    d.tile += d.steps, d.total += d.steps, d.steps = 1, d.ahead = 0;
+    kernel(d);
   }
 
-  // Each group of rows with all rows after it.
-  void add_rectangles(int64_t steps) {
-    for (int64_t i = 0; i + kGroup < rows_; i += kGroup)
-      for (int64_t j = i + kGroup; j < rows_; j += kOthers) {
-        const int64_t others = std::min<int64_t>(kOthers, rows_ - j);
-        Rectangle<A> r{row(i), row(j), steps, {}};
-        for (int64_t a = 0; a < kGroup; ++a)
-          for (int64_t b = 0; b < others; ++b) r.products[a][b] = product(i + a, j + b);
-        kernels_.rectangle[others - 1](r);
+  // Each group of rows with itself and with all rows after it.
+  void multiply(int64_t steps) {
+    for (int64_t i = few(); i < experts_; i += kGroup) {
+      const int64_t count = std::min<int64_t>(kGroup, experts_ - i);
+      kernels_.triangle[count - 1](products(i, count, i, count, steps));
+      for (int64_t j = i + kGroup; j < experts_; j += kOthers) {
+        const int64_t others = std::min<int64_t>(kOthers, experts_ - j);
+        kernels_.rectangle[others - 1](products(i, kGroup, j, others, steps));
       }
+    }
+  }
+
+  // Of `count` rows of the tile from i on with `others` rows from j on.
+  Products<A> products(int64_t i, int64_t count, int64_t j, int64_t others, int64_t steps) {
+    Products<A> result{row(i), row(j), steps, {}};
+    for (int64_t a = i; a < i + count; ++a)
+      for (int64_t b = std::max(a, j); b < j + others; ++b)
+        result.products[a - i][b - j] = &block_[product_index(experts_, a, b)];
+    return result;
   }
 
   Lanes<A>* row(int64_t i) {
     return tile_.data() + i * kTileSteps;
   }
 
-  Lanes<A>* product(int64_t i, int64_t j) {
-    return &block_[product_index(rows_ + 1, i + 1, j + 1)];
-  }
-
   const T* params_;
-  int64_t stride_, columns_, rows_;
+  int64_t stride_, columns_, experts_;
+  A share_;
   const Kernels<T>& kernels_;
   std::vector<Lanes<A>> tile_;
+  std::vector<Lanes<A>> total_;
   std::vector<Lanes<A>> block_;
   std::vector<Lanes<double>> totals_;
 };
-
-// sums (N,) and gram (N, N) of one segment.
-void centre(const double* totals, int64_t n, double* sums, double* gram) {
-  std::vector<double> means(n);
-  for (int64_t i = 0; i < n; ++i) means[i] = mean_product(totals, n, i);
-  const double mean = mean_of(means.data(), n), mean_offset = mean_sum(totals, n);
-  for (int64_t i = 0; i < n; ++i) {
-    sums[i] = total_sum(totals, i) - mean_offset;
-    for (int64_t j = 0; j < n; ++j)
-      gram[i * n + j] = total_product(totals, n, i, j) - (means[i] + means[j] - mean);
-  }
-}
 
 template <typename T>
 void run(const Tensor& params, const Segments& segments, const BlendShape& shape, double* sums,
@@ -172,8 +196,13 @@ void run(const Tensor& params, const Segments& segments, const BlendShape& shape
   for (size_t i = 0; i < items.size(); ++i)
     for (int64_t e = 0; e < entries; ++e)
       totals[items[i].segment * entries + e] += parts[i * entries + e];
-  for (int64_t s = 0; s < segments.count; ++s)
-    centre(totals.data() + s * entries, n, sums + s * n, gram + s * n * n);
+  for (int64_t s = 0; s < segments.count; ++s) {
+    const double* total = totals.data() + s * entries;
+    std::copy_n(total, n, sums + s * n);
+    for (int64_t j = 0; j < n; ++j)
+      for (int64_t i = 0; i <= j; ++i)
+        gram[(s * n + i) * n + j] = gram[(s * n + j) * n + i] = total[product_index(n, i, j)];
+  }
 }
 
 std::tuple<Tensor, Tensor> offset_gram(const Tensor& params, std::optional<Tensor> segments) {
