@@ -1,7 +1,8 @@
 // Element types, the type they are summed in, and vectors of them. No torch headers.
 //
-// bf16 and fp16 are converted with integer arithmetic, in vectors, at every instruction level:
-// gcc 12 leaves _Float16 conversions scalar, which is many times slower.
+// bf16 and fp16 are converted in vectors: with integer arithmetic, and where the level has an
+// instruction for fp16, with that, in assembly: gcc 12 leaves _Float16 conversions scalar, which is
+// many times slower.
 #pragma once
 
 #include <cmath>
@@ -93,6 +94,14 @@ NF_INLINE Vec<float, kLanes> widen_half(Vec<uint32_t, kLanes> word) {
 
 template <int kLanes>
 NF_INLINE Vec<float, kLanes> load(const Half* p) {
+#ifdef NF_HAVE_LEVELS
+  if constexpr (kLanes >= 8) {
+    const auto half = load_bits<Vec<uint16_t, kLanes>>(p);
+    Vec<float, kLanes> value;
+    asm("vcvtph2ps %1, %0" : "=v"(value) : "v"(half));
+    return value;
+  }
+#endif
   return widen_half<kLanes>(load_u16<kLanes>(p) << 16);
 }
 
@@ -121,8 +130,8 @@ NF_INLINE Vec<float, kLanes> load(const Float8E4M3* p) {
   return (F)((byte & 0x80u) << 24 | (subnormal & small) | (normal & ~small));
 }
 
-// a * b + c, rounded once. Lane by lane, of which gcc and clang make one instruction where there is
-// one; elsewhere the C library's, slow and with the same bits.
+// a * b + c, rounded once. In assembly, as compilers put vectors of std::fma together only at times;
+// where the level has no such instruction, the C library's: slow, and the same bits.
 template <typename A, int... kLane>
 NF_INLINE Vec<A, sizeof...(kLane)> multiply_add_lanes(Vec<A, sizeof...(kLane)> a,
                                                       Vec<A, sizeof...(kLane)> b,
@@ -134,6 +143,13 @@ NF_INLINE Vec<A, sizeof...(kLane)> multiply_add_lanes(Vec<A, sizeof...(kLane)> a
 template <int kLanes, typename V>
 NF_INLINE V multiply_add(V a, V b, V c) {
   using A = std::decay_t<decltype(a[0])>;
+#ifdef NF_HAVE_LEVELS
+  if constexpr (sizeof(V) >= 32) {
+    if constexpr (sizeof(A) == 4) asm("vfmadd231ps %2, %1, %0" : "+v"(c) : "v"(a), "v"(b));
+    else asm("vfmadd231pd %2, %1, %0" : "+v"(c) : "v"(a), "v"(b));
+    return c;
+  }
+#endif
   return multiply_add_lanes<A>(a, b, c, std::make_integer_sequence<int, kLanes>());
 }
 
@@ -170,6 +186,16 @@ NF_INLINE void store(Half* p, Vec<float, kLanes> v) {
   using F = Vec<float, kLanes>;
   using U = Vec<uint32_t, kLanes>;
   const U bits = (U)v;
+#ifdef NF_HAVE_LEVELS
+  if constexpr (kLanes >= 8) {
+    const U nan = (U)(v != v);
+    const F same = (F)((bits & ~(nan & 0x7FFFFFFFu)) | (nan & 0x7FC00000u));  // of every NaN
+    Vec<uint16_t, kLanes> half;
+    asm("vcvtps2ph $0, %1, %0" : "=v"(half) : "v"(same));  // to nearest even
+    std::memcpy(p, &half, sizeof half);
+    return;
+  }
+#endif
   const U sign = (bits >> 16) & 0x8000u;
   const U twice = bits + bits;
   const F magnitude = ((F)(bits & 0x7FFFFFFFu) * 0x1.0p+112f) * 0x1.0p-110f;
