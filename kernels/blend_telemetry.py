@@ -92,12 +92,16 @@ def _measure_piece(
     limit = tl.full((BLOCK,), LIMIT, ACC)
     k = K * 0
     while k < K:  # the interpreter's range() refuses kernel arguments since numpy 2.4
-        acc = tl.full((BLOCK,), -0.0, ACC)  # adding -0 changes no bit of the first term
+        acc = tl.zeros((BLOCK,), ACC)
         first = K * 0
         while first < experts:
             held = _load_experts(params_ptr + first * row_stride, row_stride, lanes, mask, HELD)
             for j in tl.static_range(HELD):
-                acc = acc + tl.load(w + k * SN + first + j) * held[j].to(ACC)
+                term = tl.load(w + k * SN + first + j) * held[j].to(ACC)
+                if j == 0:  # 0 + -0 would lose the sign of the first term
+                    acc = tl.where(first > 0, acc + term, term)
+                else:
+                    acc = acc + term
             first += HELD
         narrow = acc
         if not OUT.is_fp64():  # via fp32 to the 16-bit types, as PyTorch converts fp64

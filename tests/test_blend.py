@@ -192,6 +192,19 @@ def test_outputs_too_large_for_the_caches_have_the_same_bits(dtype):
 
 
 @needs_native
+def test_an_output_between_two_items_may_stream():
+    """Large outputs are streamed past the caches, which needs addresses that this one lacks."""
+    width = (32 << 20) // 4 + 64
+    memory = torch.zeros(4 * width + 2, dtype=torch.uint8).numpy()
+    out = torch.frombuffer(memory, dtype=torch.float32, count=width, offset=2)
+    params, weights = normal(2, width), normal(2, seed=1)
+    with neulig_fast.use_backend("cpu"):
+        neulig_fast.blend_(out, weights, params)
+    assert out.data_ptr() % 4 == 2
+    assert torch.equal(out, run("torch", weights, params))
+
+
+@needs_native
 @pytest.mark.parametrize("experts", [65, 100])
 def test_the_cpu_takes_any_number_of_experts(experts):
     params, weights = normal(experts, 333), normal(experts, seed=1)

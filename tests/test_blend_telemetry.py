@@ -51,6 +51,14 @@ def truncates(device, backend, dtype):
 # -- theta ---------------------------------------------------------------------------------------
 
 
+@on_every_backend
+@pytest.mark.parametrize("n", [1, 2, 9])
+def test_theta_keeps_the_sign_of_zero(device, backend, n):
+    params = torch.tensor([[-0.0, 0.0]]).expand(n, 2).contiguous().to(device)
+    theta = run(backend, torch.ones(n, device=device), params)[0]
+    assert theta.signbit().tolist() == [True, False]
+
+
 @in_every_dtype
 @on_every_backend
 @pytest.mark.parametrize("n, k", [(1, 1), (3, 3), (8, 2), (11, 1)])

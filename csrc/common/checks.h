@@ -1,4 +1,4 @@
-// What every backend checks of blend's and blend_weight_grad's arguments: torch.ops can be called
+// What every backend checks of the arguments of ops on an arena: torch.ops can be called
 // without the Python door. Every error names the op, the argument, what it must be and what it is.
 #pragma once
 

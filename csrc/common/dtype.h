@@ -130,8 +130,8 @@ NF_INLINE Vec<float, kLanes> load(const Float8E4M3* p) {
   return (F)((byte & 0x80u) << 24 | (subnormal & small) | (normal & ~small));
 }
 
-// a * b + c, rounded once. In assembly, as compilers put vectors of std::fma together only at times;
-// where the level has no such instruction, the C library's: slow, and the same bits.
+// a * b + c, rounded once. In assembly, as compilers put vectors of std::fma together only at
+// times; where the level has no such instruction, the C library's: slow, and the same bits.
 template <typename A, int... kLane>
 NF_INLINE Vec<A, sizeof...(kLane)> multiply_add_lanes(Vec<A, sizeof...(kLane)> a,
                                                       Vec<A, sizeof...(kLane)> b,

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <vector>
 
 namespace neulig_fast {
 
@@ -22,6 +23,20 @@ inline void for_each_piece(const Segments& segments, int64_t begin, int64_t end,
     if (begin < stop) body(segment, begin, stop);
     begin = std::max(begin, stop);
   }
+}
+
+// Columns [begin, end) of one segment, starting a whole number of items after its start.
+struct Item {
+  int64_t segment, begin, end;
+};
+
+// Every segment in items of at most `columns` columns.
+inline std::vector<Item> cut_items(const Segments& segments, int64_t columns) {
+  std::vector<Item> items;
+  for (int64_t s = 0; s < segments.count; ++s)
+    for (int64_t p = segments.bounds[s]; p < segments.bounds[s + 1]; p += columns)
+      items.push_back({s, p, std::min(p + columns, segments.bounds[s + 1])});
+  return items;
 }
 
 }  // namespace neulig_fast

@@ -207,7 +207,9 @@ void blend(Tensor theta, const Tensor& weights, const Tensor& params,
   if (theta.numel() == 0) return;
   TileStore store;
   visit_stored(theta.scalar_type(), [&](auto element) {
-    const bool stream = theta.numel() * static_cast<int64_t>(sizeof element) >= kStreamBytes;
+    constexpr int64_t kSize = sizeof element;
+    const bool aligned = reinterpret_cast<uintptr_t>(theta.const_data_ptr()) % kSize == 0;
+    const bool stream = aligned && theta.numel() * kSize >= kStreamBytes;
     store = make_tile_store<decltype(element)>(cpu_level(), seed, stream);
   });
   const bool direct = !seed.has_value() && theta.scalar_type() == params.scalar_type();

@@ -109,7 +109,7 @@ struct BlendLists {
 
   void all(int64_t elements) const {
     for_each_item(lists.chunks, (lists.experts + 1) * elements, [&](int64_t item) {
-      const ListChunk chunk = find_list_chunk(lists, item);
+      const ListChunk chunk = chunk_of(lists, item);
       for (int64_t p = chunk.begin; p < chunk.end; p += kTile)
         tile(chunk.tensor, p, std::min(p + kTile, chunk.end));
       if (stream) stream_fence();

@@ -3,8 +3,8 @@
 // A table of the addresses of N lists of T tensors of one dtype, fp32 | bf16 | fp16 | fp64, and of
 // T gradients, any of the four (address 0: no gradient, all zeros); g (T, N) or (1, N) in fp64.
 // Sums in a fixed order: blocks of 4096 columns counted from a chunk's start; in each, 16 lanes
-// (column modulo 16) summed in fp32 (fp64 for fp64 experts), multiplied then added; then lanes,
-// blocks and chunks, each in order, in fp64. The bits do not depend on threads or instruction set.
+// (column modulo 16; the last columns, fewer than 16, have lanes of their own) summed in fp32 (fp64
+// for fp64 experts), multiplied then added; then lanes, blocks and chunks, each in order, in fp64. The bits do not depend on threads or instruction set.
 // Bytes: every expert and every gradient read once from memory.
 #include <torch/csrc/stable/library.h>
 
@@ -114,7 +114,7 @@ struct ListDots {
     int64_t elements = 0;
     for (int64_t t = 0; t < lists.tensors; ++t) elements += lists.lengths[t];
     for_each_item(lists.chunks, (lists.experts + 1) * elements, [&](int64_t item) {
-      const ListChunk chunk = find_list_chunk(lists, item);
+      const ListChunk chunk = chunk_of(lists, item);
       if (lists.others[chunk.tensor] == 0) return;
       for (int64_t p = chunk.begin; p < chunk.end; p += kBlock)
         block(chunk.tensor, p, std::min(p + kBlock, chunk.end), &sums[item * lists.experts]);

@@ -10,8 +10,8 @@
 //                              and m = 0, or o is expert 0 and m the mean of all x_j - o
 //   merged_squares (K, S)      the same of the sums in A
 //   conflicts (S,) int64       columns with an xi_i > 0 and an xi_j < 0
-// Squares are added in fp64: 16 lanes (column of the item modulo 16) over items of 65536 columns
-// counted from the segment's start, then lanes, then items, each in order. The bits do not depend
+// Squares are added in fp64: 16 lanes (column of the item modulo 16; the last columns, fewer than 16,
+// have lanes of their own) over items of 65536 columns counted from the segment's start, then lanes, then items, each in order. The bits do not depend
 // on threads, K or instruction set.
 // Bytes: N * P values read once and K * P written once.
 #include <torch/csrc/stable/library.h>
@@ -45,19 +45,6 @@ using Kernels = std::array<KernelFn<Steps<T>>, kMaxExperts + 1>;  // [0]: any nu
 template <typename T, int... kExperts>
 Kernels<T> make_kernels(CpuLevel level, std::integer_sequence<int, kExperts...>) {
   return {kernel_at<TelemetrySteps<T, kExperts>, Steps<T>>(level)...};
-}
-
-// At most kItem columns of one segment, starting a whole number of items after its start.
-struct Item {
-  int64_t segment, begin, end;
-};
-
-std::vector<Item> cut_items(const Segments& segments) {
-  std::vector<Item> items;
-  for (int64_t s = 0; s < segments.count; ++s)
-    for (int64_t p = segments.bounds[s]; p < segments.bounds[s + 1]; p += kItem)
-      items.push_back({s, p, std::min(p + kItem, segments.bounds[s + 1])});
-  return items;
 }
 
 // What an item, or a segment, adds up to; ordered as Steps' lanes are.
@@ -174,7 +161,7 @@ void run(const Tensor& weights, const Tensor& params, const Segments& segments,
   op.all.theta_stride = bytes;
   op.all.stream = shape.outputs * bytes >= kStreamBytes && (shape.outputs == 1 || bytes % 16 == 0);
 
-  const std::vector<Item> items = cut_items(segments);
+  const std::vector<Item> items = cut_items(segments, kItem);
   std::vector<Totals> totals(items.size());
   const int64_t elements = (shape.experts + shape.outputs) * shape.columns;
   for_each_item(items.size(), elements, [&](int64_t i) { op.item(items[i], totals[i]); });

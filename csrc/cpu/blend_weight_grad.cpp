@@ -77,19 +77,6 @@ Kernels<T> make_kernels(CpuLevel level, std::integer_sequence<int, kIndex...>) {
   return {kernel_at<DotBlock<T, kIndex + 1>, Dots<T>>(level)...};
 }
 
-// At most kItem columns of one segment, starting a whole number of items after its start.
-struct Item {
-  int64_t segment, begin, end;
-};
-
-std::vector<Item> cut_items(const Segments& segments) {
-  std::vector<Item> items;
-  for (int64_t s = 0; s < segments.count; ++s)
-    for (int64_t p = segments.bounds[s]; p < segments.bounds[s + 1]; p += kItem)
-      items.push_back({s, p, std::min(p + kItem, segments.bounds[s + 1])});
-  return items;
-}
-
 template <typename T>
 struct WeightGrad {
   const T* grad;
@@ -169,7 +156,7 @@ void run(const Tensor& grad, const Tensor& params, const Segments& segments,
                          params.stride(0),
                          shape,
                          kernels};
-  const std::vector<Item> items = cut_items(segments);
+  const std::vector<Item> items = cut_items(segments, kItem);
   reduce(items, op.all(items), shape, static_cast<Acc<T>*>(result.mutable_data_ptr()));
 }
 

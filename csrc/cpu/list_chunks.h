@@ -19,7 +19,7 @@ struct ListChunk {
   int64_t tensor, begin, end;
 };
 
-inline ListChunk find_list_chunk(const ListTable& lists, int64_t chunk) {
+inline ListChunk chunk_of(const ListTable& lists, int64_t chunk) {
   const int64_t* last = lists.bounds + lists.tensors;
   const int64_t tensor = std::upper_bound(lists.bounds, last, chunk) - lists.bounds - 1;
   const int64_t begin = (chunk - lists.bounds[tensor]) * lists.chunk;

@@ -35,19 +35,6 @@ namespace {
 constexpr int64_t kBlock = 4096;
 constexpr int64_t kItem = 16 * kBlock;  // columns a thread takes at a time
 
-// At most kItem columns of one segment, starting a whole number of items after its start.
-struct Item {
-  int64_t segment, begin, end;
-};
-
-std::vector<Item> cut_items(const Segments& segments) {
-  std::vector<Item> items;
-  for (int64_t s = 0; s < segments.count; ++s)
-    for (int64_t p = segments.bounds[s]; p < segments.bounds[s + 1]; p += kItem)
-      items.push_back({s, p, std::min(p + kItem, segments.bounds[s + 1])});
-  return items;
-}
-
 // What one item is computed in; totals as in common/offsets.h.
 template <typename T>
 class Accumulation {
@@ -186,7 +173,7 @@ void run(const Tensor& params, const Segments& segments, const BlendShape& shape
          double* gram) {
   static const Kernels<T> kernels(cpu_level());
   const int64_t n = shape.experts, entries = count_totals(n);
-  const std::vector<Item> items = cut_items(segments);
+  const std::vector<Item> items = cut_items(segments, kItem);
   std::vector<double> parts(items.size() * entries), totals(segments.count * entries, 0.0);
   for_each_item(items.size(), n * shape.columns, [&](int64_t i) {
     Accumulation<T> accumulation(static_cast<const T*>(params.const_data_ptr()), params.stride(0),
