@@ -4,7 +4,8 @@
 // T gradients, any of the four (address 0: no gradient, all zeros); g in fp64.
 // Two stages in a fixed order, without atomics. One block sums a chunk: each thread its packs, in
 // fp32 (fp64 for fp64), products and additions fused; then lanes of a warp, then warps. The second
-// stage adds the chunks of a tensor, or all of them, in fp64. The bits depend on the input alone.
+// stage adds the chunks of a tensor, or all of them, in fp64. The bits depend on the input and on
+// whether the tensors are aligned to 16 bytes, nothing else.
 // Bytes: (N + 1) values read per element; beyond 8 experts the gradient again for every 8 more.
 #include "cuda/blend_lists_weight_grad.h"
 #include "cuda/dispatch.h"
