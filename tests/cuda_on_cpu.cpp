@@ -82,7 +82,7 @@ void weight_grad_all(const BlendWeightGradCall& call, bool wide, int rows) {
     }
 }
 
-// What a block of threads writes for one piece, of which add(piece, thread, sums) is a thread's share.
+// What a block of threads writes for one piece; add(piece, thread, sums) is a thread's share.
 template <typename D, typename Add>
 void gram_block(const OffsetGramCall& call, int64_t slot, int64_t i, int64_t j, int threads,
                 const Add& add) {
