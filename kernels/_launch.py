@@ -81,10 +81,8 @@ def config(
         held = next(h for h in (experts, 5, 4, 3, 2, 1) if h <= 7 and experts % h == 0)
         columns = 1024 if held < 7 else 512  # more of either would spill
         return Config(block=columns // registers, num_warps=4, held=held)
-    if op == "offset_gram":  # 9 experts at once; more in groups of 4, whose columns stay in cache
-        if experts > 9:
-            return Config(block=4096, num_warps=4, held=4)
-        return Config(block=16384, num_warps=4, held=max(experts - 1, 1))
+    if op == "offset_gram":
+        return _offset_gram(dtype.itemsize, experts)
     raise ValueError(f"config: {op!r} has no kernel")
 
 
@@ -115,6 +113,19 @@ def _blend_weight_grad(registers: int, experts: int, outputs: int) -> Config:
     held = min(outputs, 8)
     groups = -(-experts // min(8, 40 // held))
     return Config(8 * lanes, 4, held, lanes, experts=-(-experts // groups))
+
+
+def _offset_gram(itemsize: int, experts: int) -> Config:
+    """All of up to 16 experts at once: in loads of 16 bytes up to 9, of 8 up to 12, and then of two
+    columns. Wider ones would spill: with 16 experts in bf16, loads of 8 bytes on sm_100.
+
+    More, and fp64 from 10 on, in groups of 4, whose columns stay in cache.
+    """
+    if experts <= 9:
+        return Config(16384, 4, held=max(experts - 1, 1), lanes=16 // itemsize)
+    if experts <= 16 and itemsize < 8:
+        return Config(16384, 4, experts - 1, lanes=8 // itemsize if experts <= 12 else 2)
+    return Config(4096, 4, held=4, lanes=16 // itemsize)
 
 
 @dataclass(frozen=True)

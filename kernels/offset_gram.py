@@ -258,7 +258,7 @@ def launches(
         "STRIDE_UNIT": stride_unit,
         "BLOCK": launch.block,
         "ROWS": 32 * launch.num_warps,
-        "LANES": 16 // params.element_size(),
+        "LANES": launch.lanes,
         "num_warps": launch.num_warps,
         "maxnreg": REGISTERS,
     }

@@ -82,22 +82,45 @@ void weight_grad_all(const BlendWeightGradCall& call, bool wide, int rows) {
     }
 }
 
-// What a block of threads writes for one piece.
-template <typename D>
-void gram_piece(const OffsetGramCall& call, bool wide, int64_t slot, int64_t i, int64_t j) {
+// What a block of threads writes for one piece; add(piece, thread, sums) is a thread's share.
+template <typename D, typename Add>
+void gram_block(const OffsetGramCall& call, int64_t slot, int64_t i, int64_t j, int threads,
+                const Add& add) {
   using A = typename D::A;
   const Piece piece = find_piece(call.bounds, call.segments, call.columns, slot, call.width);
   if (piece.begin >= piece.end) return;
   A all[D::kSums] = {};
-  for (int thread = 0; thread < kThreads; ++thread) {
+  for (int thread = 0; thread < threads; ++thread) {
     A sums[D::kSums] = {};
-    D::make(call, wide, i, j).add_piece(piece, thread, call.width, sums);
+    add(piece, thread, sums);
     for (int n = 0; n < D::kSums; ++n) all[n] += sums[n];
   }
   for (int n = 0; n < D::kSums; ++n) {
     const int64_t total = D::place(n, call.experts, i, j);
     if (total >= 0) static_cast<A*>(call.partials)[total * call.slots + slot] = all[n];
   }
+}
+
+template <typename D>
+void gram_piece(const OffsetGramCall& call, bool wide, int64_t slot, int64_t i, int64_t j) {
+  const D rows = D::make(call, wide, i, j);
+  gram_block<D>(call, slot, i, j, kThreads, [&](const Piece& piece, int thread, auto& sums) {
+    rows.add_piece(piece, thread, call.width, sums);
+  });
+}
+
+template <typename T, int kExperts>
+void gram_staged(const OffsetGramCall& call, bool wide, int64_t slot) {
+  if constexpr (kExperts > 9) {
+    if (call.experts < kExperts) return gram_staged<T, kExperts - 1>(call, wide, slot);
+  }
+  using S = Stages<T, kExperts>;
+  using D = typename S::D;
+  const D rows = D::make(call, wide, 1, 1);
+  std::vector<typename S::Row> stages(kStages * S::kSize);
+  gram_block<D>(call, slot, 1, 1, kStageThreads, [&](const Piece& piece, int thread, auto& sums) {
+    S::add_piece(rows, piece, thread, stages.data() + thread, sums);
+  });
 }
 
 template <typename T, int kExperts>
@@ -112,7 +135,7 @@ template <typename T>
 void gram_slot(const OffsetGramCall& call, bool wide, bool grouped, int64_t slot) {
   if (!grouped && call.experts <= 8) return gram_few<T, 8>(call, wide, slot);
   if constexpr (sizeof(T) < 8) {
-    if (!grouped && call.experts <= 16) return gram_piece<Sixteen<T>>(call, wide, slot, 1, 1);
+    if (!grouped && call.experts <= 16) return gram_staged<T, 16>(call, wide, slot);
   }
   for (int64_t i = 1; i < call.experts; i += kGroupRows) {
     gram_piece<OneGroup<T>>(call, wide, slot, i, i);

@@ -64,6 +64,19 @@ NF_DEVICE float widen(__half x) {
   return __half2float(x);
 }
 
+// Lane `lane` of a pack, widened. Two bf16 are a word: a shift or a mask.
+template <typename T, int kLanes>
+NF_DEVICE Accumulator<T> widen_lane(const Pack<T, kLanes>& pack, int lane) {
+  return widen(pack.lane[lane]);
+}
+#ifdef __CUDA_ARCH__
+template <int kLanes>
+NF_DEVICE float widen_lane(const Pack<__nv_bfloat16, kLanes>& pack, int lane) {
+  const uint32_t word = reinterpret_cast<const uint32_t*>(&pack)[lane / 2];
+  return __uint_as_float(lane % 2 == 0 ? word << 16 : word & 0xFFFF0000u);
+}
+#endif
+
 // narrow(x, to): x rounded to nearest even.
 NF_DEVICE void narrow(float x, float& to) {
   to = x;

@@ -8,6 +8,12 @@
 // Bytes: N * P * itemsize for N <= 16 (fp64: 8). Beyond, a block of threads reads its columns again
 // for each pair of groups of 8 experts, from cache.
 //
+// From 9 experts on, sums fill the registers (135 of 255 for 16): few warps fit, and none has room
+// for loads to come. So rows go through shared memory, three stages deep (offset_stages.h). Of the
+// 48 KB a block has without asking, 16 experts need all; two blocks of 128 threads share a
+// multiprocessor, with up to 64 KB on their way. For 16 experts a column then costs 190 to 200
+// instructions, 150 of them arithmetic (sm_90).
+//
 // Three launches, no atomics, and an order that depends on nothing but the shapes and bounds: not
 // even on alignment, because a thread owns the same columns whether or not it may load them as one
 // pack. First, a block of threads per piece of columns (pieces.h): a partial sum per total. Then a
@@ -16,6 +22,7 @@
 #include "cuda/dispatch.h"
 #include "cuda/offset_differences.h"
 #include "cuda/offset_gram.h"
+#include "cuda/offset_stages.h"
 #include "cuda/reduce.h"
 
 namespace neulig_fast {
@@ -29,11 +36,9 @@ constexpr int packs_of(int experts) {
   return sizeof(T) == 8 ? 1 : experts <= 3 ? 4 : experts <= 6 ? 2 : 1;
 }
 
-// N experts, 2 to 8; up to 16 (not fp64); any number, in groups.
+// N experts, 2 to 8; any number, in groups.
 template <typename T, int kExperts>
 using Few = Differences<T, kExperts - 1, 0, kWideLanes<T>, packs_of<T>(kExperts), true>;
-template <typename T>
-using Sixteen = Differences<T, 15, 0, 8 / sizeof(T), 1, false>;
 template <typename T>
 using OneGroup = Differences<T, kGroupRows, 0, 8 / sizeof(T), 1, false>;
 template <typename T>
@@ -80,25 +85,33 @@ namespace {
 
 constexpr int kWarps = kThreads / 32;
 
-// One piece, by a block of threads; `warps` is (kWarps, at least kSums).
-template <typename D, typename A>
-__device__ void add_block(const OffsetGramCall& call, bool wide, const Piece& piece, A* warps,
-                          int64_t i, int64_t j) {
+// Writes the partial sums of a block of kBlockWarps warps; `warps` is (kBlockWarps, kSums or more).
+template <typename D, int kBlockWarps, typename A>
+__device__ void add_threads(const OffsetGramCall& call, const A (&sums)[D::kSums], A* warps,
+                            int64_t i, int64_t j) {
   const int thread = threadIdx.x;
-  A sums[D::kSums] = {};
-  D::make(call, wide, i, j).add_piece(piece, thread, call.width, sums);
   NF_UNROLL
   for (int n = 0; n < D::kSums; ++n) {
     const A sum = add_warp(sums[n]);
     if (thread % 32 == 0) warps[thread / 32 * D::kSums + n] = sum;
   }
   __syncthreads();
-  const int64_t total = thread < D::kSums ? D::place(thread, call.experts, i, j) : -1;
-  if (total >= 0) {
+  for (int n = thread; n < D::kSums; n += 32 * kBlockWarps) {
+    const int64_t total = D::place(n, call.experts, i, j);
+    if (total < 0) continue;
     A sum = 0;
-    for (int warp = 0; warp < kWarps; ++warp) sum += warps[warp * D::kSums + thread];
+    for (int warp = 0; warp < kBlockWarps; ++warp) sum += warps[warp * D::kSums + n];
     static_cast<A*>(call.partials)[total * call.slots + blockIdx.x] = sum;
   }
+}
+
+// One piece, by a block of threads; `warps` is (kWarps, at least kSums).
+template <typename D, typename A>
+__device__ void add_block(const OffsetGramCall& call, bool wide, const Piece& piece, A* warps,
+                          int64_t i, int64_t j) {
+  A sums[D::kSums] = {};
+  D::make(call, wide, i, j).add_piece(piece, threadIdx.x, call.width, sums);
+  add_threads<D, kWarps>(call, sums, warps, i, j);
   __syncthreads();
 }
 
@@ -110,6 +123,21 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   const Piece piece = find_piece(call.bounds, call.segments, call.columns, blockIdx.x, call.width);
   if (piece.begin >= piece.end) return;  // the whole block of threads agrees
   add_block<D>(call, wide, piece, warps, 1, 1);
+}
+
+// All of 9 to 16 experts.
+template <typename T, int kExperts>
+__global__ void __launch_bounds__(kStageThreads, 2)
+    offset_gram_staged_kernel(const __grid_constant__ OffsetGramCall call, bool wide) {
+  using S = Stages<T, kExperts>;
+  using D = typename S::D;
+  __shared__ typename S::Row stages[kStages * S::kSize];
+  const Piece piece = find_piece(call.bounds, call.segments, call.columns, blockIdx.x, call.width);
+  if (piece.begin >= piece.end) return;
+  Accumulator<T> sums[D::kSums] = {};
+  S::add_piece(D::make(call, wide, 1, 1), piece, threadIdx.x, stages + threadIdx.x, sums);
+  __syncthreads();  // then nobody needs the stages
+  add_threads<D, kStageThreads / 32>(call, sums, reinterpret_cast<Accumulator<T>*>(stages), 1, 1);
 }
 
 // Groups of experts, and pairs of groups, one after the other.
@@ -161,6 +189,15 @@ void launch_few(const OffsetGramCall& call, bool wide, cudaStream_t stream) {
       <<<static_cast<unsigned>(call.slots), kThreads, 0, stream>>>(call, wide);
 }
 
+template <typename T, int kExperts>
+void launch_staged(const OffsetGramCall& call, bool wide, cudaStream_t stream) {
+  if constexpr (kExperts > 9) {
+    if (call.experts < kExperts) return launch_staged<T, kExperts - 1>(call, wide, stream);
+  }
+  offset_gram_staged_kernel<T, kExperts>
+      <<<static_cast<unsigned>(call.slots), kStageThreads, 0, stream>>>(call, wide);
+}
+
 template <typename T>
 void launch_partial(const OffsetGramCall& call, cudaStream_t stream) {
   const auto slots = static_cast<unsigned>(call.slots);
@@ -168,10 +205,7 @@ void launch_partial(const OffsetGramCall& call, cudaStream_t stream) {
                     call.row_stride * static_cast<int64_t>(sizeof(T)) % 16 == 0;
   if (call.experts <= 8) return launch_few<T, 8>(call, wide, stream);
   if constexpr (sizeof(T) < 8) {
-    if (call.experts <= 16) {
-      offset_gram_partial_kernel<T, Sixteen<T>, 1><<<slots, kThreads, 0, stream>>>(call, wide);
-      return;
-    }
+    if (call.experts <= 16) return launch_staged<T, 16>(call, wide, stream);
   }
   offset_gram_grouped_kernel<T><<<slots, kThreads, 0, stream>>>(call, wide);
 }
