@@ -35,7 +35,11 @@ namespace {
 constexpr int64_t kBlock = 4096;
 constexpr int64_t kItem = 16 * kBlock;  // columns a thread takes at a time
 
-// What one item is computed in; totals as in common/offsets.h.
+int64_t rows_of(int64_t experts) {
+  return experts - 1 <= kGroup ? experts - 1 : experts;
+}
+
+// What one item is computed in; rows and totals as in common/offsets.h.
 template <typename T>
 class Accumulation {
   using A = Acc<T>;
@@ -47,41 +51,29 @@ class Accumulation {
         stride_(row_stride),
         columns_(shape.columns),
         experts_(shape.experts),
+        rows_(rows_of(shape.experts)),
         share_(A{1} / static_cast<A>(shape.experts)),
         kernels_(kernels),
-        tile_(experts_ * kTileSteps),
+        tile_(rows_ * kTileSteps),
         total_(kTileSteps),
-        block_(count_totals(experts_)),
-        totals_(count_totals(experts_)) {}
+        block_(count_totals(rows_)),
+        totals_(count_totals(rows_)) {}
 
   // totals (entries,), over all columns of an item.
   void run(const Item& item, double* totals) {
     for (int64_t begin = item.begin; begin < item.end; begin += kBlock)
       add_block(begin, std::min(begin + kBlock, item.end));
-    for (size_t entry = 0; entry < totals_.size(); ++entry) {
-      totals[entry] = 0;
-      for (const double value : totals_[entry].lane) totals[entry] += value;
+    for (const Lanes<double>& lanes : totals_) {
+      double sum = 0;
+      for (const double value : lanes.lane) sum += value;
+      *totals++ = sum;
     }
-    if (few()) complete(totals);
   }
 
  private:
-  // Whether one group is all but expert 0, whose offsets are then left out: they are what the
-  // others' lack to zero. With more experts the rounding error of their mean would be multiplied by
-  // as many.
+  // Whether one group is all but expert 0, which then has no row.
   bool few() const {
-    return experts_ - 1 <= kGroup;
-  }
-
-  void complete(double* totals) const {
-    const int64_t n = experts_;
-    double* product = totals + n;
-    for (int64_t i = 1; i < n; ++i) {
-      totals[0] -= totals[i];
-      for (int64_t j = 1; j < n; ++j)
-        totals[product_index(n, 0, i)] -= totals[product_index(n, std::min(i, j), std::max(i, j))];
-      *product -= totals[product_index(n, 0, i)];
-    }
+    return rows_ < experts_;
   }
 
   void add_block(int64_t begin, int64_t end) {
@@ -101,13 +93,13 @@ class Accumulation {
     const int64_t steps = columns / kLaneCount, rest = columns % kLaneCount;
     const int64_t ahead = begin + 2 * kTile <= columns_ ? kTile : 0;
     if (!few()) {
-      std::fill_n(row(0), kTileSteps, Lanes<A>{});
+      std::fill_n(row(experts_ - 1), kTileSteps, Lanes<A>{});
       std::fill(total_.begin(), total_.end(), Lanes<A>{});
     }
-    for (int64_t i = 1; i < experts_; i += kGroup) {
-      const int64_t count = std::min<int64_t>(kGroup, experts_ - i);
+    for (int64_t i = 0; i < experts_ - 1; i += kGroup) {
+      const int64_t count = std::min<int64_t>(kGroup, experts_ - 1 - i);
       const auto kernel = kernels_.differences[few()][count - 1];
-      Differences<T> d{params_ + begin, params_ + i * stride_ + begin,
+      Differences<T> d{params_ + begin, params_ + (i + 1) * stride_ + begin,
                        stride_,         steps,
                        ahead,           share_,
                        row(i),          total_.data(),
@@ -116,8 +108,7 @@ class Accumulation {
       if (rest > 0) subtract_part_of_step(d, kernel, count, rest);
     }
     if (!few())
-      kernels_.centring(
-          {row(0), total_.data(), experts_, steps + (rest > 0), share_, block_.data()});
+      kernels_.centring({row(0), total_.data(), rows_, steps + (rest > 0), share_, block_.data()});
   }
 
   // The columns after whole steps, fewer than one: the same kernel on zero-padded copies.
@@ -135,11 +126,11 @@ class Accumulation {
 
   // Each group of rows with itself and with all rows after it.
   void multiply(int64_t steps) {
-    for (int64_t i = few(); i < experts_; i += kGroup) {
-      const int64_t count = std::min<int64_t>(kGroup, experts_ - i);
+    for (int64_t i = 0; i < rows_; i += kGroup) {
+      const int64_t count = std::min<int64_t>(kGroup, rows_ - i);
       kernels_.triangle[count - 1](products(i, count, i, count, steps));
-      for (int64_t j = i + kGroup; j < experts_; j += kOthers) {
-        const int64_t others = std::min<int64_t>(kOthers, experts_ - j);
+      for (int64_t j = i + kGroup; j < rows_; j += kOthers) {
+        const int64_t others = std::min<int64_t>(kOthers, rows_ - j);
         kernels_.rectangle[others - 1](products(i, kGroup, j, others, steps));
       }
     }
@@ -150,7 +141,7 @@ class Accumulation {
     Products<A> result{row(i), row(j), steps, {}};
     for (int64_t a = i; a < i + count; ++a)
       for (int64_t b = std::max(a, j); b < j + others; ++b)
-        result.products[a - i][b - j] = &block_[product_index(experts_, a, b)];
+        result.products[a - i][b - j] = &block_[product_index(rows_, a, b)];
     return result;
   }
 
@@ -159,7 +150,7 @@ class Accumulation {
   }
 
   const T* params_;
-  int64_t stride_, columns_, experts_;
+  int64_t stride_, columns_, experts_, rows_;
   A share_;
   const Kernels<T>& kernels_;
   std::vector<Lanes<A>> tile_;
@@ -172,7 +163,7 @@ template <typename T>
 void run(const Tensor& params, const Segments& segments, const BlendShape& shape, double* sums,
          double* gram) {
   static const Kernels<T> kernels(cpu_level());
-  const int64_t n = shape.experts, entries = count_totals(n);
+  const int64_t n = shape.experts, rows = rows_of(n), entries = count_totals(rows);
   const std::vector<Item> items = cut_items(segments, kItem);
   std::vector<double> parts(items.size() * entries), totals(segments.count * entries, 0.0);
   for_each_item(items.size(), n * shape.columns, [&](int64_t i) {
@@ -184,11 +175,11 @@ void run(const Tensor& params, const Segments& segments, const BlendShape& shape
     for (int64_t e = 0; e < entries; ++e)
       totals[items[i].segment * entries + e] += parts[i * entries + e];
   for (int64_t s = 0; s < segments.count; ++s) {
-    const double* total = totals.data() + s * entries;
-    std::copy_n(total, n, sums + s * n);
-    for (int64_t j = 0; j < n; ++j)
-      for (int64_t i = 0; i <= j; ++i)
-        gram[(s * n + i) * n + j] = gram[(s * n + j) * n + i] = total[product_index(n, i, j)];
+    const OffsetTotals found{totals.data() + s * entries, rows, n};
+    for (int64_t i = 0; i < n; ++i) {
+      sums[s * n + i] = found.sum(i);
+      for (int64_t j = 0; j < n; ++j) gram[(s * n + i) * n + j] = found.product(i, j);
+    }
   }
 }
 
