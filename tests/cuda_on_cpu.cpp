@@ -96,16 +96,16 @@ void gram_block(const OffsetGramCall& call, int64_t slot, int64_t i, int64_t j, 
     for (int n = 0; n < D::kSums; ++n) all[n] += sums[n];
   }
   for (int n = 0; n < D::kSums; ++n) {
-    const int64_t total = D::place(n, call.experts, i, j);
+    const int64_t total = D::place(n, call.rows, i, j);
     if (total >= 0) static_cast<A*>(call.partials)[total * call.slots + slot] = all[n];
   }
 }
 
 template <typename D>
-void gram_piece(const OffsetGramCall& call, bool wide, int64_t slot, int64_t i, int64_t j) {
-  const D rows = D::make(call, wide, i, j);
+void gram_piece(const OffsetGramCall& call, bool wide, int64_t slot, int64_t i, int64_t j,
+                const typename D::A* means = nullptr) {
   gram_block<D>(call, slot, i, j, kThreads, [&](const Piece& piece, int thread, auto& sums) {
-    rows.add_piece(piece, thread, call.width, sums);
+    D::make(call, wide, i, j, means, piece.block).add_piece(piece, thread, call.width, sums);
   });
 }
 
@@ -116,9 +116,9 @@ void gram_staged(const OffsetGramCall& call, bool wide, int64_t slot) {
   }
   using S = Stages<T, kExperts>;
   using D = typename S::D;
-  const D rows = D::make(call, wide, 1, 1);
+  const D rows = D::make(call, wide, 0, 0);
   std::vector<typename S::Row> stages(kStages * S::kSize);
-  gram_block<D>(call, slot, 1, 1, kStageThreads, [&](const Piece& piece, int thread, auto& sums) {
+  gram_block<D>(call, slot, 0, 0, kStageThreads, [&](const Piece& piece, int thread, auto& sums) {
     S::add_piece(rows, piece, thread, stages.data() + thread, sums);
   });
 }
@@ -128,26 +128,31 @@ void gram_few(const OffsetGramCall& call, bool wide, int64_t slot) {
   if constexpr (kExperts > 2) {
     if (call.experts < kExperts) return gram_few<T, kExperts - 1>(call, wide, slot);
   }
-  gram_piece<Few<T, kExperts>>(call, wide, slot, 1, 1);
+  gram_piece<Few<T, kExperts>>(call, wide, slot, 0, 0);
 }
 
 template <typename T>
-void gram_slot(const OffsetGramCall& call, bool wide, bool grouped, int64_t slot) {
+void gram_slot(const OffsetGramCall& call, bool wide, int64_t slot) {
+  const bool grouped = call.rows == call.experts;
   if (!grouped && call.experts <= 8) return gram_few<T, 8>(call, wide, slot);
   if constexpr (sizeof(T) < 8) {
-    if (!grouped && call.experts <= 16) return gram_staged<T, 16>(call, wide, slot);
+    if (!grouped) return gram_staged<T, 16>(call, wide, slot);
   }
-  for (int64_t i = 1; i < call.experts; i += kGroupRows) {
-    gram_piece<OneGroup<T>>(call, wide, slot, i, i);
-    for (int64_t j = i + kGroupRows; j < call.experts; j += kGroupRows)
-      gram_piece<TwoGroups<T>>(call, wide, slot, i, j);
+  std::vector<Accumulator<T>> means(kGroupedWidth);
+  const Piece piece = find_piece(call.bounds, call.segments, call.columns, slot, call.width);
+  for (int thread = 0; thread < kThreads; ++thread)
+    add_means<T>(call, piece, thread, means.data());
+  for (int64_t i = 0; i < call.rows; i += kGroupRows) {
+    gram_piece<OneGroup<T>>(call, wide, slot, i, i, means.data());
+    for (int64_t j = i + kGroupRows; j < call.rows; j += kGroupRows)
+      gram_piece<TwoGroups<T>>(call, wide, slot, i, j, means.data());
   }
 }
 
 template <typename T>
-void gram_all(const OffsetGramCall& call, bool wide, bool grouped) {
-  const int64_t count = count_totals(call.experts);
-  for (int64_t slot = 0; slot < call.slots; ++slot) gram_slot<T>(call, wide, grouped, slot);
+void gram_all(const OffsetGramCall& call, bool wide) {
+  const int64_t count = count_totals(call.rows);
+  for (int64_t slot = 0; slot < call.slots; ++slot) gram_slot<T>(call, wide, slot);
   for (int64_t segment = 0; segment < call.segments; ++segment) {
     for (int64_t total = 0; total < count; ++total) {
       double sum = 0;
@@ -155,10 +160,7 @@ void gram_all(const OffsetGramCall& call, bool wide, bool grouped) {
         sum += add_slots<Accumulator<T>>(call, segment, total, thread);
       call.totals[segment * count + total] = sum;
     }
-    std::vector<double> means(call.experts);
-    for (int64_t i = 0; i < call.experts; ++i)
-      means[i] = mean_product(call.totals + segment * count, call.experts, i);
-    for (int thread = 0; thread < kThreads; ++thread) centre(call, segment, means.data(), thread);
+    for (int thread = 0; thread < kThreads; ++thread) complete(call, segment, thread);
   }
 }
 
@@ -258,12 +260,12 @@ void weight_grad(int element, const BlendWeightGradCall* call, bool wide, int ro
   }
 }
 
-void offset_gram(int element, const OffsetGramCall* call, bool wide, bool grouped) {
+void offset_gram(int element, const OffsetGramCall* call, bool wide) {
   switch (static_cast<Element>(element)) {
-    case Element::kFloat: return gram_all<float>(*call, wide, grouped);
-    case Element::kDouble: return gram_all<double>(*call, wide, grouped);
-    case Element::kBFloat16: return gram_all<__nv_bfloat16>(*call, wide, grouped);
-    case Element::kHalf: return gram_all<__half>(*call, wide, grouped);
+    case Element::kFloat: return gram_all<float>(*call, wide);
+    case Element::kDouble: return gram_all<double>(*call, wide);
+    case Element::kBFloat16: return gram_all<__nv_bfloat16>(*call, wide);
+    case Element::kHalf: return gram_all<__half>(*call, wide);
     default: return;  // no fp8
   }
 }
@@ -272,8 +274,12 @@ void gram_last_slot(const OffsetGramCall* call, bool wide) {
   gram_few<__nv_bfloat16, 2>(*call, wide, call->slots - 1);
 }
 
-int64_t gram_width(int64_t columns, int64_t experts) {
-  return offset_gram_width(columns, experts);
+int64_t gram_rows(int64_t experts, int element) {
+  return offset_gram_rows(experts, static_cast<Element>(element));
+}
+
+int64_t gram_width(int64_t columns, int64_t experts, int element) {
+  return offset_gram_width(columns, experts, static_cast<Element>(element));
 }
 
 int64_t gram_slots(int64_t columns, int64_t segments, int64_t width) {

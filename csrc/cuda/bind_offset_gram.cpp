@@ -13,7 +13,9 @@ namespace {
 std::tuple<Tensor, Tensor> offset_gram(const Tensor& params, std::optional<Tensor> segments) {
   const BlendShape shape = check_offset_gram(params, segments);
   check_device_call("offset_gram", "params", params, params, segments, shape);
-  const int64_t n = shape.experts, count = count_totals(n);
+  const int64_t n = shape.experts;
+  const Element element = element_of(params.scalar_type());
+  const int64_t rows = offset_gram_rows(n, element), count = count_totals(rows);
   STD_TORCH_CHECK(shape.segments * count < int64_t{1} << 31, "offset_gram: ", shape.segments,
                   " segments of ", n, " experts are more than one launch can total");
   const torch::stable::accelerator::DeviceGuard guard(params.get_device_index());
@@ -23,7 +25,7 @@ std::tuple<Tensor, Tensor> offset_gram(const Tensor& params, std::optional<Tenso
   Tensor sums = doubles({shape.segments, n}), gram = doubles({shape.segments, n, n});
   if (shape.segments == 0) return {sums, gram};
   if (shape.columns == 0 || n == 1) return {torch::stable::zero_(sums), torch::stable::zero_(gram)};
-  const int64_t width = offset_gram_width(shape.columns, n);
+  const int64_t width = offset_gram_width(shape.columns, n, element);
   const int64_t slots = offset_gram_slots(shape.columns, shape.segments, width);
   Tensor partials =
       torch::stable::new_empty(params, {count * slots}, acc_dtype(params.scalar_type()));
@@ -39,9 +41,9 @@ std::tuple<Tensor, Tensor> offset_gram(const Tensor& params, std::optional<Tenso
                                shape.columns,
                                params.stride(0),
                                slots,
-                               width};
-  check_launch("offset_gram",
-               launch_offset_gram(element_of(params.scalar_type()), call, current_stream(params)));
+                               width,
+                               rows};
+  check_launch("offset_gram", launch_offset_gram(element, call, current_stream(params)));
   return {sums, gram};
 }
 

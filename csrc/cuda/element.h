@@ -11,10 +11,12 @@
 #define NF_DEVICE __host__ __device__ __forceinline__
 #define NF_UNROLL _Pragma("unroll")
 #define NF_NO_UNROLL _Pragma("unroll 1")
+#define NF_UNROLL_EIGHT _Pragma("unroll 8")
 #else
 #define NF_DEVICE inline
 #define NF_UNROLL
 #define NF_NO_UNROLL
+#define NF_UNROLL_EIGHT
 #endif
 
 namespace neulig_fast {

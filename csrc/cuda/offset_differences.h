@@ -1,4 +1,4 @@
-// What a thread of offset_gram.cu computes: differences to expert 0, and sums of their products.
+// What a thread of offset_gram.cu computes: offsets from the mean, and sums of their products.
 #pragma once
 
 #include "common/offsets.h"
@@ -7,13 +7,15 @@
 
 namespace neulig_fast {
 
-// Rows whose differences to `first` a thread multiplies: the products of kRows rows from `a` on
-// among themselves, and their sums (kOthers = 0), or with kOthers rows from `b` on.
-template <typename T, int kRowCount, int kOtherCount, int kLaneCount, int kPackCount, bool kAllRows>
-struct Differences {
+// Rows (common/offsets.h) whose offsets a thread multiplies: kRows rows from `a` on among
+// themselves, and their sums (kOthers = 0), or with kOthers rows from `b` on. kIsAll: these are all
+// experts but number 0, which has no row; their mean is formed on the way. Otherwise it is given,
+// and expert 0 has a row, one of those that are missing and read as expert 0.
+template <typename T, int kRowCount, int kOtherCount, int kLaneCount, int kPackCount, bool kIsAll>
+struct Offsets {
   static constexpr int kRows = kRowCount, kOthers = kOtherCount, kLanes = kLaneCount;
   static constexpr int kPacks = kPackCount;  // of each row in flight at once
-  static constexpr bool kExact = kAllRows;   // no row is missing
+  static constexpr bool kAll = kIsAll;
   static constexpr int kSums = kOthers > 0 ? kRows * kOthers : kRows * (kRows + 3) / 2;
   using A = Accumulator<T>;
   using Row = Pack<T, kLanes>;
@@ -22,14 +24,32 @@ struct Differences {
   const T* a;
   const T* b;
   int64_t stride;
-  int rows, others;  // those that exist; the others are read as `first`
+  int rows, others;  // those that are not missing
   bool wide;         // packs are aligned
+  A share;           // 1 / N
+  const A* means;    // of the differences, by column of a piece's block; not read if kAll
+  int64_t block;
 
-  // Differences of the first row of a group and on, over one column.
+  NF_DEVICE A mean_at(int64_t p) const {
+    if constexpr (kAll) return 0;
+    else return means[p - block];
+  }
+
+  // Offsets of the first row of a group and on, over one column.
   template <int kCount, typename Column>
-  static NF_DEVICE void subtract(A first, const Column& column, A (&d)[kCount]) {
+  NF_DEVICE void subtract(A first, A mean, const Column& column, A (&d)[kCount]) const {
     NF_UNROLL
     for (int i = 0; i < kCount; ++i) d[i] = widen(column(i)) - first;
+    if constexpr (kAll) {
+      A total = d[0];
+      NF_UNROLL
+      for (int i = 1; i < kCount; ++i) total += d[i];
+      NF_UNROLL
+      for (int i = 0; i < kCount; ++i) d[i] = multiply_add(total, -share, d[i]);
+    } else {
+      NF_UNROLL
+      for (int i = 0; i < kCount; ++i) d[i] -= mean;
+    }
   }
 
   static NF_DEVICE void multiply(const A (&d)[kRows], const A (&e)[kOthers + 1], A (&sums)[kSums]) {
@@ -56,7 +76,7 @@ struct Differences {
     NF_UNROLL
     for (int i = 0; i < kCount; ++i) {
       x[i] = missing;
-      if (kExact || i < count) x[i] = load_pack<kLanes>(from + i * stride + p);
+      if (kAll || i < count) x[i] = load_pack<kLanes>(from + i * stride + p);
     }
   }
 
@@ -77,8 +97,10 @@ struct Differences {
       for (int lane = 0; lane < kLanes; ++lane) {
         const A origin = widen(base[n].lane[lane]);
         A d[kRows], e[kOthers + 1] = {};
-        subtract(origin, [&](int i) { return x[n][i].lane[lane]; }, d);
-        if constexpr (kOthers > 0) subtract(origin, [&](int i) { return y[n][i].lane[lane]; }, e);
+        const A mean = mean_at(p + n * kThreads * kLanes + lane);
+        subtract(origin, mean, [&](int i) { return x[n][i].lane[lane]; }, d);
+        if constexpr (kOthers > 0)
+          subtract(origin, mean, [&](int i) { return y[n][i].lane[lane]; }, e);
         multiply(d, e, sums);
       }
     }
@@ -87,11 +109,11 @@ struct Differences {
   NF_DEVICE void add_columns(int64_t begin, int64_t end, A (&sums)[kSums]) const {
     NF_NO_UNROLL
     for (int64_t p = begin; p < end; ++p) {
-      const A origin = widen(first[p]);
+      const A origin = widen(first[p]), mean = mean_at(p);
       A d[kRows], e[kOthers + 1] = {};
-      subtract(origin, [&](int i) { return i < rows ? a[i * stride + p] : first[p]; }, d);
+      subtract(origin, mean, [&](int i) { return i < rows ? a[i * stride + p] : first[p]; }, d);
       if constexpr (kOthers > 0)
-        subtract(origin, [&](int i) { return i < others ? b[i * stride + p] : first[p]; }, e);
+        subtract(origin, mean, [&](int i) { return i < others ? b[i * stride + p] : first[p]; }, e);
       multiply(d, e, sums);
     }
   }
@@ -116,31 +138,35 @@ struct Differences {
     }
   }
 
-  // Which total a thread's sum n is, for rows that begin with experts i and j; -1: a missing row.
-  static NF_DEVICE int64_t place(int n, int64_t experts, int64_t i, int64_t j) {
+  // Which total a thread's sum n is, for rows i .. and j .. of R; -1: there is no such row.
+  static NF_DEVICE int64_t place(int n, int64_t R, int64_t i, int64_t j) {
     if constexpr (kOthers > 0) {
       i += n / kOthers, j += n % kOthers;
     } else if (n < kRows) {
-      return i + n < experts ? i + n - 1 : -1;
+      return i + n < R ? i + n : -1;
     } else {
       int row = n - kRows, column = 0;
       while (row > column) row -= ++column;
       j = i + column, i += row;
     }
-    return j < experts ? product_index(experts, i, j) : -1;
+    return j < R ? product_index(R, i, j) : -1;
   }
 
-  // Experts i .. and j .. against expert 0.
-  static NF_DEVICE Differences make(const OffsetGramCall& call, bool wide, int64_t i, int64_t j) {
+  // Rows i .. and j ..
+  static NF_DEVICE Offsets make(const OffsetGramCall& call, bool wide, int64_t i, int64_t j,
+                                const A* means = nullptr, int64_t block = 0) {
     const T* params = static_cast<const T*>(call.params);
-    const int64_t stride = call.row_stride, n = call.experts;
+    const int64_t stride = call.row_stride, there = call.experts - 1;
     return {params,
-            params + i * stride,
-            params + j * stride,
+            params + (i + 1) * stride,
+            params + (j + 1) * stride,
             stride,
-            static_cast<int>(least(kRows, n - i)),
-            static_cast<int>(least(kOthers, n - j)),
-            wide};
+            static_cast<int>(least(kRows, there - i)),
+            static_cast<int>(least(kOthers, there - j)),
+            wide,
+            A{1} / static_cast<A>(call.experts),
+            means,
+            block};
   }
 };
 

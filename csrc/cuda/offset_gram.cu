@@ -2,11 +2,11 @@
 // xi_i = theta_i - mean_j theta_j                                              (offset_gram, CUDA)
 //
 // params (N, P), any row stride, column stride 1, fp32 | bf16 | fp16 | fp64; bounds (S + 1,) int64;
-// sums (S, N), gram (S, N, N) contiguous fp64. A thread subtracts expert 0 from the others and
-// multiplies the differences, in the accumulation type, fp32 (fp64 for fp64), over at most `width`
-// columns. Those partial sums are added, and at last centred (common/offsets.h), in fp64.
-// Bytes: N * P * itemsize for N <= 16 (fp64: 8). Beyond, a block of threads reads its columns again
-// for each pair of groups of 8 experts, from cache.
+// sums (S, N), gram (S, N, N) contiguous fp64. A thread forms offsets as common/offsets.h says, and
+// sums of them and of their products, in the accumulation type, fp32 (fp64 for fp64), over at most
+// `width` columns. Those partial sums are added in fp64.
+// Bytes: N * P * itemsize for N <= 16 (fp64: 8). Beyond, a block of threads reads its columns once
+// for their means and again for each pair of groups of 8 experts, from cache.
 //
 // From 9 experts on, sums fill the registers (135 of 255 for 16): few warps fit, and none has room
 // for loads to come. So rows go through shared memory, three stages deep (offset_stages.h). Of the
@@ -17,7 +17,7 @@
 // Three launches, no atomics, and an order that depends on nothing but the shapes and bounds: not
 // even on alignment, because a thread owns the same columns whether or not it may load them as one
 // pack. First, a block of threads per piece of columns (pieces.h): a partial sum per total. Then a
-// block of threads per total and segment. Then one per segment, which centres.
+// block of threads per total and segment. Then one per segment, which writes the results.
 #include "common/offsets.h"
 #include "cuda/dispatch.h"
 #include "cuda/offset_differences.h"
@@ -28,7 +28,8 @@
 namespace neulig_fast {
 namespace {
 
-constexpr int kGroupRows = 8;  // of more than 16 experts
+constexpr int kGroupRows = 8;            // of more than 16 experts
+constexpr int64_t kGroupedWidth = 4096;  // so that what is read again is still in the cache
 
 // How many packs of every row are in flight, for 16-byte packs of N experts: registers decide.
 template <typename T>
@@ -38,11 +39,11 @@ constexpr int packs_of(int experts) {
 
 // N experts, 2 to 8; any number, in groups.
 template <typename T, int kExperts>
-using Few = Differences<T, kExperts - 1, 0, kWideLanes<T>, packs_of<T>(kExperts), true>;
+using Few = Offsets<T, kExperts - 1, 0, kWideLanes<T>, packs_of<T>(kExperts), true>;
 template <typename T>
-using OneGroup = Differences<T, kGroupRows, 0, 8 / sizeof(T), 1, false>;
+using OneGroup = Offsets<T, kGroupRows, 0, 8 / sizeof(T), 1, false>;
 template <typename T>
-using TwoGroups = Differences<T, kGroupRows, kGroupRows, 8 / sizeof(T), 1, false>;
+using TwoGroups = Offsets<T, kGroupRows, kGroupRows, 8 / sizeof(T), 1, false>;
 
 // Thread t's share of the sum over a segment of the partial sums of a total.
 template <typename A>
@@ -55,24 +56,40 @@ NF_DEVICE double add_slots(const OffsetGramCall& call, int64_t segment, int64_t 
   return sum;
 }
 
-// Thread t's share of the results of a segment; means (N,) are those of mean_product.
-NF_DEVICE void centre(const OffsetGramCall& call, int64_t segment, const double* means,
-                      int thread) {
+// Thread t's share of the results of a segment.
+NF_DEVICE void complete(const OffsetGramCall& call, int64_t segment, int thread) {
   const int64_t n = call.experts;
-  const double* totals = call.totals + segment * count_totals(n);
-  const double mean = mean_of(means, n);
-  for (int64_t e = thread; e < n * n; e += kThreads) {
-    const int64_t i = e / n, j = e % n;
-    call.gram[segment * n * n + e] = total_product(totals, n, i, j) - (means[i] + means[j] - mean);
+  const OffsetTotals found{call.totals + segment * count_totals(call.rows), call.rows, n};
+  for (int64_t e = thread; e < n * n; e += kThreads)
+    call.gram[segment * n * n + e] = found.product(e / n, e % n);
+  for (int64_t i = thread; i < n; i += kThreads) call.sums[segment * n + i] = found.sum(i);
+}
+
+// Thread t's share of the means of the differences to expert 0, by column of a piece's block.
+template <typename T, typename A>
+NF_DEVICE void add_means(const OffsetGramCall& call, const Piece& piece, int thread, A* means) {
+  const A share = A{1} / static_cast<A>(call.experts);
+  NF_NO_UNROLL
+  for (int64_t p = piece.begin + thread; p < piece.end; p += kThreads) {
+    const T* x = static_cast<const T*>(call.params) + p;
+    const A first = widen(x[0]);
+    A total = 0;
+    NF_UNROLL_EIGHT
+    for (int64_t i = 1; i < call.experts; ++i) total += widen(x[i * call.row_stride]) - first;
+    means[p - piece.block] = total * share;
   }
-  if (thread < n) call.sums[segment * n + thread] = total_sum(totals, thread) - mean_sum(totals, n);
 }
 
 }  // namespace
 
-int64_t offset_gram_width(int64_t columns, int64_t experts) {
+int64_t offset_gram_rows(int64_t experts, Element element) {
+  const int64_t at_once = element == Element::kDouble ? 8 : 16;
+  return experts <= at_once ? experts - 1 : experts;
+}
+
+int64_t offset_gram_width(int64_t columns, int64_t experts, Element element) {
   constexpr int64_t kLeast = 4096, kMost = 8 * kLeast, kEnough = 1024;  // pieces for a big GPU
-  if (experts > 16) return kLeast;  // so that what is read again is still in the cache
+  if (offset_gram_rows(experts, element) == experts) return kGroupedWidth;
   return least(most(columns / kEnough / kLeast * kLeast, kLeast), kMost);
 }
 
@@ -97,7 +114,7 @@ __device__ void add_threads(const OffsetGramCall& call, const A (&sums)[D::kSums
   }
   __syncthreads();
   for (int n = thread; n < D::kSums; n += 32 * kBlockWarps) {
-    const int64_t total = D::place(n, call.experts, i, j);
+    const int64_t total = D::place(n, call.rows, i, j);
     if (total < 0) continue;
     A sum = 0;
     for (int warp = 0; warp < kBlockWarps; ++warp) sum += warps[warp * D::kSums + n];
@@ -108,9 +125,9 @@ __device__ void add_threads(const OffsetGramCall& call, const A (&sums)[D::kSums
 // One piece, by a block of threads; `warps` is (kWarps, at least kSums).
 template <typename D, typename A>
 __device__ void add_block(const OffsetGramCall& call, bool wide, const Piece& piece, A* warps,
-                          int64_t i, int64_t j) {
+                          int64_t i, int64_t j, const A* means = nullptr) {
   A sums[D::kSums] = {};
-  D::make(call, wide, i, j).add_piece(piece, threadIdx.x, call.width, sums);
+  D::make(call, wide, i, j, means, piece.block).add_piece(piece, threadIdx.x, call.width, sums);
   add_threads<D, kWarps>(call, sums, warps, i, j);
   __syncthreads();
 }
@@ -122,7 +139,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   __shared__ Accumulator<T> warps[kWarps * D::kSums];
   const Piece piece = find_piece(call.bounds, call.segments, call.columns, blockIdx.x, call.width);
   if (piece.begin >= piece.end) return;  // the whole block of threads agrees
-  add_block<D>(call, wide, piece, warps, 1, 1);
+  add_block<D>(call, wide, piece, warps, 0, 0);
 }
 
 // All of 9 to 16 experts.
@@ -135,22 +152,24 @@ __global__ void __launch_bounds__(kStageThreads, 2)
   const Piece piece = find_piece(call.bounds, call.segments, call.columns, blockIdx.x, call.width);
   if (piece.begin >= piece.end) return;
   Accumulator<T> sums[D::kSums] = {};
-  S::add_piece(D::make(call, wide, 1, 1), piece, threadIdx.x, stages + threadIdx.x, sums);
+  S::add_piece(D::make(call, wide, 0, 0), piece, threadIdx.x, stages + threadIdx.x, sums);
   __syncthreads();  // then nobody needs the stages
-  add_threads<D, kStageThreads / 32>(call, sums, reinterpret_cast<Accumulator<T>*>(stages), 1, 1);
+  add_threads<D, kStageThreads / 32>(call, sums, reinterpret_cast<Accumulator<T>*>(stages), 0, 0);
 }
 
 // Groups of experts, and pairs of groups, one after the other.
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 1)
     offset_gram_grouped_kernel(const __grid_constant__ OffsetGramCall call, bool wide) {
-  __shared__ Accumulator<T> warps[kWarps * TwoGroups<T>::kSums];
+  __shared__ Accumulator<T> warps[kWarps * TwoGroups<T>::kSums], means[kGroupedWidth];
   const Piece piece = find_piece(call.bounds, call.segments, call.columns, blockIdx.x, call.width);
   if (piece.begin >= piece.end) return;
-  for (int64_t i = 1; i < call.experts; i += kGroupRows) {
-    add_block<OneGroup<T>>(call, wide, piece, warps, i, i);
-    for (int64_t j = i + kGroupRows; j < call.experts; j += kGroupRows)
-      add_block<TwoGroups<T>>(call, wide, piece, warps, i, j);
+  add_means<T>(call, piece, threadIdx.x, means);
+  __syncthreads();
+  for (int64_t i = 0; i < call.rows; i += kGroupRows) {
+    add_block<OneGroup<T>>(call, wide, piece, warps, i, i, means);
+    for (int64_t j = i + kGroupRows; j < call.rows; j += kGroupRows)
+      add_block<TwoGroups<T>>(call, wide, piece, warps, i, j, means);
   }
 }
 
@@ -158,7 +177,7 @@ template <typename A>
 __global__ void __launch_bounds__(kThreads)
     offset_gram_total_kernel(const __grid_constant__ OffsetGramCall call) {
   __shared__ double warps[kWarps];
-  const int64_t count = count_totals(call.experts);
+  const int64_t count = count_totals(call.rows);
   const int64_t segment = blockIdx.x / count, total = blockIdx.x % count;
   const double sum = add_warp(add_slots<A>(call, segment, total, threadIdx.x));
   if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = sum;
@@ -170,13 +189,8 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 __global__ void __launch_bounds__(kThreads)
-    offset_gram_centre_kernel(const __grid_constant__ OffsetGramCall call) {
-  __shared__ double means[kThreads];
-  const double* totals = call.totals + blockIdx.x * count_totals(call.experts);
-  if (threadIdx.x < call.experts)
-    means[threadIdx.x] = mean_product(totals, call.experts, threadIdx.x);
-  __syncthreads();
-  centre(call, blockIdx.x, means, threadIdx.x);
+    offset_gram_complete_kernel(const __grid_constant__ OffsetGramCall call) {
+  complete(call, blockIdx.x, threadIdx.x);
 }
 
 template <typename T, int kExperts>
@@ -213,10 +227,10 @@ void launch_partial(const OffsetGramCall& call, cudaStream_t stream) {
 template <typename T>
 void launch(const OffsetGramCall& call, cudaStream_t stream) {
   launch_partial<T>(call, stream);
-  const auto totals = static_cast<unsigned>(call.segments * count_totals(call.experts));
+  const auto totals = static_cast<unsigned>(call.segments * count_totals(call.rows));
   offset_gram_total_kernel<Accumulator<T>><<<totals, kThreads, 0, stream>>>(call);
   const auto segments = static_cast<unsigned>(call.segments);
-  offset_gram_centre_kernel<<<segments, kThreads, 0, stream>>>(call);
+  offset_gram_complete_kernel<<<segments, kThreads, 0, stream>>>(call);
 }
 
 }  // namespace

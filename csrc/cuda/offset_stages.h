@@ -14,7 +14,7 @@ constexpr int kStages = 3;          // at once: one multiplied, two on their way
 // kStages * kSize.
 template <typename T, int kExperts>
 struct Stages {
-  using D = Differences<T, kExperts - 1, 0, 8 / sizeof(T), 1, true>;
+  using D = Offsets<T, kExperts - 1, 0, 8 / sizeof(T), 1, true>;
   using A = typename D::A;
   using Row = typename D::Row;
   static constexpr int kSize = kExperts * kStageThreads;
@@ -25,24 +25,26 @@ struct Stages {
     for (int i = 0; i < kExperts; ++i, from += stride) copy_async(stage + i * kStageThreads, from);
   }
 
-  static NF_DEVICE void add_stage(const Row* stage, A (&sums)[D::kSums]) {
+  static NF_DEVICE void add_stage(const D& rows, const Row* stage, A (&sums)[D::kSums]) {
     Row x[kExperts];
     NF_UNROLL
     for (int i = 0; i < kExperts; ++i) x[i] = stage[i * kStageThreads];
     NF_UNROLL
     for (int lane = 0; lane < D::kLanes; ++lane) {
       A d[D::kRows], none[1] = {};
-      D::subtract(widen_lane(x[0], lane), [&](int i) { return widen_lane(x[i + 1], lane); }, d);
+      rows.subtract(
+          widen_lane(x[0], lane), 0, [&](int i) { return widen_lane(x[i + 1], lane); }, d);
       D::multiply(d, none, sums);
     }
   }
 
-  // `packs` packs of every row, kStep columns apart.
-  static NF_DEVICE void add_packs(const T* from, int64_t stride, int packs, Row* stage,
+  // `packs` packs of every row, kStep columns apart, from column p on.
+  static NF_DEVICE void add_packs(const D& rows, int64_t p, int packs, Row* stage,
                                   A (&sums)[D::kSums]) {
+    const T* from = rows.first + p;
     int copied = 0, oldest = 0;  // the stage that is next to be copied to, and then to be read
     const auto copy = [&] {
-      if (copied < packs) copy_rows(from, stride, stage + oldest);
+      if (copied < packs) copy_rows(from, rows.stride, stage + oldest);
       end_copies();
       ++copied, from += kStep;
       oldest = oldest + kSize < kStages * kSize ? oldest + kSize : 0;
@@ -53,18 +55,18 @@ struct Stages {
     for (int n = 0; n < packs; ++n) {
       wait_for_copies<kStages - 2>();
       copy();
-      add_stage(stage + oldest, sums);
+      add_stage(rows, stage + oldest, sums);
     }
   }
 
-  // Thread t's share of a piece, as Differences::add_piece: pack t of every kStageThreads packs.
+  // Thread t's share of a piece, as Offsets::add_piece: pack t of every kStageThreads packs.
   static NF_DEVICE void add_piece(const D& rows, const Piece& piece, int thread, Row* stage,
                                   A (&sums)[D::kSums]) {
     NF_NO_UNROLL
     for (int64_t p = piece.block + thread * D::kLanes; p < piece.end;) {
       if (rows.wide && p >= piece.begin && p + D::kLanes <= piece.end) {
         const int packs = static_cast<int>((piece.end - p - D::kLanes) / kStep) + 1;
-        add_packs(rows.first + p, rows.stride, packs, stage, sums);
+        add_packs(rows, p, packs, stage, sums);
         p += packs * kStep;
       } else {
         rows.add_columns(most(p, piece.begin), least(p + D::kLanes, piece.end), sums);
