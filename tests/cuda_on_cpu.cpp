@@ -162,20 +162,14 @@ void telemetry_partials(const BlendTelemetryCall& call, bool wide, int threads, 
   }
 }
 
-template <typename T, int kExperts>
-void telemetry_of(const BlendTelemetryCall& call, bool wide, int64_t slot) {
-  if constexpr (kExperts > 1) {
-    if (call.experts < kExperts) return telemetry_of<T, kExperts - 1>(call, wide, slot);
-  }
-  telemetry_partials<T, kExperts>(call, wide, kThreads, slot);
-}
-
 template <typename T>
 void telemetry_all(const BlendTelemetryCall& call, bool wide, bool few) {
-  for (int64_t slot = 0; slot < call.slots; ++slot) {
-    if (few) telemetry_of<T, kMostExperts>(call, wide, slot);
-    else telemetry_partials<T, 0>(call, wide, kManyThreads, slot);
-  }
+  const auto all_partials = [&](auto held) {
+    for (int64_t slot = 0; slot < call.slots; ++slot)
+      telemetry_partials<T, held>(call, wide, held > 0 ? kThreads : kManyThreads, slot);
+  };
+  if (few) with_held<T>(call, all_partials);
+  else all_partials(std::integral_constant<int, 0>());
   const int64_t squares = call.experts + call.outputs, counts = 1 + 2 * call.outputs;
   for (int64_t segment = 0; segment < call.segments; ++segment)
     for (int64_t row = 0; row < squares + counts; ++row) {
