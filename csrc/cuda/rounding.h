@@ -158,20 +158,23 @@ NF_DEVICE void narrow(double x, T& to) {
 }
 
 // The bits below the last place plus as many random bits, the upper ones of a word, carry or not.
+// Without branches: the values of a warp seldom agree on whether they become subnormal. In bf16,
+// whose exponents are fp32's, subnormals are nothing special.
 template <typename T>
 NF_DEVICE void narrow_randomly(float x, uint32_t random, T& to) {
   using F = FormatOf<T>;
-  const uint32_t magnitude = bits_of(x) & 0x7FFFFFFFu, field = magnitude >> 23;
-  uint32_t kept = magnitude, dropped = 23 - F::kMantissa;
+  uint32_t kept = bits_of(x) & 0x7FFFFFFFu, dropped = 23 - F::kMantissa;
   uint32_t rebias = uint32_t(127 - F::kBias) << F::kMantissa;
-  if (magnitude < uint32_t(128 - F::kBias) << 23) {
-    kept = field ? (magnitude & 0x7FFFFFu) | 0x800000u : magnitude;
-    dropped = uint32_t(151 - F::kBias - F::kMantissa) - (field ? field : 1u);
-    if (dropped > 31u) {  // bits that cannot matter; a shift by 32 or more has no value
-      kept = dropped > 62u ? 0u : kept >> (dropped - 31u);
-      dropped = 31u;
-    }
-    rebias = 0;
+  if constexpr (F::kBias < 127) {
+    const uint32_t field = kept >> 23;
+    const bool small = kept < uint32_t(128 - F::kBias) << 23;
+    const uint32_t significand = (kept & 0x7FFFFFu) | (field > 0 ? 0x800000u : 0u);
+    const uint32_t deep = uint32_t(151 - F::kBias - F::kMantissa) - (field > 0 ? field : 1u);
+    // Bits that cannot matter are dropped before: a shift by 32 or more has no value.
+    const uint32_t excess = deep > 31u ? deep - 31u : 0u;
+    kept = small ? significand >> (excess < 31u ? excess : 31u) : kept;
+    dropped = small ? deep - excess : dropped;
+    rebias = small ? 0u : rebias;
   }
   set_code(finish_code<T>(((kept + (random >> (32u - dropped))) >> dropped) - rebias, x), to);
 }
