@@ -44,7 +44,7 @@ void partial_sums(const BlendWeightGradCall& call, bool wide, int64_t slot) {
   for (int64_t index = 0; index < count_groups(call, kRows, kExperts); ++index) {
     const auto group = make_group<T, kRows, kExperts, kWhole>(call, index);
     Accumulator<T> total[kRows][kExperts] = {};
-    for (int thread = 0; thread < kThreads; ++thread) {
+    for (int thread = 0; thread < kPartialThreads<kRows>; ++thread) {
       Accumulator<T> sums[kRows][kExperts] = {};
       add_piece(group, piece, wide, thread, sums);
       for (int r = 0; r < kRows; ++r)

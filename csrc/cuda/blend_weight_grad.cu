@@ -27,6 +27,11 @@ constexpr int kGroupExperts = 8;  // whose sums a thread keeps
 constexpr int kGroupGrads = 8;    // of grad, likewise
 constexpr int kTotalThreads = 1024;
 
+// Of a block. Sums of 8 gradients leave a multiprocessor room for 256 threads: as two blocks, one
+// keeps memory busy while the other adds up its threads and starts its next piece.
+template <int kRows>
+constexpr int kPartialThreads = kRows == 1 ? kThreads : kThreads / 2;
+
 // The rows that a block of threads sums: `rows` <= kRows gradients from k on and `experts` <=
 // kExperts experts from i on; with kWhole, none is missing. Missing gradients are the last one
 // again, and their sums are not kept. Missing experts are neither loaded nor multiplied, so that a
@@ -64,8 +69,8 @@ inline int64_t count_groups(const BlendWeightGradCall& call, int rows, int exper
   return (call.outputs + rows - 1) / rows * ((call.experts + experts - 1) / experts);
 }
 
-// sums[r][n] += grad[r, p] * params[n, p] over kPacks packs of columns, kThreads packs apart. All
-// loads come before their first use. Two lanes at a time: fewer would ask more often whether an
+// sums[r][n] += grad[r, p] * params[n, p] over kPacks packs of columns, a block of threads apart.
+// All loads come before their first use. Two lanes at a time: fewer would ask more often whether an
 // expert is there, more would keep too many widened gradients.
 template <int kPacks, typename T, int kRows, int kExperts, bool kWhole>
 NF_DEVICE void add_packs(const Group<T, kRows, kExperts, kWhole>& group, int64_t p,
@@ -74,7 +79,7 @@ NF_DEVICE void add_packs(const Group<T, kRows, kExperts, kWhole>& group, int64_t
   Pack<T, kLanes> grad[kPacks][kRows], x[kPacks][kExperts];
   NF_UNROLL
   for (int pack = 0; pack < kPacks; ++pack) {
-    const int64_t at = p + pack * kThreads * kLanes;
+    const int64_t at = p + pack * kPartialThreads<kRows> * kLanes;
     const T *row = group.grad + at, *expert = group.params + at;
     NF_UNROLL
     for (int r = 0; r < kRows; ++r) {
@@ -139,12 +144,13 @@ constexpr int kPacksAtOnce = kRows + kExperts <= 3             ? 4
                              : kRows + kExperts <= 9 && kWhole ? 2
                                                                : 1;
 
-// Thread t's share of a piece: pack t of every kThreads packs of its block of columns, in order.
+// Thread t's share of a piece: pack t of every kPartialThreads packs of its block of columns, in
+// order.
 template <typename T, int kRows, int kExperts, bool kWhole>
 NF_DEVICE void add_piece(const Group<T, kRows, kExperts, kWhole>& group, const Piece& piece,
                          bool wide, int thread, Accumulator<T> (&sums)[kRows][kExperts]) {
   constexpr int kLanes = kWideLanes<T>, kPacks = kPacksAtOnce<kRows, kExperts, kWhole>;
-  constexpr int64_t kStride = kThreads * kLanes;
+  constexpr int64_t kStride = kPartialThreads<kRows> * kLanes;
   const bool whole = piece.begin == piece.block && piece.end == piece.block + kPieceColumns;
   const int64_t first = piece.block + thread * kLanes;
   if (kPacks > 1 && wide && whole) {
@@ -212,15 +218,12 @@ int64_t blend_weight_grad_slots(int64_t columns, int64_t segments) {
 #ifdef __CUDACC__
 namespace {
 
-constexpr int kWarps = kThreads / 32;
-
-// Two blocks per multiprocessor at the least for one gradient; for eight, 128 registers would
-// spill.
 template <typename T, int kRows, int kExperts, bool kWhole>
-__global__ void __launch_bounds__(kThreads, kRows == 1 ? 2 : 1)
+__global__ void __launch_bounds__(kPartialThreads<kRows>, 2)
     blend_weight_grad_partial_kernel(const __grid_constant__ BlendWeightGradCall call,
                                      unsigned groups, bool wide) {
   using A = Accumulator<T>;
+  constexpr int kWarps = kPartialThreads<kRows> / 32;
   __shared__ A warps[kWarps][kRows * kExperts];
   const int64_t slot = blockIdx.x / groups;
   const Piece piece = find_piece(call.bounds, call.segments, call.columns, slot, kPieceColumns);
@@ -269,7 +272,7 @@ void launch_partial(const BlendWeightGradCall& call, bool wide, cudaStream_t str
   const auto groups = static_cast<unsigned>(count_groups(call, kRows, kExperts));
   const auto blocks = static_cast<unsigned>(call.slots) * groups;
   blend_weight_grad_partial_kernel<T, kRows, kExperts, kWhole>
-      <<<blocks, kThreads, 0, stream>>>(call, groups, wide);
+      <<<blocks, kPartialThreads<kRows>, 0, stream>>>(call, groups, wide);
 }
 
 template <typename T>
