@@ -7,9 +7,10 @@
 // Bytes: N * P read, each expert once, and K * P written once, whatever K.
 //
 // A thread owns packs of columns in every row: 16 bytes of params where pointers and rows are
-// aligned, else one column. Up to 8 experts (not fp64) stay in registers; else they are loaded by eights,
-// and kept in shared memory, each thread its own columns, if there is more than one output.
-// Kernels are compiled per type of params; theta's is chosen at each store, by all threads alike.
+// aligned, else one column. Up to 8 experts stay in registers, in a kernel per number of them;
+// beyond, and in fp64 or with stochastic rounding, they are loaded by eights, and kept in shared
+// memory, each thread its own columns, if there is more than one output. Kernels are compiled per
+// type of params; theta's is chosen at each store, by all threads alike.
 #include "cuda/blend.h"
 #include "cuda/dispatch.h"
 #include "cuda/pieces.h"
@@ -158,9 +159,10 @@ template <typename T, int kLanes>
 NF_DEVICE void load_group(const BlendCall& call, int64_t p, int first,
                           Loaded<T, kLanes> (&x)[kGroup]) {
   const T* expert = static_cast<const T*>(call.params) + first * call.row_stride + p;
+  const int more = static_cast<int>(call.experts) - first;
   NF_UNROLL
   for (int j = 0; j < kGroup; ++j) {
-    if (first + j < call.experts) x[j] = load_all<kLanes>(expert);
+    if (j < more) x[j] = load_all<kLanes>(expert);
     expert += call.row_stride;
   }
 }

@@ -54,15 +54,17 @@ NF_DEVICE float widen(Float8E4M3 x) {
   return magnitude == 0x7Fu ? float_of(0x7FC00000u) : value;
 }
 
-// Sixteen fp8 values as loaded: the compiler keeps lanes of bytes in a register each.
+// Sixteen bytes of values of one or two as loaded: the compiler keeps lanes in a register each, and
+// where a load may be skipped, it takes them apart at once, which waits for the load.
 template <typename T>
-struct alignas(16) PackedBytes {
+struct alignas(16) PackedWords {
   uint32_t word[4];
 };
 
 // What a thread loads at once.
 template <typename T, int kLanes>
-using Loaded = std::conditional_t<sizeof(T) == 1 && kLanes == 16, PackedBytes<T>, Pack<T, kLanes>>;
+using Loaded =
+    std::conditional_t<sizeof(T) < 4 && sizeof(T) * kLanes == 16, PackedWords<T>, Pack<T, kLanes>>;
 
 template <int kLanes, typename T>
 NF_DEVICE Loaded<T, kLanes> load_all(const T* from) {
@@ -92,17 +94,29 @@ NF_DEVICE void widen_pair(uint32_t pair, Float8E5M2, float& first, float& second
   first = widen(Float8E5M2{static_cast<uint8_t>(pair)});
   second = widen(Float8E5M2{static_cast<uint8_t>(pair >> 8)});
 }
+NF_DEVICE void widen_pair(uint32_t pair, __nv_bfloat16, float& first, float& second) {
+  first = float_of(pair << 16);
+  second = float_of(pair & 0xFFFF0000u);
+}
+NF_DEVICE void widen_pair(uint32_t pair, __half, float& first, float& second) {
+  first = widen(half_of(pair & 0xFFFFu));
+  second = widen(half_of(pair >> 16));
+}
 
 template <typename T>
-NF_DEVICE void widen_all(PackedBytes<T>& x, float (&value)[16]) {
+NF_DEVICE void widen_all(PackedWords<T>& x, float (&value)[kWideLanes<T>]) {
   NF_UNROLL
   for (int i = 0; i < 4; ++i) {
 #ifdef __CUDA_ARCH__
     // Not ahead of the loop over outputs: widened, all experts would not fit the registers.
     asm volatile("" : "+r"(x.word[i]));
 #endif
-    widen_pair(x.word[i] & 0xFFFFu, T{}, value[4 * i], value[4 * i + 1]);
-    widen_pair(x.word[i] >> 16, T{}, value[4 * i + 2], value[4 * i + 3]);
+    if constexpr (sizeof(T) == 1) {
+      widen_pair(x.word[i] & 0xFFFFu, T{}, value[4 * i], value[4 * i + 1]);
+      widen_pair(x.word[i] >> 16, T{}, value[4 * i + 2], value[4 * i + 3]);
+    } else {
+      widen_pair(x.word[i], T{}, value[2 * i], value[2 * i + 1]);
+    }
   }
 }
 
@@ -183,8 +197,22 @@ struct Words {
   uint32_t word[4];
 };
 
-NF_DEVICE uint32_t upper_product(uint32_t a, uint32_t b) {
-  return static_cast<uint32_t>(static_cast<uint64_t>(a) * b >> 32);
+struct Product {
+  uint32_t lower, upper;
+};
+
+// All 64 bits of a * b. In one instruction, which nvcc does not find for constants above 2^31.
+NF_DEVICE Product multiply_wide(uint32_t a, uint32_t b) {
+  Product product;
+#ifdef __CUDA_ARCH__
+  asm("{ .reg .b64 all; mul.wide.u32 all, %2, %3; mov.b64 {%0, %1}, all; }"
+      : "=r"(product.lower), "=r"(product.upper)
+      : "r"(a), "r"(b));
+#else
+  const uint64_t all = static_cast<uint64_t>(a) * b;
+  product = {static_cast<uint32_t>(all), static_cast<uint32_t>(all >> 32)};
+#endif
+  return product;
 }
 
 // Salmon, Moraes, Dror, Shaw, SC 2011.
@@ -192,10 +220,9 @@ NF_DEVICE Words philox(uint64_t seed, Words c) {
   uint32_t low = static_cast<uint32_t>(seed), high = static_cast<uint32_t>(seed >> 32);
   NF_UNROLL
   for (int round = 0; round < 10; ++round) {
-    const uint32_t left = upper_product(c.word[0], 0xD2511F53u);
-    const uint32_t right = upper_product(c.word[2], 0xCD9E8D57u);
-    c = {{right ^ c.word[1] ^ low, c.word[2] * 0xCD9E8D57u, left ^ c.word[3] ^ high,
-          c.word[0] * 0xD2511F53u}};
+    const Product left = multiply_wide(c.word[0], 0xD2511F53u);
+    const Product right = multiply_wide(c.word[2], 0xCD9E8D57u);
+    c = {{right.upper ^ c.word[1] ^ low, right.lower, left.upper ^ c.word[3] ^ high, left.lower}};
     low += 0x9E3779B9u;
     high += 0xBB67AE85u;
   }
