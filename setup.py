@@ -114,7 +114,11 @@ def configure(ext: Extension, kind: str) -> None:
         ext.library_dirs.append(str(cuda_dir(CUDA, ["lib64", "lib"], "libcudart_static.a")))
         # The static runtime: the binary must load where there is no libcudart.
         ext.extra_link_args += ["-lcudart_static", "-ldl", "-lrt", "-lpthread"]
-        nvcc = ["-O3", "-fmad=false", "-lineinfo", "--compiler-options=-fvisibility=hidden"]
+        nvcc = ["-O3", "-fmad=false", "--compiler-options=-fvisibility=hidden"]
+        # An eighth of the size, from nvcc 12.8 on; line numbers for profilers (-lineinfo), which
+        # NVCC_APPEND_FLAGS can ask for, would triple it.
+        if "--compress-mode" in output_of(f"{CUDA}/bin/nvcc", "--help"):
+            nvcc.append("--compress-mode=size")
         ext.extra_compile_args = {"cxx": [*cxx, "-DNF_WITH_CUDA", "-DUSE_CUDA"], "nvcc": nvcc}
         os.environ["TORCH_CUDA_ARCH_LIST"] = cuda_archs()
 

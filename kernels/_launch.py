@@ -108,11 +108,16 @@ def _blend(itemsize: int, registers: int, experts: int, outputs: int, seeded: bo
 
 
 def _blend_weight_grad(registers: int, experts: int, outputs: int) -> Config:
-    """Sums of up to 8 gradients with up to 8 experts, in at most 160 registers a thread."""
+    """Sums of up to 8 gradients with up to 8 experts, a register or two a thread each.
+
+    Several gradients: half the columns at once, or sums and columns together leave room for fewer
+    programs; and longer programs, because at its end a program adds each sum over its threads.
+    """
     lanes = (1024 if outputs == 1 else 512) // registers
     held = min(outputs, 8)
-    groups = -(-experts // min(8, 40 // held))
-    return Config(8 * lanes, 4, held, lanes, experts=-(-experts // groups))
+    groups = -(-experts // min(8, 64 // registers // held))
+    block = 8 * lanes if outputs == 1 else 16384
+    return Config(block, 4, held, lanes, experts=-(-experts // groups))
 
 
 def _offset_gram(itemsize: int, experts: int) -> Config:

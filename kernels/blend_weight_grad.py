@@ -32,9 +32,11 @@ def _add_columns(
     sums, grad_ptr, params_ptr, lanes, mask, other, k, i, K, P, row_stride,
     N: tl.constexpr, ROWS: tl.constexpr, EXPERTS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """``sums``, a vector per row and expert, plus the products of the columns ``lanes``.
+    """``sums``, a vector per row and expert, plus the products of the columns ``lanes``, a matrix.
 
-    Rows and experts past the last one are the last one again, and their sums are not stored.
+    Rows and experts past the last one are the last one again, and their sums are not stored. A row
+    of ``lanes`` is what a thread loads at once: its products are added before they meet the sums,
+    which would otherwise take a register for every column.
     """
     held, passing = (), ()
     for r in tl.static_range(ROWS):
@@ -46,7 +48,8 @@ def _add_columns(
     added = ()
     for r in tl.static_range(ROWS):
         for n in tl.static_range(EXPERTS):
-            added += (sums[r * EXPERTS + n] + held[r].to(ACC) * passing[n].to(ACC),)
+            products = held[r].to(ACC) * passing[n].to(ACC)
+            added += (sums[r * EXPERTS + n] + tl.sum(products, axis=1),)
     return added
 
 
@@ -54,22 +57,27 @@ def _add_columns(
 def _sum_piece(
     grad_ptr, params_ptr, partials_ptr, block, start, stop, masked: tl.constexpr, k, i, K, P,
     row_stride, slots, N: tl.constexpr, ROWS: tl.constexpr, EXPERTS: tl.constexpr,
-    LANES: tl.constexpr, BLOCK: tl.constexpr,
+    PACK: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The partial sums of one piece: LANES columns at a time, and the lanes added at the end."""
     ACC: tl.constexpr = partials_ptr.dtype.element_ty
+    PACKS: tl.constexpr = LANES // PACK
     sums = ()
     for _ in tl.static_range(ROWS * EXPERTS):
-        sums += (tl.zeros((LANES,), ACC),)
-    for offset in range(0, BLOCK, LANES):
-        lanes = block + offset + tl.arange(0, LANES)
-        if masked:
+        sums += (tl.zeros((PACKS,), ACC),)
+    places = tl.arange(0, PACKS)[:, None] * PACK + tl.arange(0, PACK)[None, :]
+    if masked:
+        while block < stop:  # no further than the piece goes
+            lanes = block + places
             mask = (lanes >= start) & (lanes < stop)
             sums = _add_columns(
                 sums, grad_ptr, params_ptr, lanes, mask, 0.0, k, i, K, P, row_stride,
                 N, ROWS, EXPERTS, ACC,
             )  # fmt: skip
-        else:
+            block += LANES
+    else:
+        for offset in range(0, BLOCK, LANES):
+            lanes = block + offset + places
             sums = _add_columns(
                 sums, grad_ptr, params_ptr, lanes, None, None, k, i, K, P, row_stride,
                 N, ROWS, EXPERTS, ACC,
@@ -85,7 +93,8 @@ def blend_weight_grad_partial_kernel(
     grad_ptr, params_ptr, bounds_ptr, partials_ptr,
     K: tl.int64, S: tl.int64, slots: tl.int64, column_units: tl.int64, stride_units: tl.int64,
     N: tl.constexpr, ROWS: tl.constexpr, EXPERTS: tl.constexpr, STEPS: tl.constexpr,
-    COLUMN_UNIT: tl.constexpr, STRIDE_UNIT: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr,
+    COLUMN_UNIT: tl.constexpr, STRIDE_UNIT: tl.constexpr,
+    PACK: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """partials[k, i, slot] = sum over the columns p of a slot's piece of grad[k, p] * params[i, p].
 
@@ -116,12 +125,12 @@ def blend_weight_grad_partial_kernel(
     if stop - start == BLOCK:
         _sum_piece(
             grad_ptr, params_ptr, partials_ptr + slot, block, start, stop, False, k, i, K, P,
-            row_stride, slots, N, ROWS, EXPERTS, LANES, BLOCK,
+            row_stride, slots, N, ROWS, EXPERTS, PACK, LANES, BLOCK,
         )  # fmt: skip
     elif start < stop:  # narrow accesses: a small part of the columns
         _sum_piece(
             grad_ptr, params_ptr, partials_ptr + slot, block, start, stop, True, k, i, K, P,
-            row_stride, slots, N, ROWS, EXPERTS, LANES, BLOCK,
+            row_stride, slots, N, ROWS, EXPERTS, PACK, LANES, BLOCK,
         )  # fmt: skip
 
 
@@ -208,6 +217,7 @@ def launches(
     units = (P // column_unit, row_stride // stride_unit)
     arguments = (grad.contiguous(), params, bounds, partials, KN // N, S, slots, *units)
     groups = -(-(KN // N) // launch.held) * -(-N // launch.experts)
+    pack = min(16 // params.itemsize, launch.lanes // (32 * launch.num_warps))
     options = {
         "N": N,
         "ROWS": launch.held,
@@ -215,6 +225,7 @@ def launches(
         "STEPS": search_steps(S),
         "COLUMN_UNIT": column_unit,
         "STRIDE_UNIT": stride_unit,
+        "PACK": pack,
         "LANES": launch.lanes,
         "BLOCK": launch.block,
         "num_warps": launch.num_warps,

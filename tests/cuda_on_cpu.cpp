@@ -37,16 +37,16 @@ void blend_from(const BlendCall& call, int path, int64_t p) {
 }
 
 // The partial sums of one slot. Threads' sums are added in order instead of by warps.
-template <typename T, int kRows, int kExperts>
+template <typename T, int kRows, int kExperts, bool kWhole>
 void partial_sums(const BlendWeightGradCall& call, bool wide, int64_t slot) {
   const Piece piece = find_piece(call.bounds, call.segments, call.columns, slot, kPieceColumns);
   if (piece.begin >= piece.end) return;
   for (int64_t index = 0; index < count_groups(call, kRows, kExperts); ++index) {
-    const auto group = make_group<T, kRows, kExperts>(call, index);
+    const auto group = make_group<T, kRows, kExperts, kWhole>(call, index);
     Accumulator<T> total[kRows][kExperts] = {};
-    for (int thread = 0; thread < kThreads; ++thread) {
+    for (int thread = 0; thread < kPartialThreads<kRows>; ++thread) {
       Accumulator<T> sums[kRows][kExperts] = {};
-      add_piece<T>(group, piece, wide, thread, sums);
+      add_piece(group, piece, wide, thread, sums);
       for (int r = 0; r < kRows; ++r)
         for (int n = 0; n < kExperts; ++n) total[r][n] += sums[r][n];
     }
@@ -57,20 +57,13 @@ void partial_sums(const BlendWeightGradCall& call, bool wide, int64_t slot) {
   }
 }
 
-template <typename T, int kRows, int kExperts>
-void all_partial_sums(const BlendWeightGradCall& call, bool wide) {
-  if constexpr (kExperts > 1) {
-    if (call.experts < kExperts) return all_partial_sums<T, kRows, kExperts - 1>(call, wide);
-  }
-  for (int64_t slot = 0; slot < call.slots; ++slot)
-    partial_sums<T, kRows, kExperts>(call, wide, slot);
-}
-
 template <typename T>
-void weight_grad_all(const BlendWeightGradCall& call, bool wide, int rows) {
+void weight_grad_all(const BlendWeightGradCall& call, bool wide) {
   using A = Accumulator<T>;
-  if (rows == 1) all_partial_sums<T, 1, kGroupExperts>(call, wide);
-  else all_partial_sums<T, kGroupGrads, kGroupExperts>(call, wide);
+  with_group<T>(call, [&](auto rows, auto experts, auto whole) {
+    for (int64_t slot = 0; slot < call.slots; ++slot)
+      partial_sums<T, rows, experts, whole>(call, wide, slot);
+  });
   for (int64_t segment = 0; segment < call.segments; ++segment)
     for (int64_t entry = 0; entry < call.outputs * call.experts; ++entry) {
       double sum = 0;
@@ -194,20 +187,14 @@ void telemetry_partials(const BlendTelemetryCall& call, bool wide, int threads, 
   }
 }
 
-template <typename T, int kExperts>
-void telemetry_of(const BlendTelemetryCall& call, bool wide, int64_t slot) {
-  if constexpr (kExperts > 1) {
-    if (call.experts < kExperts) return telemetry_of<T, kExperts - 1>(call, wide, slot);
-  }
-  telemetry_partials<T, kExperts>(call, wide, kThreads, slot);
-}
-
 template <typename T>
 void telemetry_all(const BlendTelemetryCall& call, bool wide, bool few) {
-  for (int64_t slot = 0; slot < call.slots; ++slot) {
-    if (few) telemetry_of<T, kMostExperts>(call, wide, slot);
-    else telemetry_partials<T, 0>(call, wide, kManyThreads, slot);
-  }
+  const auto all_partials = [&](auto held) {
+    for (int64_t slot = 0; slot < call.slots; ++slot)
+      telemetry_partials<T, held>(call, wide, held > 0 ? kThreads : kManyThreads, slot);
+  };
+  if (few) with_held<T>(call, all_partials);
+  else all_partials(std::integral_constant<int, 0>());
   const int64_t squares = call.experts + call.outputs, counts = 1 + 2 * call.outputs;
   for (int64_t segment = 0; segment < call.segments; ++segment)
     for (int64_t row = 0; row < squares + counts; ++row) {
@@ -250,12 +237,12 @@ void blend_columns_from(int element, const BlendCall* call, int path, int64_t fi
   }
 }
 
-void weight_grad(int element, const BlendWeightGradCall* call, bool wide, int rows) {
+void weight_grad(int element, const BlendWeightGradCall* call, bool wide) {
   switch (static_cast<Element>(element)) {
-    case Element::kFloat: return weight_grad_all<float>(*call, wide, rows);
-    case Element::kDouble: return weight_grad_all<double>(*call, wide, rows);
-    case Element::kBFloat16: return weight_grad_all<__nv_bfloat16>(*call, wide, rows);
-    case Element::kHalf: return weight_grad_all<__half>(*call, wide, rows);
+    case Element::kFloat: return weight_grad_all<float>(*call, wide);
+    case Element::kDouble: return weight_grad_all<double>(*call, wide);
+    case Element::kBFloat16: return weight_grad_all<__nv_bfloat16>(*call, wide);
+    case Element::kHalf: return weight_grad_all<__half>(*call, wide);
     default: return;  // no fp8
   }
 }

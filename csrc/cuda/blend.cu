@@ -7,9 +7,10 @@
 // Bytes: N * P read, each expert once, and K * P written once, whatever K.
 //
 // A thread owns packs of columns in every row: 16 bytes of params where pointers and rows are
-// aligned, else one column. Up to 8 experts stay in registers; beyond, they are loaded by eights,
-// and kept in shared memory, each thread its own columns, if there is more than one output.
-// Kernels are compiled per type of params; theta's is chosen at each store, by all threads alike.
+// aligned, else one column. Up to 8 experts stay in registers, in a kernel per number of them;
+// beyond, and in fp64 or with stochastic rounding, they are loaded by eights, and kept in shared
+// memory, each thread its own columns, if there is more than one output. Kernels are compiled per
+// type of params; theta's is chosen at each store, by all threads alike.
 #include "cuda/blend.h"
 #include "cuda/dispatch.h"
 #include "cuda/pieces.h"
@@ -153,37 +154,54 @@ NF_DEVICE bool words_fit(const BlendCall& call, int64_t segment, int64_t p) {
   return !kRandom || (p - segment_start(call, segment)) % kUnit == 0;
 }
 
+// The packs at column p of experts first .. first + kGroup - 1, as far as there are any.
+template <typename T, int kLanes>
+NF_DEVICE void load_group(const BlendCall& call, int64_t p, int first,
+                          Loaded<T, kLanes> (&x)[kGroup]) {
+  const T* expert = static_cast<const T*>(call.params) + first * call.row_stride + p;
+  const int more = static_cast<int>(call.experts) - first;
+  NF_UNROLL
+  for (int j = 0; j < kGroup; ++j) {
+    if (j < more) x[j] = load_all<kLanes>(expert);
+    expert += call.row_stride;
+  }
+}
+
 // The pack of columns from p on, any number of experts. stage: room for this thread's pack of every
 // expert, `stride` packs apart; not used for one output.
 template <typename T, int kLanes, bool kRandom>
 NF_DEVICE void blend_many(const BlendCall& call, int64_t p, Loaded<T, kLanes>* stage, int stride) {
   using A = Accumulator<T>;
+  Loaded<T, kLanes> x[kGroup];  // loaded before the search for the segment, as in blend_few
+  if (p + kLanes <= call.columns) load_group<T, kLanes>(call, p, 0, x);
   const int64_t segment = find_segment_in_warp<kLanes>(call, p);
   if (!in_segment(call, segment, p, kLanes) || !words_fit<kLanes, kRandom>(call, segment, p))
     return blend_columns<kLanes, T, kRandom>(call, p);
-  const T* params = static_cast<const T*>(call.params) + p;
   const A* w = static_cast<const A*>(call.weights) + segment * call.experts;
   const int experts = static_cast<int>(call.experts);
   A sum[kLanes] = {};
-  for (int first = 0; first < experts; first += kGroup) {
-    Loaded<T, kLanes> x[kGroup];
+  for (int first = 0;;) {
+    A weight[kGroup];  // all loads before the first use: one wait instead of one per expert
     NF_UNROLL
     for (int j = 0; j < kGroup; ++j)
-      if (first + j < experts) x[j] = load_all<kLanes>(params + (first + j) * call.row_stride);
+      if (first + j < experts) weight[j] = load_weight(w + first + j);
     NF_UNROLL
     for (int j = 0; j < kGroup; ++j) {
-      if (first + j >= experts) continue;
-      accumulate<T>(sum, load_weight(w + first + j), x[j], first + j == 0);
+      if (first + j >= experts) break;
+      accumulate<T>(sum, weight[j], x[j], first + j == 0);
       if (call.outputs > 1) stage[(first + j) * stride] = x[j];
     }
+    first += kGroup;
+    if (first >= experts) break;
+    load_group<T, kLanes>(call, p, first, x);
   }
   for (int64_t k = 0;;) {
     store_sums<kRandom>(call, k, segment, p, sum);
     if (++k >= call.outputs) return;
     w += call.segments * call.experts;
     for (int i = 0; i < experts; ++i) {
-      Loaded<T, kLanes> x = stage[i * stride];
-      accumulate<T>(sum, load_weight(w + i), x, i == 0);
+      Loaded<T, kLanes> pack = stage[i * stride];
+      accumulate<T>(sum, load_weight(w + i), pack, i == 0);
     }
   }
 }
@@ -264,7 +282,9 @@ void launch(const BlendCall& call, cudaStream_t stream) {
   if (call.stochastic && wide<T>(call)) return launch_many<T, kLanes, true>(call, stream);
   if (call.stochastic) return launch_many<T, 1, true>(call, stream);
   if (!wide<T>(call)) return launch_many<T, 1, false>(call, stream);
-  if (call.experts <= kGroup) return launch_few<T, kGroup>(call, stream);
+  if constexpr (sizeof(T) < 8) {  // the speed of fp64 matters less than eight more kernels
+    if (call.experts <= kGroup) return launch_few<T, kGroup>(call, stream);
+  }
   launch_many<T, kLanes, false>(call, stream);
 }
 

@@ -7,7 +7,7 @@
 // before rounding, are added in fp64. Counts: columns with an xi_i > 0 and an xi_j < 0; entries of
 // theta that are not finite, and those of them whose sum was.
 // Bytes: N * P values read once, K * P written once. For every 8 outputs, and for every use of a
-// value where there are more than 8 experts, a thread reads its columns again, from cache.
+// value of more than 8 experts (fp64: of any), a thread reads its columns again, from cache.
 //
 // Two launches, no atomics, and an order that depends on nothing but the shapes and bounds, as in
 // blend_weight_grad.cu: a block of threads per piece of columns, each thread adding its own columns
@@ -19,9 +19,19 @@
 namespace neulig_fast {
 namespace {
 
-constexpr int kMostExperts = 8;   // that a thread keeps in registers
 constexpr int kMostOutputs = 8;   // that a thread has sums for
 constexpr int kManyThreads = 64;  // of a block with more experts, for their sums to find room
+
+// Calls launch(kExperts): how many experts a thread keeps in registers, the fewest that do. fp64,
+// for which speed matters less, keeps none.
+template <typename T, typename Launch>
+void with_held(const BlendTelemetryCall& call, const Launch& launch) {
+  if constexpr (sizeof(T) < 8) {
+    if (call.experts <= 4) return launch(std::integral_constant<int, 4>());
+    if (call.experts <= 8) return launch(std::integral_constant<int, 8>());
+  }
+  launch(std::integral_constant<int, 0>());
+}
 
 }  // namespace
 
@@ -116,9 +126,6 @@ __global__ void __launch_bounds__(kThreads)
 
 template <typename T, int kExperts>
 void launch_partials(const BlendTelemetryCall& call, bool wide, cudaStream_t stream) {
-  if constexpr (kExperts > 1) {
-    if (call.experts < kExperts) return launch_partials<T, kExperts - 1>(call, wide, stream);
-  }
   const int threads = kExperts > 0 ? kThreads : kManyThreads;
   const int64_t outputs = least(kMostOutputs, call.outputs);
   const int64_t bytes = (call.experts + outputs) * sizeof(double) + (1 + outputs) * sizeof(int);
@@ -137,8 +144,7 @@ void launch(const BlendTelemetryCall& call, cudaStream_t stream) {
                     aligned(reinterpret_cast<intptr_t>(call.theta), 64) &&
                     (call.experts == 1 || aligned(call.row_stride * sizeof(T), 16)) &&
                     (call.outputs == 1 || aligned(call.columns, kWideLanes<T>));
-  if (call.experts <= kMostExperts) launch_partials<T, kMostExperts>(call, wide, stream);
-  else launch_partials<T, 0>(call, wide, stream);
+  with_held<T>(call, [&](auto held) { launch_partials<T, held>(call, wide, stream); });
   const int64_t rows = call.experts + 1 + 3 * call.outputs;
   const auto totals = static_cast<unsigned>(call.segments * rows);
   blend_telemetry_total_kernel<<<totals, kThreads, 0, stream>>>(call);

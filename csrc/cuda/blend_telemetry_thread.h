@@ -80,7 +80,8 @@ NF_DEVICE void finish_output(const BlendTelemetryCall& call, int64_t k, int64_t 
   }
 }
 
-// One pack of columns of every expert: kept, or read again where there are more than a few.
+// One pack of columns of every expert: kept, of up to kExperts, or with kExperts = 0 read again
+// whenever it is asked for.
 template <typename T, int kExperts, int kLanes>
 struct Columns {
   const T* from;
@@ -91,9 +92,10 @@ struct Columns {
   NF_DEVICE Columns(const BlendTelemetryCall& call, int64_t p)
       : from(static_cast<const T*>(call.params) + p),
         row_stride(call.row_stride),
-        experts(kExperts > 0 ? kExperts : static_cast<int>(call.experts)) {
+        experts(static_cast<int>(call.experts)) {
     NF_UNROLL
-    for (int i = 0; i < kExperts; ++i) held[i] = read(i);
+    for (int i = 0; i < kExperts; ++i)
+      if (i < experts) held[i] = read(i);
   }
   NF_DEVICE Pack<T, kLanes> read(int64_t i) const {
     return load_pack<kLanes>(from + i * row_stride);
@@ -103,7 +105,10 @@ struct Columns {
   NF_DEVICE void each(const Body& body) const {
     if constexpr (kExperts > 0) {
       NF_UNROLL
-      for (int i = 0; i < kExperts; ++i) body(i, held[i]);
+      for (int i = 0; i < kExperts; ++i) {
+        if (i == experts) break;
+        body(i, held[i]);
+      }
     } else {
       NF_UNROLL_8
       for (int i = 0; i < experts; ++i) body(i, read(i));

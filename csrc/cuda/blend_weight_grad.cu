@@ -4,8 +4,9 @@
 // grad (K, P) and params (N, P), any row stride, column stride 1, fp32 | bf16 | fp16 | fp64 alike;
 // bounds (S + 1,) int64; result (K, S, N) contiguous in the accumulation type, fp32 (fp64 for
 // fp64). Accumulates over at most 16384 columns in the accumulation type, and those partial sums in
-// fp64. Bytes: (N + K) * P * itemsize for K <= 8 and N <= 8. Beyond, neighbouring blocks of threads
-// read the same columns for the next 8 gradients or experts at about the same time, from cache.
+// fp64. Bytes: (N + K) * P * itemsize for K <= 8 (fp64: K = 1) and N <= 8. Beyond, neighbouring
+// blocks of threads read the same columns for the next 8 gradients (fp64: the next one) or experts
+// at about the same time, from cache.
 //
 // Two launches, no atomics, and an order that depends on nothing but the shapes and bounds: not
 // even on alignment, because a thread owns the same columns whether or not it may load them as one
@@ -16,6 +17,8 @@
 #include "cuda/pieces.h"
 #include "cuda/reduce.h"
 
+#include <type_traits>
+
 namespace neulig_fast {
 namespace {
 
@@ -24,108 +27,172 @@ constexpr int kGroupExperts = 8;  // whose sums a thread keeps
 constexpr int kGroupGrads = 8;    // of grad, likewise
 constexpr int kTotalThreads = 1024;
 
-// The rows that a block of threads sums: kRows gradients from k on and kExperts experts from i on.
-// Rows past the last one are the last one again, and their sums are not kept.
-template <typename T, int kRows, int kExperts>
+// Of a block. Sums of 8 gradients leave a multiprocessor room for 256 threads: as two blocks, one
+// keeps memory busy while the other adds up its threads and starts its next piece.
+template <int kRows>
+constexpr int kPartialThreads = kRows == 1 ? kThreads : kThreads / 2;
+
+// The rows that a block of threads sums: `rows` <= kRows gradients from k on and `experts` <=
+// kExperts experts from i on; with kWhole, none is missing. Missing gradients are the last one
+// again, and their sums are not kept. Missing experts are neither loaded nor multiplied, so that a
+// kernel for 8 of them costs little more than it must for 5.
+template <typename T, int kRows, int kExperts, bool kWhole>
 struct Group {
-  const T* grad[kRows];
-  const T* params[kExperts];
-  int64_t k, i;
+  const T *grad, *params;
+  int64_t grad_stride, row_stride, k, i;
+  int rows, experts;
+
+  NF_DEVICE bool has_row(int r) const {
+    return kWhole || r < rows;
+  }
+  NF_DEVICE bool has_expert(int n) const {
+    return kWhole || n < experts;
+  }
 };
 
-template <typename T, int kRows, int kExperts>
-NF_DEVICE Group<T, kRows, kExperts> make_group(const BlendWeightGradCall& call, int64_t index) {
+template <typename T, int kRows, int kExperts, bool kWhole>
+NF_DEVICE Group<T, kRows, kExperts, kWhole> make_group(const BlendWeightGradCall& call,
+                                                       int64_t index) {
   const int64_t expert_groups = (call.experts + kExperts - 1) / kExperts;
-  Group<T, kRows, kExperts> group;
-  group.k = index / expert_groups * kRows;
-  group.i = index % expert_groups * kExperts;
-  NF_UNROLL
-  for (int r = 0; r < kRows; ++r)
-    group.grad[r] =
-        static_cast<const T*>(call.grad) + least(group.k + r, call.outputs - 1) * call.grad_stride;
-  NF_UNROLL
-  for (int n = 0; n < kExperts; ++n)
-    group.params[n] =
-        static_cast<const T*>(call.params) + least(group.i + n, call.experts - 1) * call.row_stride;
-  return group;
+  const int64_t k = index / expert_groups * kRows, i = index % expert_groups * kExperts;
+  return {static_cast<const T*>(call.grad) + k * call.grad_stride,
+          static_cast<const T*>(call.params) + i * call.row_stride,
+          call.grad_stride,
+          call.row_stride,
+          k,
+          i,
+          static_cast<int>(least(call.outputs - k, kRows)),
+          static_cast<int>(least(call.experts - i, kExperts))};
 }
 
 inline int64_t count_groups(const BlendWeightGradCall& call, int rows, int experts) {
   return (call.outputs + rows - 1) / rows * ((call.experts + experts - 1) / experts);
 }
 
-// sums[r][n] += grad[r, p] * params[n, p] over kPacks packs of columns, kThreads packs apart. All
-// loads come before their first use.
-template <typename T, int kPacks, int kRows, int kExperts>
-NF_DEVICE void add_packs(const Group<T, kRows, kExperts>& group, int64_t p,
+// sums[r][n] += grad[r, p] * params[n, p] over kPacks packs of columns, a block of threads apart.
+// All loads come before their first use. Two lanes at a time: fewer would ask more often whether an
+// expert is there, more would keep too many widened gradients.
+template <int kPacks, typename T, int kRows, int kExperts, bool kWhole>
+NF_DEVICE void add_packs(const Group<T, kRows, kExperts, kWhole>& group, int64_t p,
                          Accumulator<T> (&sums)[kRows][kExperts]) {
   constexpr int kLanes = kWideLanes<T>;
   Pack<T, kLanes> grad[kPacks][kRows], x[kPacks][kExperts];
   NF_UNROLL
   for (int pack = 0; pack < kPacks; ++pack) {
-    const int64_t at = p + pack * kThreads * kLanes;
+    const int64_t at = p + pack * kPartialThreads<kRows> * kLanes;
+    const T *row = group.grad + at, *expert = group.params + at;
     NF_UNROLL
-    for (int r = 0; r < kRows; ++r) grad[pack][r] = load_pack<kLanes>(group.grad[r] + at);
+    for (int r = 0; r < kRows; ++r) {
+      grad[pack][r] = load_pack<kLanes>(row);
+      if (group.has_row(r + 1)) row += group.grad_stride;
+    }
     NF_UNROLL
-    for (int n = 0; n < kExperts; ++n) x[pack][n] = load_pack<kLanes>(group.params[n] + at);
+    for (int n = 0; n < kExperts; ++n) {
+      if (group.has_expert(n)) x[pack][n] = load_pack<kLanes>(expert);
+      expert += group.row_stride;
+    }
   }
   NF_UNROLL
   for (int pack = 0; pack < kPacks; ++pack) {
     NF_UNROLL
-    for (int lane = 0; lane < kLanes; ++lane) {
+    for (int lane = 0; lane < kLanes; lane += 2) {
+      Accumulator<T> first[kRows], second[kRows];
+      NF_UNROLL
+      for (int r = 0; r < kRows; ++r) {
+        first[r] = widen(grad[pack][r].lane[lane]);
+        second[r] = widen(grad[pack][r].lane[lane + 1]);
+      }
       NF_UNROLL
       for (int n = 0; n < kExperts; ++n) {
+        if (!group.has_expert(n)) continue;
+        const auto x_first = widen(x[pack][n].lane[lane]);
+        const auto x_second = widen(x[pack][n].lane[lane + 1]);
         NF_UNROLL
-        for (int r = 0; r < kRows; ++r)
-          sums[r][n] = multiply_add(widen(grad[pack][r].lane[lane]), widen(x[pack][n].lane[lane]),
-                                    sums[r][n]);
+        for (int r = 0; r < kRows; ++r) {
+          sums[r][n] = multiply_add(first[r], x_first, sums[r][n]);
+          sums[r][n] = multiply_add(second[r], x_second, sums[r][n]);
+        }
       }
     }
   }
 }
 
 // The same over one column.
-template <typename T, int kRows, int kExperts>
-NF_DEVICE void add_column(const Group<T, kRows, kExperts>& group, int64_t p,
+template <typename T, int kRows, int kExperts, bool kWhole>
+NF_DEVICE void add_column(const Group<T, kRows, kExperts, kWhole>& group, int64_t p,
                           Accumulator<T> (&sums)[kRows][kExperts]) {
+  Accumulator<T> grad[kRows];
+  const T *row = group.grad + p, *expert = group.params + p;
+  NF_UNROLL
+  for (int r = 0; r < kRows; ++r) {
+    grad[r] = widen(*row);
+    if (group.has_row(r + 1)) row += group.grad_stride;
+  }
   NF_UNROLL
   for (int n = 0; n < kExperts; ++n) {
-    const auto x = widen(group.params[n][p]);
+    if (!group.has_expert(n)) continue;
+    const auto x = widen(*expert);
+    expert += group.row_stride;
     NF_UNROLL
-    for (int r = 0; r < kRows; ++r)
-      sums[r][n] = multiply_add(widen(group.grad[r][p]), x, sums[r][n]);
+    for (int r = 0; r < kRows; ++r) sums[r][n] = multiply_add(grad[r], x, sums[r][n]);
   }
 }
 
 // Packs a thread has in flight per row: about 12 loads of 16 bytes.
-template <int kRows, int kExperts>
-constexpr int kPacksAtOnce = kRows + kExperts <= 3   ? 4
-                             : kRows + kExperts <= 9 ? 2
-                                                     : 1;
+template <int kRows, int kExperts, bool kWhole>
+constexpr int kPacksAtOnce = kRows + kExperts <= 3             ? 4
+                             : kRows + kExperts <= 9 && kWhole ? 2
+                                                               : 1;
 
-// Thread t's share of a piece: pack t of every kThreads packs of its block of columns, in order.
-template <typename T, int kRows, int kExperts>
-NF_DEVICE void add_piece(const Group<T, kRows, kExperts>& group, const Piece& piece, bool wide,
-                         int thread, Accumulator<T> (&sums)[kRows][kExperts]) {
-  constexpr int kLanes = kWideLanes<T>, kPacks = kPacksAtOnce<kRows, kExperts>;
-  constexpr int64_t kStride = kThreads * kLanes;
+// Thread t's share of a piece: pack t of every kPartialThreads packs of its block of columns, in
+// order.
+template <typename T, int kRows, int kExperts, bool kWhole>
+NF_DEVICE void add_piece(const Group<T, kRows, kExperts, kWhole>& group, const Piece& piece,
+                         bool wide, int thread, Accumulator<T> (&sums)[kRows][kExperts]) {
+  constexpr int kLanes = kWideLanes<T>, kPacks = kPacksAtOnce<kRows, kExperts, kWhole>;
+  constexpr int64_t kStride = kPartialThreads<kRows> * kLanes;
   const bool whole = piece.begin == piece.block && piece.end == piece.block + kPieceColumns;
   const int64_t first = piece.block + thread * kLanes;
-  if (wide && whole) {
+  if (kPacks > 1 && wide && whole) {
     NF_NO_UNROLL
     for (int64_t offset = 0; offset < kPieceColumns; offset += kPacks * kStride)
-      add_packs<T, kPacks>(group, first + offset, sums);
+      add_packs<kPacks>(group, first + offset, sums);
     return;
   }
   NF_NO_UNROLL
   for (int64_t p = first; p < piece.end; p += kStride) {
     if (wide && p >= piece.begin && p + kLanes <= piece.end) {
-      add_packs<T, 1>(group, p, sums);
+      add_packs<1>(group, p, sums);
     } else {
       NF_NO_UNROLL
       for (int64_t q = most(p, piece.begin); q < least(p + kLanes, piece.end); ++q)
-        add_column<T>(group, q, sums);
+        add_column(group, q, sums);
     }
+  }
+}
+
+template <int kValue>
+using Constant = std::integral_constant<int, kValue>;
+
+// Calls launch(kRows, kExperts, kWhole) for the kernel that the call needs. One gradient and up to
+// 8 experts, which is what training asks for, have a kernel per number of experts; other calls
+// share three, and fp64, for which speed matters less, has one.
+template <typename T, int kExperts = kGroupExperts, typename Launch>
+void with_group(const BlendWeightGradCall& call, const Launch& launch) {
+  constexpr Constant<1> one;
+  constexpr Constant<kGroupGrads> many;
+  constexpr std::false_type some;
+  if constexpr (sizeof(T) == 8) {
+    launch(one, Constant<8>(), some);
+  } else if (call.outputs > 1) {
+    if (call.experts <= 4) launch(many, Constant<4>(), some);
+    else launch(many, Constant<8>(), some);
+  } else if (call.experts > 8) {
+    launch(one, Constant<8>(), some);
+  } else if (call.experts == kExperts) {
+    launch(one, Constant<kExperts>(), std::true_type());
+  } else if constexpr (kExperts > 1) {
+    with_group<T, kExperts - 1>(call, launch);
   }
 }
 
@@ -151,23 +218,20 @@ int64_t blend_weight_grad_slots(int64_t columns, int64_t segments) {
 #ifdef __CUDACC__
 namespace {
 
-constexpr int kWarps = kThreads / 32;
-
-// Two blocks per multiprocessor at the least for one gradient; for eight, 128 registers would
-// spill.
-template <typename T, int kRows, int kExperts>
-__global__ void __launch_bounds__(kThreads, kRows == 1 ? 2 : 1)
+template <typename T, int kRows, int kExperts, bool kWhole>
+__global__ void __launch_bounds__(kPartialThreads<kRows>, 2)
     blend_weight_grad_partial_kernel(const __grid_constant__ BlendWeightGradCall call,
                                      unsigned groups, bool wide) {
   using A = Accumulator<T>;
+  constexpr int kWarps = kPartialThreads<kRows> / 32;
   __shared__ A warps[kWarps][kRows * kExperts];
   const int64_t slot = blockIdx.x / groups;
   const Piece piece = find_piece(call.bounds, call.segments, call.columns, slot, kPieceColumns);
   if (piece.begin >= piece.end) return;  // the whole block of threads agrees
-  const auto group = make_group<T, kRows, kExperts>(call, blockIdx.x % groups);
+  const auto group = make_group<T, kRows, kExperts, kWhole>(call, blockIdx.x % groups);
   const int thread = threadIdx.x;
   A sums[kRows][kExperts] = {};
-  add_piece<T>(group, piece, wide, thread, sums);
+  add_piece(group, piece, wide, thread, sums);
   NF_UNROLL
   for (int n = 0; n < kRows * kExperts; ++n) {
     const A sum = add_warp(sums[n / kExperts][n % kExperts]);
@@ -203,15 +267,12 @@ bool aligned(int64_t value) {
   return value % 16 == 0;
 }
 
-template <typename T, int kRows, int kExperts>
+template <typename T, int kRows, int kExperts, bool kWhole>
 void launch_partial(const BlendWeightGradCall& call, bool wide, cudaStream_t stream) {
-  if constexpr (kExperts > 1) {
-    if (call.experts < kExperts) return launch_partial<T, kRows, kExperts - 1>(call, wide, stream);
-  }
   const auto groups = static_cast<unsigned>(count_groups(call, kRows, kExperts));
   const auto blocks = static_cast<unsigned>(call.slots) * groups;
-  blend_weight_grad_partial_kernel<T, kRows, kExperts>
-      <<<blocks, kThreads, 0, stream>>>(call, groups, wide);
+  blend_weight_grad_partial_kernel<T, kRows, kExperts, kWhole>
+      <<<blocks, kPartialThreads<kRows>, 0, stream>>>(call, groups, wide);
 }
 
 template <typename T>
@@ -220,8 +281,9 @@ void launch(const BlendWeightGradCall& call, cudaStream_t stream) {
                     aligned(reinterpret_cast<intptr_t>(call.grad)) &&
                     (call.experts == 1 || aligned(call.row_stride * sizeof(T))) &&
                     (call.outputs == 1 || aligned(call.grad_stride * sizeof(T)));
-  if (call.outputs == 1) launch_partial<T, 1, kGroupExperts>(call, wide, stream);
-  else launch_partial<T, kGroupGrads, kGroupExperts>(call, wide, stream);
+  with_group<T>(call, [&](auto rows, auto experts, auto whole) {
+    launch_partial<T, rows, experts, whole>(call, wide, stream);
+  });
   const auto results = static_cast<unsigned>(call.outputs * call.experts * call.segments);
   blend_weight_grad_total_kernel<Accumulator<T>><<<results, kTotalThreads, 0, stream>>>(call);
 }

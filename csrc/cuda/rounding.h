@@ -54,15 +54,17 @@ NF_DEVICE float widen(Float8E4M3 x) {
   return magnitude == 0x7Fu ? float_of(0x7FC00000u) : value;
 }
 
-// Sixteen fp8 values as loaded: the compiler keeps lanes of bytes in a register each.
+// Sixteen bytes of values of one or two as loaded: the compiler keeps lanes in a register each, and
+// where a load may be skipped, it takes them apart at once, which waits for the load.
 template <typename T>
-struct alignas(16) PackedBytes {
+struct alignas(16) PackedWords {
   uint32_t word[4];
 };
 
 // What a thread loads at once.
 template <typename T, int kLanes>
-using Loaded = std::conditional_t<sizeof(T) == 1 && kLanes == 16, PackedBytes<T>, Pack<T, kLanes>>;
+using Loaded =
+    std::conditional_t<sizeof(T) < 4 && sizeof(T) * kLanes == 16, PackedWords<T>, Pack<T, kLanes>>;
 
 template <int kLanes, typename T>
 NF_DEVICE Loaded<T, kLanes> load_all(const T* from) {
@@ -92,17 +94,29 @@ NF_DEVICE void widen_pair(uint32_t pair, Float8E5M2, float& first, float& second
   first = widen(Float8E5M2{static_cast<uint8_t>(pair)});
   second = widen(Float8E5M2{static_cast<uint8_t>(pair >> 8)});
 }
+NF_DEVICE void widen_pair(uint32_t pair, __nv_bfloat16, float& first, float& second) {
+  first = float_of(pair << 16);
+  second = float_of(pair & 0xFFFF0000u);
+}
+NF_DEVICE void widen_pair(uint32_t pair, __half, float& first, float& second) {
+  first = widen(half_of(pair & 0xFFFFu));
+  second = widen(half_of(pair >> 16));
+}
 
 template <typename T>
-NF_DEVICE void widen_all(PackedBytes<T>& x, float (&value)[16]) {
+NF_DEVICE void widen_all(PackedWords<T>& x, float (&value)[kWideLanes<T>]) {
   NF_UNROLL
   for (int i = 0; i < 4; ++i) {
 #ifdef __CUDA_ARCH__
     // Not ahead of the loop over outputs: widened, all experts would not fit the registers.
     asm volatile("" : "+r"(x.word[i]));
 #endif
-    widen_pair(x.word[i] & 0xFFFFu, T{}, value[4 * i], value[4 * i + 1]);
-    widen_pair(x.word[i] >> 16, T{}, value[4 * i + 2], value[4 * i + 3]);
+    if constexpr (sizeof(T) == 1) {
+      widen_pair(x.word[i] & 0xFFFFu, T{}, value[4 * i], value[4 * i + 1]);
+      widen_pair(x.word[i] >> 16, T{}, value[4 * i + 2], value[4 * i + 3]);
+    } else {
+      widen_pair(x.word[i], T{}, value[2 * i], value[2 * i + 1]);
+    }
   }
 }
 
@@ -158,20 +172,23 @@ NF_DEVICE void narrow(double x, T& to) {
 }
 
 // The bits below the last place plus as many random bits, the upper ones of a word, carry or not.
+// Without branches: the values of a warp seldom agree on whether they become subnormal. In bf16,
+// whose exponents are fp32's, subnormals are nothing special.
 template <typename T>
 NF_DEVICE void narrow_randomly(float x, uint32_t random, T& to) {
   using F = FormatOf<T>;
-  const uint32_t magnitude = bits_of(x) & 0x7FFFFFFFu, field = magnitude >> 23;
-  uint32_t kept = magnitude, dropped = 23 - F::kMantissa;
+  uint32_t kept = bits_of(x) & 0x7FFFFFFFu, dropped = 23 - F::kMantissa;
   uint32_t rebias = uint32_t(127 - F::kBias) << F::kMantissa;
-  if (magnitude < uint32_t(128 - F::kBias) << 23) {
-    kept = field ? (magnitude & 0x7FFFFFu) | 0x800000u : magnitude;
-    dropped = uint32_t(151 - F::kBias - F::kMantissa) - (field ? field : 1u);
-    if (dropped > 31u) {  // bits that cannot matter; a shift by 32 or more has no value
-      kept = dropped > 62u ? 0u : kept >> (dropped - 31u);
-      dropped = 31u;
-    }
-    rebias = 0;
+  if constexpr (F::kBias < 127) {
+    const uint32_t field = kept >> 23;
+    const bool small = kept < uint32_t(128 - F::kBias) << 23;
+    const uint32_t significand = (kept & 0x7FFFFFu) | (field > 0 ? 0x800000u : 0u);
+    const uint32_t deep = uint32_t(151 - F::kBias - F::kMantissa) - (field > 0 ? field : 1u);
+    // Bits that cannot matter are dropped before: a shift by 32 or more has no value.
+    const uint32_t excess = deep > 31u ? deep - 31u : 0u;
+    kept = small ? significand >> (excess < 31u ? excess : 31u) : kept;
+    dropped = small ? deep - excess : dropped;
+    rebias = small ? 0u : rebias;
   }
   set_code(finish_code<T>(((kept + (random >> (32u - dropped))) >> dropped) - rebias, x), to);
 }
@@ -180,8 +197,22 @@ struct Words {
   uint32_t word[4];
 };
 
-NF_DEVICE uint32_t upper_product(uint32_t a, uint32_t b) {
-  return static_cast<uint32_t>(static_cast<uint64_t>(a) * b >> 32);
+struct Product {
+  uint32_t lower, upper;
+};
+
+// All 64 bits of a * b. In one instruction, which nvcc does not find for constants above 2^31.
+NF_DEVICE Product multiply_wide(uint32_t a, uint32_t b) {
+  Product product;
+#ifdef __CUDA_ARCH__
+  asm("{ .reg .b64 all; mul.wide.u32 all, %2, %3; mov.b64 {%0, %1}, all; }"
+      : "=r"(product.lower), "=r"(product.upper)
+      : "r"(a), "r"(b));
+#else
+  const uint64_t all = static_cast<uint64_t>(a) * b;
+  product = {static_cast<uint32_t>(all), static_cast<uint32_t>(all >> 32)};
+#endif
+  return product;
 }
 
 // Salmon, Moraes, Dror, Shaw, SC 2011.
@@ -189,10 +220,9 @@ NF_DEVICE Words philox(uint64_t seed, Words c) {
   uint32_t low = static_cast<uint32_t>(seed), high = static_cast<uint32_t>(seed >> 32);
   NF_UNROLL
   for (int round = 0; round < 10; ++round) {
-    const uint32_t left = upper_product(c.word[0], 0xD2511F53u);
-    const uint32_t right = upper_product(c.word[2], 0xCD9E8D57u);
-    c = {{right ^ c.word[1] ^ low, c.word[2] * 0xCD9E8D57u, left ^ c.word[3] ^ high,
-          c.word[0] * 0xD2511F53u}};
+    const Product left = multiply_wide(c.word[0], 0xD2511F53u);
+    const Product right = multiply_wide(c.word[2], 0xCD9E8D57u);
+    c = {{right.upper ^ c.word[1] ^ low, right.lower, left.upper ^ c.word[3] ^ high, left.lower}};
     low += 0x9E3779B9u;
     high += 0xBB67AE85u;
   }
