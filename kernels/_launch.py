@@ -121,15 +121,16 @@ def _blend_weight_grad(registers: int, experts: int, outputs: int) -> Config:
 
 
 def _offset_gram(itemsize: int, experts: int) -> Config:
-    """All of up to 16 experts at once: in loads of 16 bytes up to 9, of 8 up to 12, and then of two
-    columns. Wider ones would spill: with 16 experts in bf16, loads of 8 bytes on sm_100.
+    """All of up to 16 experts at once: in loads of 16 bytes up to 9, of 8 up to 12, of two columns up
+    to 14, and then of one. Wider ones would spill.
 
     More, and fp64 from 10 on, in groups of 4, whose columns stay in cache.
     """
     if experts <= 9:
         return Config(16384, 4, held=max(experts - 1, 1), lanes=16 // itemsize)
     if experts <= 16 and itemsize < 8:
-        return Config(16384, 4, experts - 1, lanes=8 // itemsize if experts <= 12 else 2)
+        lanes = 8 // itemsize if experts <= 12 else 2 if experts <= 14 else 1
+        return Config(16384, 4, experts - 1, lanes=lanes)
     return Config(4096, 4, held=4, lanes=16 // itemsize)
 
 

@@ -116,13 +116,11 @@ def telemetry_launches(
 def offset_gram_launches(
     module: ModuleType, dtype: torch.dtype, n: int, _k: int, s: int, p: int
 ) -> Any:
-    acc = torch.promote_types(dtype, torch.float32)
-    launch = module.config("offset_gram", dtype, n, 1)
-    count, f64 = (n - 1) * (n + 2) // 2, torch.float64
+    launch, f64 = module.config("offset_gram", dtype, n, 1), torch.float64
     params, bounds = empty(n, p, dtype=dtype), empty(s + 1, dtype=torch.int64)
-    partials, totals = empty(count, p // launch.block + s, dtype=acc), empty(s, count, dtype=f64)
     sums, gram = empty(s, n, dtype=f64), empty(s, n, n, dtype=f64)
-    return module.launches(params, bounds, partials, totals, sums, gram, launch)
+    scratch = module.scratch(params, s, launch)
+    return module.launches(params, bounds, *scratch, sums, gram, launch)
 
 
 def table(n: int, s: int) -> torch.Tensor:
