@@ -307,7 +307,34 @@ def lists_that_lie_apart_are_refused():
     refused("expert 1, position 0: placed as .*dim=1", run, draw(2), [[rows], [columns]])
     refused("as a plain tensor, expert 0 as", run, draw(2), [[rows], [draw(4, 2)]])
     refused("position 0: sums not yet reduced", run, draw(2), [[parts], [parts]])
-    refused("placed as", into, [draw(4, 2)], draw(2), [[rows], [rows]])
+    plain = draw(4, 2)
+    refused("blend_lists_: outputs, position 0: placed as a plain tensor, expert 0 as \\(Shard",
+            into, [plain], draw(2), [[rows], [rows]])  # fmt: skip
+    refused("outputs, position 0: placed as .*dim=1", into, [columns], draw(2), [[rows], [rows]])
+    for experts in ([[plain], [plain]], nf.TensorLists([[plain], [plain]])):
+        refused("outputs, position 0: a DTensor, the exp", into, [rows], draw(2), experts)
+        weights = placed(draw(2), "Replicate")
+        refused("weights are a DTensor, the experts plain tensors", run, weights, experts)
+        refused("weights are a DTensor, the exp", into, [draw(4, 2)], weights, experts)
+    refused("expert 0, position 0: a plain tensor .* got a DTensor", nf.TensorLists, [[rows]] * 2)
+
+
+@check
+def writes_to_listed_dtensors_are_counted():
+    experts = [[placed(draw(4, 2, seed=i), "Shard", 0)] for i in range(2)]
+    weights = draw(2).requires_grad_()
+    (result,) = nf.blend_lists(weights, experts)
+    (kept,) = nf.blend_lists(weights, experts)
+    kept.to_local().sum().backward()
+    experts[0][0].mul_(5)
+    with pytest.raises(RuntimeError, match="an expert was written to between"):
+        result.to_local().sum().backward()
+    factor, output = draw(4, 2).requires_grad_(), placed(draw(4, 2), "Shard", 0)
+    product = placed(factor, "Shard", 0) * output
+    nf.blend_lists_([output], draw(2), experts)
+    assert output._version > 0
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.to_local().sum().backward()
 
 
 def same_on_all_ranks(tensor):
