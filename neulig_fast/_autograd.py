@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -14,7 +14,8 @@ Formula = tuple[Callable[..., None], Callable[..., Any]]  # setup_context, backw
 def register(op: Any, library: torch.library.Library, formula: Formula | None) -> None:
     """Register ``formula`` for an op of the registry; without one, asking for it is an error."""
     if op.writes:
-        library.impl(op.name, lambda *args: _write(op, *args), "Autograd")
+        for key in ("Autograd", "ADInplaceOrView"):  # inference mode skips the first
+            library.impl(op.name, lambda *args: _write(op, *args), key)
         return
     setup_context, backward = formula or _not_differentiable(op.name)
     torch.library.register_autograd(
@@ -34,17 +35,25 @@ def _not_differentiable(name: str) -> Formula:
 
 def _write(op: Any, *args: Any) -> None:
     """An op that writes into its first argument: no gradient, and a new version of that tensor."""
-    if torch.is_grad_enabled():
-        for name, argument in zip(op.arguments, args, strict=False):
-            if _asks_for_gradient(argument):
-                raise RuntimeError(
-                    f"{op.name}: not differentiable, but {name} requires grad; detach it or call "
-                    "under torch.no_grad()"
-                )
+    refuse_gradients(op.name, op.arguments, args)
+    if args[0].is_neg():  # below, the dispatcher would replace it by a copy
+        raise ValueError(f"{op.name}: {op.arguments[0]} is a negated view, as Tensor.is_neg() says")
     with torch._C._AutoDispatchBelowADInplaceOrView():
         op.overload(*args)
     if not args[0].is_inference():
         torch.autograd.graph.increment_version(args[0])
+
+
+def refuse_gradients(op: str, names: Iterable[str], arguments: Iterable[Any]) -> None:
+    """RuntimeError where autograd would have to record an op that writes."""
+    if not torch.is_grad_enabled():
+        return
+    for name, argument in zip(names, arguments, strict=False):
+        if _asks_for_gradient(argument):
+            raise RuntimeError(
+                f"{op}: not differentiable, but {name} requires grad; detach it or call under "
+                "torch.no_grad()"
+            )
 
 
 def _asks_for_gradient(argument: Any) -> bool:

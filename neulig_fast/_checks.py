@@ -23,6 +23,21 @@ def raise_all(subject: str, faults: Iterable[str], error: type[Exception] = Valu
     raise error(f"{subject}: {len(faults)} problems\n  - " + "\n  - ".join(faults))
 
 
+def check_tensors(subject: str, **arguments: object) -> None:
+    """TypeError naming every argument that is not a tensor."""
+    found = []
+    for name, argument in arguments.items():
+        if not isinstance(argument, torch.Tensor):
+            found.append(f"{name} must be a tensor, got {type(argument).__name__}")
+    if found:
+        raise_all(subject, found, TypeError)
+
+
+def not_dense(name: str, tensor: torch.Tensor) -> str:
+    """What is said of a tensor whose layout is not torch.strided, such as a sparse one."""
+    return f"{name} must be dense (torch.strided), got {tensor.layout}"
+
+
 def shape(of: torch.Tensor | tuple[int, ...]) -> str:
     """``(2, 3)``: how a shape is written in every message."""
     sizes = of.shape if isinstance(of, torch.Tensor) else of

@@ -76,17 +76,19 @@ class CoefficientModule(nn.Module):
             raise TypeError(f"CoefficientModule: pool must be an ExpertPool, got {got}")
         _checks.raise_all("CoefficientModule", _faults(pool, granularity, constraint, base))
         self.pool, self.granularity, self.constraint = pool, granularity, constraint
-        self.base = None if base is None else base % pool.num_experts
+        self.base = base
         self.rows = self._lay_out_rows()
         count = pool.num_experts - (base is not None)
         shape = (count,) if granularity == "model" else (len(self.rows), count)
         if init is None:
             uniform = 0.0 if constraint == "softmax" else 1 / count
             init = uniform if base is None else ADAMERGING_INIT
-        _checks.raise_all("CoefficientModule", _init_faults(init, shape, constraint))
-        dtype = _checks.accumulation_dtype(pool.params.dtype)
-        start = torch.as_tensor(init).detach().to(pool.params.device, dtype)
-        self.coefficients = nn.Parameter(start.expand(shape).clone())
+        start = _start(init, _checks.accumulation_dtype(pool.params.dtype))
+        if start is None:
+            got = f"init must be a number or a dense tensor of real numbers, got {init!r}"
+            raise ValueError(f"CoefficientModule: {got}")
+        _checks.raise_all("CoefficientModule", _init_faults(start, shape, constraint))
+        self.coefficients = nn.Parameter(start.to(pool.params.device).expand(shape).clone())
 
     def _lay_out_rows(self) -> tuple[str, ...]:
         """Names of the rows; registers which row each parameter and each float buffer takes."""
@@ -101,7 +103,7 @@ class CoefficientModule(nn.Module):
         of_layer: dict[str, set[int]] = {}
         for layer, row in zip(layers, row_of, strict=False):
             of_layer.setdefault(layer, set()).add(row)
-        shares = torch.zeros(len(segments) - count, len(rows))
+        shares = torch.zeros(len(segments) - count, len(rows), device="cpu")
         for share, layer in zip(shares, layers[count:], strict=True):
             members = sorted(of_layer.get(layer, range(len(rows))))
             share[members] = 1 / len(members)
@@ -154,9 +156,12 @@ class _Clamp(torch.autograd.Function):
     """Clamp to [0, 1]. Outside, only a gradient whose descent leads back inside passes."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor) -> Tensor:
-        ctx.save_for_backward(values)
+    def forward(values: Tensor) -> Tensor:
         return values.clamp(0, 1)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
@@ -180,23 +185,32 @@ def _faults(pool: ExpertPool, granularity: Any, constraint: Any, base: Any) -> I
     if base is None:
         return
     n = pool.num_experts
-    if not isinstance(base, int) or isinstance(base, bool) or not -n <= base < n:
-        yield f"base must be None or the number of one of the {n} experts, got {base!r}"
+    if not isinstance(base, int) or isinstance(base, bool) or not 0 <= base < n:
+        yield f"base must be None or an expert 0 .. {n - 1}, got {base!r}"
     if n < 2:
         yield "base needs at least one other expert in the pool"
     if constraint == "softmax":
         yield "softmax makes the coefficients sum to 1, which leaves base no weight; drop one"
 
 
-def _init_faults(init: Any, shape: tuple[int, ...], constraint: str) -> Iterator[str]:
-    if isinstance(init, bool) or not isinstance(init, (int, float, Tensor)):
-        yield f"init must be a number or a tensor, got {init!r}"
-        return
-    values = torch.as_tensor(init)
-    if tuple(values.shape) not in ((), shape[-1:], shape):
+def _start(init: Any, dtype: torch.dtype) -> Tensor | None:
+    """``init`` in the type of the coefficients; None for what no tensor can be made of."""
+    if isinstance(init, Tensor):
+        readable = init.layout == torch.strided and not (init.is_complex() or init.is_meta)
+        return init.detach().to(dtype) if readable else None
+    if isinstance(init, bool) or not isinstance(init, (int, float)):
+        return None
+    try:
+        return torch.tensor(float(init), dtype=dtype, device="cpu")
+    except OverflowError:  # an integer beyond fp64, which is not finite in `dtype` either
+        return torch.tensor(torch.inf, dtype=dtype, device="cpu")
+
+
+def _init_faults(start: Tensor, shape: tuple[int, ...], constraint: str) -> Iterator[str]:
+    if tuple(start.shape) not in ((), shape[-1:], shape):
         one_row = f" or {shape[-1:]}" if len(shape) > 1 else ""
-        yield f"init must be a number or of shape {shape}{one_row}, got {_checks.shape(values)}"
-    if values.is_complex() or not values.isfinite().all():
-        yield "init must be real and finite"
-    elif constraint == "clamp" and not ((values >= 0) & (values <= 1)).all():
+        yield f"init must be a number or of shape {shape}{one_row}, got {_checks.shape(start)}"
+    if not start.isfinite().all():
+        yield f"init must be finite in {start.dtype}"
+    elif constraint == "clamp" and not ((start >= 0) & (start <= 1)).all():
         yield "init must lie in [0, 1] with constraint='clamp'"

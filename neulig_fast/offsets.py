@@ -66,7 +66,7 @@ class OffsetStats:
         Groups are ordered by first appearance; rows are added in order, in fp64.
         """
         groups = {label: i for i, label in enumerate(dict.fromkeys(labels))}
-        index = torch.tensor([groups[label] for label in labels], dtype=torch.int64)
+        index = torch.tensor([groups[label] for label in labels], dtype=torch.int64, device="cpu")
 
         def add(rows: torch.Tensor) -> torch.Tensor:
             rows = rows.to("cpu", torch.float64)
@@ -96,12 +96,11 @@ class OffsetStats:
         if self.sums.ndim == 1 and weights is None:
             return self
         sums, gram = self._by_group()
-        scale = torch.ones(len(sums)) if weights is None else torch.as_tensor(weights)
+        scale = sums.new_ones(len(sums)) if weights is None else _on_cpu(weights)
         if scale.shape != (len(sums),):
             raise ValueError(
                 f"OffsetStats.total: weights must be ({len(sums)},), got {_checks.shape(scale)}"
             )
-        scale = scale.to("cpu", torch.float64)
         return OffsetStats((scale[:, None] * sums).sum(0), (scale[:, None, None] * gram).sum(0))
 
     def _by_group(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -237,18 +236,20 @@ class OffsetStats:
             base: as in :meth:`task_gram`.
 
         Returns:
-            Entries in [-1, 1]; 1 on the diagonal; 0 where a task vector is zero, as the base's is.
+            Entries in [-1, 1]; 1 on the diagonal; 0 where a task vector is zero, as the base's is;
+            NaN where one is not finite.
 
         Raises:
             ValueError: no such expert.
         """
         gram = self.task_gram(base)
         length = gram.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
-        present = length > 0
+        present = length != 0  # NaN is present: a broken expert looks broken
         unit = length.masked_fill(~present, 1.0)
         cosines = (gram / unit.unsqueeze(-1) / unit.unsqueeze(-2)).clamp(-1, 1)
         both = present.unsqueeze(-1) & present.unsqueeze(-2)
-        same = torch.eye(self.num_experts, dtype=torch.bool)
+        same = torch.eye(self.num_experts, dtype=torch.bool, device="cpu")
+        same = same & length.isfinite().unsqueeze(-1)
         return cosines.masked_fill(same, 1.0).masked_fill(~both, 0.0)
 
     def kinship(self, base: int | None = None) -> torch.Tensor:
@@ -273,10 +274,16 @@ class OffsetStats:
         return pairs.sum((-2, -1)) / (partners * (partners - 1) / 2)
 
     def _weights(self, method: str, weights: torch.Tensor | Sequence[float]) -> torch.Tensor:
-        w = torch.as_tensor(weights).to("cpu", torch.float64)
+        w = _on_cpu(weights)
         if w.ndim not in (1, 2) or w.shape[-1] != self.num_experts:
             raise ValueError(
                 f"OffsetStats.{method}: weights must be (N,) or (B, N) with N = "
                 f"{self.num_experts}, got {_checks.shape(w)}"
             )
         return w
+
+
+def _on_cpu(values: torch.Tensor | Sequence[float]) -> torch.Tensor:
+    """``values`` in fp64 on the CPU, whatever the default device is."""
+    where = None if isinstance(values, torch.Tensor) else "cpu"
+    return torch.as_tensor(values, device=where).to("cpu", torch.float64)

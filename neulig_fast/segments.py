@@ -46,7 +46,7 @@ class Segments(Sequence[Segment]):
         self.alignment = int(alignment)
         _checks.raise_all("Segments", _faults(self._segments, self.width, self.alignment))
         starts = [segment.start for segment in self._segments]
-        self._bounds = torch.tensor([*starts, self.width], dtype=torch.int64)
+        self._bounds = torch.tensor([*starts, self.width], dtype=torch.int64, device="cpu")
         self._bounds_on = {self._bounds.device: self._bounds}
         self._index = {segment.name: i for i, segment in enumerate(self._segments)}
 

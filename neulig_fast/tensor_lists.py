@@ -14,16 +14,15 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import _checks
+from ._list_checks import address_faults, as_lists, list_faults, memory_faults
 
 ALIGNMENT = 128  # bytes: where each tensor of a buffer starts
-
-Lists = Sequence[Sequence[Tensor]]
 
 
 class Layout(NamedTuple):
@@ -62,9 +61,9 @@ class Group:
     def table(self, chunk: int) -> tuple[Tensor, int]:
         """The table for chunks of ``chunk`` elements, and how many chunks there are."""
         if chunk not in self._tables:
-            bounds = torch.zeros(len(self.positions) + 1, dtype=torch.int64)
+            bounds = host([0] * (len(self.positions) + 1))
             torch.cumsum((self.lengths + (chunk - 1)) // chunk, 0, out=bounds[1:])
-            rows = torch.tensor(self.positions, dtype=torch.int64)
+            rows = host(self.positions)
             table = torch.cat([bounds, self.lengths, rows, self.addresses.flatten()])
             self._tables[chunk] = on_device(table, self.device), int(bounds[-1])
         return self._tables[chunk]
@@ -86,7 +85,7 @@ class Group:
     @functools.cached_property
     def rows(self) -> Tensor:
         """The positions, on the device."""
-        return on_device(torch.tensor(self.positions, dtype=torch.int64), self.device)
+        return on_device(host(self.positions), self.device)
 
     def split(self, keys: Sequence[object]) -> Iterator[tuple[Group, list[int]]]:
         """Groups of equal keys, one key per tensor, and which tensors of this group they have."""
@@ -110,7 +109,7 @@ class TensorLists:
 
     It holds the tensors and remembers their memory: writing into them is seen by later calls, but
     make it anew after one got other storage (``tensor.data = ...``, ``set_``, ``resize_``,
-    ``module.to(...)``).
+    ``module.to(...)``). A copy of it (``copy``, ``pickle``) is made anew.
 
     Args:
         experts: N >= 1 sequences of T tensors each: fp32, bf16, fp16 or fp64.
@@ -122,8 +121,7 @@ class TensorLists:
     def __init__(self, experts: Iterable[Iterable[Tensor]]) -> None:
         lists = as_lists(experts)
         _checks.raise_all("TensorLists", list_faults(lists))
-        if not has_memory(x for xs in lists for x in xs):
-            raise ValueError("TensorLists: every tensor must have memory, on cpu or cuda")
+        _checks.raise_all("TensorLists", memory_faults(lists))
         _checks.raise_all("TensorLists", address_faults(lists))
         self._keep(lists)
 
@@ -145,14 +143,18 @@ class TensorLists:
         self.targets: weakref.WeakKeyDictionary[TensorLists, list[Target]]
         self.targets = weakref.WeakKeyDictionary()
 
+    def __reduce__(self) -> tuple[type[TensorLists], tuple[Any]]:
+        # A copy has tensors, and so addresses, of its own.
+        return TensorLists, (self.lists,)
+
     def __repr__(self) -> str:
         return f"TensorLists({self.num_experts} experts of {self.num_tensors} tensors)"
 
     @functools.cached_property
     def groups(self) -> list[Group]:
         """The tensors by dtype."""
-        lengths = torch.tensor([tensor.numel() for tensor in self.lists[0]], dtype=torch.int64)
-        addresses = torch.tensor([[x.data_ptr() for x in xs] for xs in self.lists]).T.contiguous()
+        lengths = host([tensor.numel() for tensor in self.lists[0]])
+        addresses = host([[x.data_ptr() for x in xs] for xs in self.lists]).T.contiguous()
         by_dtype: dict[torch.dtype, list[int]] = {}
         for position, dtype in enumerate(self.dtypes):
             by_dtype.setdefault(dtype, []).append(position)
@@ -160,6 +162,11 @@ class TensorLists:
             Group(dtype, some, lengths[some], addresses[some], self.flat[0].device)
             for dtype, some in by_dtype.items()
         ]
+
+    @functools.cached_property
+    def extents(self) -> list[tuple[int, int]]:
+        """The first byte, and the one after the last, of every tensor that has any, in order."""
+        return sorted((x.data_ptr(), x.data_ptr() + x.nbytes) for x in self.flat if x.nbytes)
 
     def versions(self) -> list[int]:
         """How often each tensor was written to, as autograd counts."""
@@ -170,83 +177,38 @@ class TensorLists:
         return [tensor for tensor in self.flat if not tensor.is_inference()]
 
 
+def host(numbers: Sequence[Any]) -> Tensor:
+    """An int64 tensor on the host, whatever the default device is."""
+    return torch.tensor(numbers, dtype=torch.int64, device="cpu")
+
+
 def on_device(table: Tensor, device: torch.device) -> Tensor:
-    """A host tensor on ``device``, without waiting for what the device has to do before."""
+    """A host tensor on ``device``, there for every stream from now on.
+
+    A table is made on one stream and may be used on any, so the host waits for the copy. It goes
+    on a stream of its own: not behind the work that a stream of the caller's has yet to do.
+
+    Raises:
+        RuntimeError: while a CUDA graph is captured, whose replays would read the host's memory.
+    """
     if device.type != "cuda":
+        return table
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "neulig_fast: addresses cannot be sent to the device while a CUDA graph is captured; "
+            "use TensorLists, also of outputs, with which the same call was made once before"
+        )
+    with torch.cuda.stream(_copies(device)):
         return table.to(device)
-    return table.pin_memory().to(device, non_blocking=True)
 
 
-def as_lists(experts: Iterable[Iterable[Tensor]]) -> tuple[tuple[Tensor, ...], ...]:
-    """Iterables as tuples; a tensor in the place of a list stays one, for list_faults to see."""
-    lists = [experts] if isinstance(experts, Tensor) else experts
-    return tuple(xs if isinstance(xs, Tensor) else tuple(xs) for xs in lists)
+@functools.cache
+def _copies(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
-def list_faults(lists: Lists) -> list[str]:
-    """What is wrong with the form of N lists of tensors, each fault by expert and position."""
-    if not lists:
-        return ["experts must be N >= 1 lists of tensors, got none"]
-    if any(isinstance(tensors, Tensor) for tensors in lists):
-        return ["experts must be lists of tensors, got a tensor for a list"]
-    count = len(lists[0])
-    found = [
-        f"expert {i} has {len(tensors)} tensors, expert 0 has {count}"
-        for i, tensors in enumerate(lists)
-        if len(tensors) != count
-    ]
-    first = next((x for xs in lists for x in xs if isinstance(x, Tensor)), None)
-    for t, tensors in enumerate(zip(*lists, strict=False)):
-        found += _position_faults(t, tensors, first)
-    return found
-
-
-def _position_faults(t: int, tensors: Sequence[Tensor], first: Tensor | None) -> list[str]:
-    alike = tensors[0]
-    if first is None or not isinstance(alike, Tensor):
-        return [f"expert 0, position {t}: a tensor is needed, got {type(alike).__name__}"]
-    shape, dtype, device, found = alike.shape, alike.dtype, first.device, []
-    if dtype not in _checks.FLOAT_DTYPES:
-        found.append(f"position {t}: experts must be fp32, bf16, fp16 or fp64, got {dtype}")
-    for i, x in enumerate(tensors):
-        if not isinstance(x, Tensor):
-            found.append(f"expert {i}, position {t}: a tensor is needed, got {type(x).__name__}")
-            continue
-        if x.shape != shape:
-            sizes = f"{_checks.shape(x)}, expert 0 has {_checks.shape(alike)}"
-            found.append(f"expert {i}, position {t}: shape {sizes}")
-        if x.dtype != dtype:
-            found.append(f"expert {i}, position {t}: {x.dtype}, expert 0 has {dtype}")
-        if x.device != device:
-            found.append(f"expert {i}, position {t}: on {x.device}, others on {device}")
-        if (reason := not_dense(x)) is not None:
-            found.append(f"expert {i}, position {t}: {reason}")
-    return found
-
-
-def not_dense(tensor: Tensor) -> str | None:
-    """Why kernels cannot read ``tensor`` as one run of elements; None when they can."""
-    if tensor.layout is not torch.strided:
-        return f"a {tensor.layout} tensor, not a dense one"
-    if not tensor.is_contiguous():
-        return f"not contiguous (strides {tuple(tensor.stride())}); make it so with .contiguous()"
-    return None
-
-
-def has_memory(tensors: Iterable[Tensor]) -> bool:
-    """Whether kernels can be pointed to all of them: no meta or fake tensors, no wrappers."""
-    plain = Tensor.__torch_dispatch__
-    tensors = list(tensors)
-    return all(kind.__torch_dispatch__ is plain for kind in {type(x) for x in tensors}) and (
-        {x.device.type for x in tensors} <= {"cpu", "cuda"}
-    )
-
-
-def address_faults(lists: Lists, name: str = "expert {}") -> list[str]:
-    """What is wrong with where the tensors are, which only tensors with memory can tell."""
-    return [
-        f"{name.format(i)}, position {t}: its address is no multiple of its element's size"
-        for i, tensors in enumerate(lists)
-        for t, x in enumerate(tensors)
-        if x.data_ptr() % x.itemsize
-    ]
+def held(table: Tensor) -> Tensor:
+    """``table``, whose memory is not reused before the current stream is done with it."""
+    if table.is_cuda:
+        table.record_stream(torch.cuda.current_stream(table.device))
+    return table

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 import neulig_fast
 from neulig_fast import _registry, testing
 from neulig_fast._registry import OPS
+from neulig_fast.ops import _arena
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 BACKENDS = [
@@ -305,6 +306,62 @@ def test_wrong_arguments_are_named(args, message):
 def test_boundaries_are_integers():
     with pytest.raises(TypeError, match="float"):
         neulig_fast.blend(torch.ones(2, 2), torch.ones(2, 4), [0, 1.9, 4])
+
+
+OF_ANOTHER_TYPE = [
+    (neulig_fast.blend, ([0.5, 0.5], torch.ones(2, 4)), "weights must be a tensor, got list"),
+    (neulig_fast.blend, (None, None), "2 problems.*params must be .*got NoneType"),
+    (neulig_fast.blend, (torch.ones(1, 2), torch.ones(2, 4), 4), "segments must be a sequence of"),
+    (neulig_fast.blend, (torch.ones(2), torch.ones(2, 4), None, "half"), "must be a torch.dtype"),
+    (neulig_fast.blend, (torch.ones(2), torch.ones(2, 4), None, torch.half, "1"), "got '1'"),
+    (neulig_fast.blend_telemetry, (torch.ones(2).numpy(), torch.ones(2, 4)), "got ndarray"),
+    (neulig_fast.blend_telemetry, (torch.ones(2), torch.ones(2, 4), None, None, 1.0), "base must"),
+    (neulig_fast.blend_weight_grad, (None, torch.ones(2, 4)), "grad must be a tensor"),
+    (neulig_fast.offset_gram, ([[1.0]],), "params must be a tensor, got list"),
+]
+
+
+@pytest.mark.parametrize("op, args, message", OF_ANOTHER_TYPE, ids=[m for *_, m in OF_ANOTHER_TYPE])
+def test_arguments_of_another_type_are_named(op, args, message):
+    with pytest.raises(TypeError, match=f"(?s)^{op.__name__}: .*{message}"):
+        op(*args)
+
+
+def test_sparse_arguments_are_refused():
+    rows, sparse = torch.ones(2, 4), torch.ones(2, 4).to_sparse()
+    for op, args, name in (
+        (neulig_fast.blend, (torch.ones(2), sparse), "params"),
+        (neulig_fast.blend, (torch.ones(2).to_sparse(), rows), "weights"),
+        (neulig_fast.blend, (torch.ones(1, 2), rows, torch.tensor([0, 4]).to_sparse()), "segments"),
+        (neulig_fast.blend_telemetry, (torch.ones(2), sparse), "params"),
+        (neulig_fast.blend_weight_grad, (sparse, rows), "grad"),
+        (neulig_fast.offset_gram, (torch.ones(2, 4).to_sparse_csr(),), "params"),
+    ):
+        with pytest.raises(ValueError, match=f"{op.__name__}: {name} must be dense"):
+            op(*args)
+
+
+def test_boundaries_in_python_compile_and_are_checked():
+    def f(weights, params):
+        return neulig_fast.blend(weights, params, [0, 3, params.shape[1]])
+
+    torch._dynamo.reset()
+    compiled = torch.compile(f, backend="aot_eager", fullgraph=True)
+    weights, params = normal(2, 3), normal(3, 65, seed=1)
+    assert torch.equal(compiled(weights, params), f(weights, params))
+
+
+def test_boundaries_do_not_go_to_the_default_device():
+    weights, params = torch.ones(2, 2), normal(2, 4)
+    with torch.device("meta"):
+        got = neulig_fast.blend(weights, params, [0, 3, 4])
+    assert torch.equal(got, params.sum(0))
+
+
+def test_tensors_that_no_gpu_could_read_are_named():
+    odd = torch.frombuffer(bytearray(21), dtype=torch.float32, offset=1, count=4)
+    message = "grad starts at an address that is not a multiple of its item size, 4 bytes"
+    assert _arena.misaligned(("params", "grad"), (torch.ones(3), odd, None)) == [message]
 
 
 def test_segments_of_other_rows_are_refused():

@@ -1,6 +1,9 @@
 """blend_lists and blend_lists_: the arena's bits, hostile lists, gradients, errors."""
 
+import copy
+import logging
 import os
+import pickle
 import subprocess
 import sys
 
@@ -8,7 +11,7 @@ import pytest
 import torch
 
 import neulig_fast
-from neulig_fast import testing
+from neulig_fast import tensor_lists, testing
 from neulig_fast._registry import OPS
 from neulig_fast.tensor_lists import TensorLists
 
@@ -27,6 +30,8 @@ FEW = [*SHAPES[:7], (2050,)]  # for Triton's interpreter, which takes millisecon
 needs_native = pytest.mark.skipif(
     OP.why_not("cpu", "cpu") is not None, reason="the C++ extension is not built"
 )
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="streams are CUDA's")
 
 
 def shapes_for(device, backend):
@@ -169,6 +174,15 @@ def test_nan_infinity_and_overflow_pass_through(device, backend, dtype):
 
 
 @on_every_backend
+def test_negated_weights_have_their_sign(device, backend):
+    lists, _, _ = make_lists(2, [(17,)], device=device)
+    weights = normal(2, device=device)
+    with forcing(backend):
+        got = neulig_fast.blend_lists(torch._neg_view(weights), lists)
+        assert_same(got, neulig_fast.blend_lists(-weights, lists))
+
+
+@on_every_backend
 def test_nothing_but_the_outputs_is_written(device, backend):
     lists, _, _ = make_lists(3, [(129,), (1500,), ()], device=device)
     buffer = torch.full((1700,), 7.0, device=device)
@@ -292,6 +306,90 @@ def test_prepared_outputs(device, backend):
         neulig_fast.blend_lists_(prepared, weights, prepared)
 
 
+def test_a_copy_of_prepared_lists_reads_its_own_tensors():
+    prepared, weights = TensorLists(make_lists(2, [(33,), (5,)])[0]), normal(2)
+    before = neulig_fast.blend_lists(weights, prepared)
+    for made in (copy.deepcopy(prepared), pickle.loads(pickle.dumps(prepared))):
+        assert not {x.data_ptr() for x in made.flat} & {x.data_ptr() for x in prepared.flat}
+        assert_same(neulig_fast.blend_lists(weights, made), before)
+        made.flat[0].zero_()
+        assert neulig_fast.blend_lists(weights, made)[0].ne(before[0]).any()
+
+
+def test_the_default_device_does_not_matter():
+    lists, _, _ = make_lists(2, [(33,), (5,)])
+    weights = normal(2).requires_grad_()
+    expected = neulig_fast.blend_lists(weights, lists)
+    (gradient,) = torch.autograd.grad(expected, weights, expected)
+    outputs = [torch.empty(33), torch.empty(5)]
+    with torch.device("meta"):
+        got = neulig_fast.blend_lists(weights, lists)
+        assert torch.equal(torch.autograd.grad(got, weights, expected)[0], gradient)
+        neulig_fast.blend_lists_(outputs, weights.detach(), lists)
+    assert_same(got, expected)
+    assert_same(outputs, [x.detach() for x in expected])
+
+
+def test_what_runs_is_logged_on_both_roads(caplog):
+    lists, _, _ = make_lists(2, [(4,)])
+    weights = normal(2).requires_grad_()
+    with caplog.at_level(logging.DEBUG, "neulig_fast.dispatch"), forcing("torch"):
+        for call in (neulig_fast.blend_lists, torch.ops.neulig_fast.blend_lists):
+            experts = lists if call is neulig_fast.blend_lists else [x for xs in lists for x in xs]
+            caplog.clear()
+            call(weights, experts)[0].sum().backward()
+            assert caplog.messages == [
+                "blend_lists: torch on cpu", "blend_lists_weight_grad: torch on cpu",
+            ]  # fmt: skip
+        caplog.clear()
+        neulig_fast.blend_lists_([torch.zeros(4)], weights.detach(), lists)
+        assert caplog.messages == ["blend_lists: torch on cpu"]
+
+
+def test_no_table_is_made_while_a_graph_is_captured(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match=r"while a CUDA graph is captured; use TensorLists"):
+        tensor_lists.on_device(tensor_lists.host([1]), torch.device("cuda", 0))
+
+
+@needs_cuda
+def test_prepared_lists_serve_every_stream():
+    lists, _, _ = make_lists(2, [(33,), (5,)], device="cuda")
+    weights = normal(2, device="cuda")
+    expected = neulig_fast.blend_lists(weights, lists)
+    for _ in range(3):  # the last ones get memory that was used before
+        first, second = torch.cuda.Stream(), torch.cuda.Stream()
+        prepared = TensorLists(lists)
+        torch.cuda.synchronize()
+        with torch.cuda.stream(first):
+            torch.cuda._sleep(200_000_000)  # a tenth of a second
+            slow = neulig_fast.blend_lists(weights, prepared)
+        with torch.cuda.stream(second):
+            fast = neulig_fast.blend_lists(weights, prepared)
+            second.synchronize()
+            assert not first.query()
+            assert_same(fast, expected)
+        del prepared
+        torch.cuda.synchronize()
+        assert_same(slow, expected)
+
+
+@needs_cuda
+def test_prepared_lists_in_a_graph():
+    lists, _, _ = make_lists(2, [(33,), (5,)], device="cuda")
+    weights, prepared = normal(2, device="cuda"), TensorLists(lists)
+    refused = pytest.raises(RuntimeError, match="while a CUDA graph is captured")
+    with refused, torch.cuda.graph(torch.cuda.CUDAGraph()):
+        neulig_fast.blend_lists(weights, prepared)
+    neulig_fast.blend_lists(weights, prepared)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = neulig_fast.blend_lists(weights, prepared)
+    weights.mul_(2.0)
+    graph.replay()
+    assert_same(results, neulig_fast.blend_lists(weights, lists))
+
+
 def test_modules_parameters_are_lists():
     modules = [torch.nn.Linear(3, 2) for _ in range(2)]
     weights = torch.tensor([0.5, 0.5], requires_grad=True)
@@ -364,6 +462,39 @@ def test_outputs_that_are_not_used_have_no_gradient(device, backend):
             testing.assert_within_rule(grad[1], sums, sums.double(), 5)
 
 
+def both_roads(weights, lists):
+    yield neulig_fast.blend_lists(weights, lists)
+    yield torch.ops.neulig_fast.blend_lists(weights, [x for xs in lists for x in xs])
+
+
+@on_every_backend
+def test_sparse_and_negated_gradients(device, backend):
+    lists, _, _ = make_lists(2, [(5, 2), (5, 2)], device=device)
+    weights = normal(2, device=device).requires_grad_()
+    rows = torch.tensor([0, 3, 3], device=device)
+    with forcing(backend):
+        for looked_up, negated in both_roads(weights, lists):
+            chosen = torch.nn.functional.embedding(rows, looked_up, sparse=True)
+            (got,) = torch.autograd.grad(chosen.sum(), weights, retain_graph=True)
+            expected = torch.stack([xs[0][rows].sum() for xs in lists])
+            testing.assert_within_rule(got, expected, expected.double(), 6)
+            minus = torch._neg_view(torch.ones_like(negated))
+            (got,) = torch.autograd.grad(negated, weights, minus)
+            expected = torch.stack([-xs[1].sum() for xs in lists])
+            testing.assert_within_rule(got, expected, expected.double(), 10)
+
+
+def test_a_second_derivative_is_an_error_not_zero():
+    lists, _, _ = make_lists(2, [(4,)])
+    for road in range(2):
+
+        def loss(weights, road=road):
+            return list(both_roads(weights, lists))[road][0].square().sum()
+
+        with pytest.raises(RuntimeError, match="blend_lists_weight_grad: not differentiable"):
+            torch.autograd.functional.hessian(loss, normal(2))
+
+
 def test_experts_must_stay_until_backward():
     lists, _, _ = make_lists(2, [(4,)])
     weights = normal(2).requires_grad_()
@@ -405,6 +536,69 @@ def test_compiles_to_one_graph(prepare):
     assert_same(outputs, written)
 
 
+def compiled(call):
+    torch._dynamo.reset()
+    return torch.compile(call, backend="aot_eager", fullgraph=True)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_compiled_outputs_are_rounded_once(backend):
+    lists, _, _ = make_lists(2, [(300,), (17,)], dtype=torch.bfloat16)
+    outputs = [[torch.zeros(300), torch.zeros(17, dtype=torch.float64)] for _ in range(2)]
+    with forcing(backend):
+        neulig_fast.blend_lists_(outputs[0], normal(2), lists)
+        compiled(neulig_fast.blend_lists_)(outputs[1], normal(2), lists)
+    assert_same(*outputs)
+
+
+def test_prepared_outputs_compile():
+    lists, _, _ = make_lists(2, [(4,)])
+    prepared, outputs = TensorLists(lists), TensorLists([[torch.zeros(4)]])
+    compiled(lambda weights: neulig_fast.blend_lists_(outputs, weights, prepared))(normal(2))
+    assert_same(outputs.lists[0], neulig_fast.blend_lists(normal(2), lists))
+
+
+OVERLAPPING = [
+    lambda w, a, b: neulig_fast.blend_lists_([a], w, [[a], [b]]),
+    lambda w, a, b: neulig_fast.blend_lists_([a, a], w, [[b, b], [b, b]]),
+    lambda w, a, b: neulig_fast.blend_lists_([w], w, [[b[:2]], [b[2:]]]),
+    lambda w, a, b: neulig_fast.blend_lists_([a[:2]], w, [[a[1:3]], [b[2:]]]),
+]
+
+
+@pytest.mark.parametrize("call", OVERLAPPING)
+def test_overlaps_are_refused_where_a_graph_is_traced(call):
+    args = normal(2), normal(4), normal(4)
+    before = [x.clone() for x in args]
+    for run in (call, compiled(call)):
+        with pytest.raises(Exception, match="overlap in memory"):
+            run(*args)
+    assert_same(args, before)
+    with pytest.raises(ValueError, match="overlap in memory"):
+        call(*(x.to("meta") for x in args))
+
+
+def test_the_same_tensor_in_a_later_call_of_a_graph_is_refused():
+    call = compiled(lambda a, b: neulig_fast.blend_lists_([a], TWO, [[b], [b]]))
+    a, b = torch.zeros(3), torch.ones(3)
+    call(a, b)
+    with pytest.raises(Exception, match="overlap in memory"):
+        call(b, b)
+    assert torch.equal(a, 2 * b)
+
+
+def test_the_writing_node_passes_opcheck_and_has_the_same_door():
+    op = torch.ops.neulig_fast.blend_lists_.default
+    outputs = [torch.zeros(3), torch.zeros(2, dtype=torch.bfloat16)]
+    torch.library.opcheck(op, (outputs, TWO, [torch.ones(3), torch.ones(2)] * 2))
+    with pytest.raises(ValueError, match="blend_lists_: outputs, position 0: shape"):
+        op(outputs[1:], TWO, [torch.ones(3)] * 2)
+    with pytest.raises(ValueError, match="blend_lists_: weights must be floating point"):
+        op(outputs[:1], TWO.int(), [torch.ones(3)] * 2)
+    with pytest.raises(ValueError, match="overlap in memory"):
+        op(outputs[:1], TWO, [outputs[0], torch.ones(3)])
+
+
 # -- errors ----------------------------------------------------------------------------------------
 
 TWO = torch.ones(2)
@@ -424,6 +618,11 @@ WRONG = [
     (TWO, [[torch.ones(3)], [torch.ones(3, device="meta")]], "expert 1, position 0: on meta"),
     (TWO, [[torch.ones(3)], [torch.ones(3).to_sparse()]], "torch.sparse_coo tensor, not a dense"),
     (torch.ones(2, device="meta"), [[torch.ones(3)]] * 2, "weights must be on cpu like the exp"),
+    ([0.5, 0.5], [[torch.ones(3)]] * 2, "weights must be a tensor, got list"),
+    (None, [[torch.ones(3)]] * 2, "weights must be a tensor, got NoneType"),
+    (TWO, None, "experts must be lists of tensors, got NoneType for a list"),
+    (TWO, [torch.tensor(1.0)] * 2, "lists of tensors, got a tensor for a list"),
+    (TWO, [[torch.ones(3)], [torch._neg_view(torch.ones(3))]], "expert 1, position 0: a negated"),
 ]  # fmt: skip
 
 
@@ -446,6 +645,16 @@ def test_every_mismatch_is_listed_by_expert_and_position():
         assert "expert 2, position 1" in str(caught.value)
 
 
+def test_faults_of_all_arguments_are_listed():
+    with pytest.raises(ValueError, match="4 problems") as caught:
+        neulig_fast.blend_lists(torch.ones(5).int(), [[torch.ones(2)], [torch.ones(3)]], torch.int8)
+    for words in ("expert 1, position 0", "floating point", r"here N = 2", "out_dtype"):
+        assert words in str(caught.value)
+    with pytest.raises(ValueError, match="2 problems") as caught:
+        torch.ops.neulig_fast.blend_lists(torch.ones(2).int(), [torch.ones(2)] * 3)
+    assert "floating point" in str(caught.value) and "3 tensors" in str(caught.value)
+
+
 def test_out_dtype_is_a_float():
     with pytest.raises(ValueError, match=r"out_dtype must be fp32, .* got torch.int32"):
         neulig_fast.blend_lists(TWO, [[torch.ones(3)]] * 2, torch.int32)
@@ -461,6 +670,9 @@ WRONG_OUTPUTS = [
     ([torch.zeros(2, 2, device="meta")], "outputs, position 0: on meta, experts on cpu"),
     ([torch.zeros(2, 2, requires_grad=True)], r"requires grad and would be .*torch.no_grad\(\)"),
     ([None], "outputs, position 0: a tensor is needed, got NoneType"),
+    ([torch._neg_view(torch.zeros(2, 2))], "outputs, position 0: a negated view"),
+    (torch.zeros(1, 2, 2), "outputs must be a list of tensors, got a tensor"),
+    (3, "outputs must be a list of tensors, got int"),
 ]
 
 
@@ -470,7 +682,8 @@ def test_wrong_outputs_are_named_and_not_written(outputs, message):
     for given in (experts, TensorLists(experts)):
         with pytest.raises(ValueError, match=message):
             neulig_fast.blend_lists_(outputs, TWO, given)
-    assert all(not x.any() for x in outputs if x is not None and x.device.type == "cpu")
+    written = [x for x in outputs if x is not None] if isinstance(outputs, list) else []
+    assert all(not x.any() for x in written if x.device.type == "cpu")
 
 
 def test_weights_that_require_grad_are_not_silently_dropped():
@@ -500,6 +713,45 @@ def test_outputs_overlap_nothing():
     neulig_fast.blend_lists_([buffer[5:10], buffer[30:35]], TWO, experts)  # side by side is fine
 
 
+@on_every_backend
+def test_outputs_do_not_overlap_the_weights(device, backend):
+    buffer = torch.arange(16.0, device=device)
+    experts = TensorLists([[torch.ones(2, device=device), torch.ones(3, device=device)]] * 2)
+    outputs = [buffer[4:6], buffer[8:11]]
+    prepared = TensorLists([outputs])
+    with forcing(backend):
+        for given in (outputs, prepared):
+            for start, names in ((5, "outputs, position 0 and weights"),
+                                 (7, "weights and outputs, position 1")):  # fmt: skip
+                neulig_fast.blend_lists_(given, buffer[:2], experts)
+                before = buffer.clone()
+                with pytest.raises(ValueError, match=f"{names} overlap in memory"):
+                    neulig_fast.blend_lists_(given, buffer[start : start + 2], experts)
+                assert torch.equal(buffer, before)
+            for start in (2, 6, 11):  # side by side
+                neulig_fast.blend_lists_(given, buffer[start : start + 2], experts)
+        strided = buffer[2::5][:2]  # from before the first output into the second
+        with pytest.raises(ValueError, match="overlap in memory"):
+            neulig_fast.blend_lists_(prepared, strided, experts)
+
+
+def test_function_transforms_are_an_error():
+    lists, _, _ = make_lists(2, [(3,)])
+
+    def blended(weights, lists=lists):
+        return neulig_fast.blend_lists(weights, lists)[0]
+
+    for call in (
+        lambda: torch.func.grad(lambda w: blended(w).sum())(TWO),
+        lambda: torch.func.vmap(blended)(torch.ones(4, 2)),
+        lambda: torch.func.vmap(lambda x: blended(TWO, [[x], [x]]))(torch.ones(4, 2)),
+    ):
+        with pytest.raises(NotImplementedError, match=r"blend_lists: no torch\.func transforms"):
+            call()
+    # Nothing that is transformed is among the arguments:
+    assert torch.func.vmap(lambda x: x * blended(TWO))(torch.ones(4, 3)).shape == (4, 3)
+
+
 def test_forward_mode_is_an_error():
     with torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(torch.ones(2), torch.ones(2))
@@ -515,7 +767,9 @@ def test_misaligned_memory_is_refused():
 
 
 def test_prepared_tensors_must_have_memory():
-    with pytest.raises(ValueError, match="every tensor must have memory"):
+    with pytest.raises(
+        ValueError, match=r"position 0: a plain .* got a Tensor on meta; blend_lists"
+    ):
         TensorLists([[torch.ones(3, device="meta")]])
 
 

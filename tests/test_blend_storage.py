@@ -343,6 +343,44 @@ def test_memory_that_is_read_is_not_written():
     assert torch.equal(base[20:30], before[:10] + before[30:40])
 
 
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_memory_that_is_read_is_not_written_by_compiled_code(backend):
+    def from_one(buffer, weights, first=0):
+        return neulig_fast.blend_(buffer[0], weights, buffer[first:])
+
+    weights, params = torch.tensor([0.25, 0.75]), normal(2, 20)
+    before = params.clone()
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="out shares memory with params"):
+        torch.compile(from_one, backend=backend, fullgraph=True)(params, weights)
+    with pytest.raises(Exception, match="out shares memory with params"):
+        compiled = torch.compile(neulig_fast.blend_, backend=backend, fullgraph=True)
+        compiled(params[1], weights, params)
+    assert torch.equal(params, before)
+    rows = torch.zeros(3, 20)
+    rows[1:] = params
+    # Of one storage, and nothing is shared.
+    torch.compile(from_one, backend=backend, fullgraph=True)(rows, weights, 1)
+    assert torch.equal(rows[0], neulig_fast.blend(weights, params))
+
+
+def test_blend_into_a_tensor_changes_its_version_in_inference_mode_too():
+    params, out = normal(2, 20), torch.empty(20)
+    saved = (normal(20, seed=1).requires_grad_() * out).sum()
+    with torch.inference_mode():
+        neulig_fast.blend_(out, torch.ones(2), params)
+        neulig_fast.blend_(torch.empty(20), torch.ones(2), params)  # has no version
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        saved.backward()
+
+
+def test_a_negated_view_is_not_written():
+    out = torch.zeros(20)
+    with pytest.raises(ValueError, match="blend_: out is a negated view"):
+        neulig_fast.blend_(torch._neg_view(out), torch.ones(2), normal(2, 20))
+    assert out.eq(0).all()
+
+
 def test_tensors_that_require_grad_are_not_overwritten():
     weights, params = torch.ones(2), torch.ones(2, 6)
     leaf = torch.zeros(6, requires_grad=True)
@@ -353,6 +391,10 @@ def test_tensors_that_require_grad_are_not_overwritten():
             neulig_fast.blend_(out, weights, params)
     with pytest.raises(RuntimeError, match="but weights requires grad"):
         neulig_fast.blend_(torch.zeros(6), weights.clone().requires_grad_(), params)
+    with pytest.raises(RuntimeError, match="but out_scales requires grad"):
+        neulig_fast.blend_(
+            torch.zeros(6), weights, params, out_scales=torch.ones((), requires_grad=True)
+        )
     assert leaf.eq(0).all()
     with torch.no_grad():
         neulig_fast.blend_(leaf, weights, params)
@@ -364,6 +406,7 @@ WRONG = [
     (torch.zeros(1, 4), None, r"out must be \(4,\), got \(1, 4\)"),
     (torch.zeros(4, dtype=torch.int32), None, "the output must be fp32, bf16,.* got torch.int32"),
     (torch.zeros(8)[::2], None, "out must have contiguous columns, got stride 2"),
+    (torch.zeros(4).to_sparse(), None, "out must be dense"),
     (torch.zeros(4, device="meta"), None, "out must be on cpu like params, got meta"),
     (torch.zeros(4), 1, r"rounding_seed: nothing to round in torch.float32"),
 ]
@@ -373,6 +416,20 @@ WRONG = [
 def test_wrong_outputs_are_named(out, seed, message):
     with pytest.raises(ValueError, match=f"blend_: {message}"):
         neulig_fast.blend_(out, torch.ones(2), torch.ones(2, 4), None, seed)
+
+
+def test_the_output_is_named_beside_the_weights():
+    with pytest.raises(ValueError, match="2 problems") as caught:
+        neulig_fast.blend_(torch.zeros(9), torch.zeros(3), torch.ones(2, 8))
+    assert "here N = 2; got (3,)" in str(caught.value)
+    assert "out must be (8,), got (9,)" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["out", "weights", "params", "scales", "out_scales"])
+def test_arguments_of_another_type_are_named(name):
+    given = {"out": torch.zeros(4), "weights": torch.ones(2), "params": torch.ones(2, 4)}
+    with pytest.raises(TypeError, match=f"blend_: {name} must be a tensor, got list"):
+        neulig_fast.blend_(**{**given, name: [1.0]})
 
 
 def test_rows_of_the_output_that_overlap_are_named():

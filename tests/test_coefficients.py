@@ -162,7 +162,7 @@ def test_statistics_of_a_layer_without_parameters_take_the_mean_of_all_rows():
 
 def test_the_base_makes_task_arithmetic():
     pool = pool_of(4, dtype=torch.float64)
-    merged = CoefficientModule(pool, "layer", init=0.3, base=-1).merged_state_dict()
+    merged = CoefficientModule(pool, "layer", init=0.3, base=3).merged_state_dict()
     for name in pool.segments.names:
         origin, *others = (pool.state_dict(i)[name] for i in (3, 0, 1, 2))
         expected = origin + 0.3 * sum(other - origin for other in others)
@@ -180,6 +180,8 @@ def test_starting_points():
     assert one_row.coefficients.tolist() == [[1, 2, 3, 4]] * 3
     given = torch.randn(3, 4)
     assert torch.equal(CoefficientModule(pool, "layer", init=given).coefficients, given)
+    for large in (10**30, torch.tensor(0.5).to(torch.float8_e5m2)):
+        assert CoefficientModule(pool, init=large).coefficients.eq(float(large)).all()
 
 
 def test_clamped_coefficients_can_come_back():
@@ -190,6 +192,16 @@ def test_clamped_coefficients_can_come_back():
     module.weights().backward(torch.tensor([1.0, -1.0, 1.0, -1.0]))
     # Descent subtracts the gradient: what would lead further out is dropped.
     assert module.coefficients.grad.tolist() == [0, -1, 1, 0]
+
+
+def test_clamped_weights_can_be_differentiated_as_a_function():
+    module = CoefficientModule(pool_of(), constraint="clamp", init=0.5)
+
+    def total(coefficients):
+        return torch.func.functional_call(module, {"coefficients": coefficients}, ())
+
+    module.forward = lambda: module.weights().square().sum()
+    assert torch.func.grad(total)(torch.tensor([0.5, 2.0, -1.0])).tolist() == [1, 2, 0]
 
 
 def test_an_optimiser_lowers_a_loss():
@@ -276,7 +288,7 @@ def test_every_fault_is_listed():
         "no template module",
         "granularity must be one of model, layer, tensor; got 'layers'; did you mean 'layer'?",
         "constraint must be one of none, clamp, softmax; got 'clam'; did you mean 'clamp'?",
-        "base must be None or the number of one of the 1 experts, got 1",
+        "base must be None or an expert 0 .. 0, got 1",
         "base needs at least one other expert",
     ):
         assert words in str(caught.value)
@@ -287,8 +299,14 @@ def test_every_fault_is_listed():
     [
         ({"base": True}, "base must be"),
         ({"base": 0, "constraint": "softmax"}, "leaves base no weight"),
-        ({"init": "uniform"}, "init must be a number or a tensor, got 'uniform'"),
-        ({"init": float("nan")}, "init must be real and finite"),
+        ({"base": -1}, "base must be None or an expert 0 .. 2, got -1"),
+        ({"init": "uniform"}, "init must be a number or a dense tensor of real numbers, got 'uni"),
+        ({"init": torch.zeros(3).to_sparse()}, "a dense tensor of real numbers"),
+        ({"init": torch.zeros(3, device="meta")}, "a dense tensor of real numbers"),
+        ({"init": torch.zeros(3, dtype=torch.complex64)}, "a dense tensor of real numbers"),
+        ({"init": float("nan")}, "init must be finite in torch.float32"),
+        ({"init": torch.tensor(1e300, dtype=torch.float64)}, "init must be finite in torch.float3"),
+        ({"init": 10**400}, "init must be finite in torch.float32"),
         ({"init": 1.5, "constraint": "clamp"}, "init must lie in [0, 1]"),
         ({"init": torch.zeros(4)}, "of shape (3, 3) or (3,), got (4,)"),
         ({"init": torch.zeros(4), "granularity": "model"}, "of shape (3,), got (4,)"),

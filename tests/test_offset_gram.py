@@ -134,6 +134,13 @@ def test_one_expert_far_from_the_others(device, backend):
 
 
 @on_every_backend
+def test_one_expert_is_its_own_mean_whatever_it_holds(device, backend):
+    params = torch.tensor([[1.0, torch.nan, torch.inf, 2.0]], device=device)
+    for result in run(backend, params, params.new_tensor([0, 2, 4]).long()):
+        assert result.eq(0).all()
+
+
+@on_every_backend
 def test_a_nan_or_infinity_stays_in_its_segment(device, backend):
     for value in (float("nan"), float("inf"), float("-inf")):
         for expert in (0, 2):

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from neulig_fast import offset_gram
 from neulig_fast.offsets import OffsetStats
 from neulig_fast.pool import ExpertPool
 
@@ -251,6 +252,27 @@ def test_experts_of_one_direction_are_kin():
     assert abs(float(stats.kinship(base=0)) - 1) <= 100 * EPS
     assert float(stats.cosines(0)[1, 3]) < -1 + 100 * EPS
     close(stats.traces, stats.distances.triu().sum() / 4)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_broken_expert_has_no_cosines(value):
+    rows = torch.randn(4, 6)
+    rows[1, 2] = value
+    sums, gram = offset_gram(rows)
+    stats = OffsetStats(sums[0], gram[0])
+    assert stats.cosines().isnan().all() and stats.kinship().isnan()
+    gram = torch.zeros(3, 3)
+    gram[2] = gram[:, 2] = value
+    cosines = OffsetStats(torch.zeros(3), gram).cosines()  # the others coincide
+    assert cosines[:2].eq(0).all() and cosines[2, 2].isnan()
+
+
+def test_statistics_do_not_go_to_the_default_device():
+    sums, gram = offset_gram(torch.randn(3, 8), torch.tensor([0, 5, 8]))
+    with torch.device("meta"):
+        stats = OffsetStats.grouped(sums, gram, ["a", "b"])
+        assert stats.total().kinship().device == stats.cosines().device == torch.device("cpu")
+        assert stats.total([1.0, 0.5]).variance([1.0, 0.0, 0.0]).abs() < 1e-9
 
 
 def test_wrong_weights_and_bases_are_named():

@@ -181,6 +181,64 @@ def a_mesh_of_two_dimensions_sums_over_the_one_that_cuts():
 
 
 @check
+def scales_are_folded_in_whichever_way_they_are_given():
+    params, weights = draw(3, 33), draw(3, seed=1)
+    scales, outer = draw(3, seed=2).abs(), torch.tensor(2.0)
+    expected = nf.blend(weights, params, scales=scales, out_scales=outer)
+    for places in ((None, None), ("Replicate", None), (None, "Replicate")):
+        w, s, o = (
+            t if place is None else placed(t, place)
+            for t, place in zip((weights, scales, outer), (*places, places[1]), strict=True)
+        )
+        got = nf.blend(w, placed(params, "Shard"), scales=s, out_scales=o)
+        assert torch.equal(got.full_tensor(), expected)
+    refused("scales must be plain or Replicate", lambda: nf.blend(
+        weights, placed(params, "Shard"), scales=placed(scales, "Shard")))  # fmt: skip
+    refused("params must be a DTensor", lambda: nf.blend(
+        weights, params, scales=placed(scales, "Replicate")))  # fmt: skip
+
+
+@check
+def parameters_that_were_overwritten_have_no_gradient():
+    weights = draw(3).requires_grad_()
+    for op in (lambda a: nf.blend(weights, a).to_local().square().sum(),
+               lambda a: nf.blend_weight_grad(nf.blend(weights, a), a).sum()):  # fmt: skip
+        arena = placed(draw(3, 33), "Shard")
+        loss = op(arena)
+        arena.mul_(5)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
+@check
+def parameters_overwritten_between_two_derivatives_are_noticed():
+    weights, arena = draw(3).requires_grad_(), placed(draw(3, 33), "Shard")
+    loss = nf.blend(weights, arena).to_local().pow(3).sum()
+    (first,) = torch.autograd.grad(loss, weights, create_graph=True)
+    arena.mul_(5)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        first.sum().backward()
+
+
+@check
+def a_blend_compiles_to_one_graph():
+    weights, arena = draw(3).requires_grad_(), placed(draw(3, 33), "Shard")
+    compiled = torch.compile(nf.blend, backend="aot_eager", fullgraph=True)
+    got, expected = compiled(weights, arena), nf.blend(weights, arena)
+    assert torch.equal(got.to_local(), expected.to_local())
+    got, expected = (torch.autograd.grad(x.sum().to_local(), weights)[0] for x in (got, expected))
+    torch.testing.assert_close(got, expected)
+
+
+@check
+def ops_without_a_sharded_form_say_so():
+    arena = placed(draw(3, 6), "Shard")
+    refused("blend_: takes plain tensors", nf.blend_, torch.zeros(6), draw(3), arena)
+    refused("blend_: takes plain tensors", nf.blend_, placed(draw(6), "Shard"), draw(3), arena)
+    refused("blend_telemetry: takes plain tensors", nf.blend_telemetry, draw(3), arena)
+
+
+@check
 def other_placements_are_refused():
     from torch.distributed import tensor as dt
 
@@ -249,7 +307,34 @@ def lists_that_lie_apart_are_refused():
     refused("expert 1, position 0: placed as .*dim=1", run, draw(2), [[rows], [columns]])
     refused("as a plain tensor, expert 0 as", run, draw(2), [[rows], [draw(4, 2)]])
     refused("position 0: sums not yet reduced", run, draw(2), [[parts], [parts]])
-    refused("placed as", into, [draw(4, 2)], draw(2), [[rows], [rows]])
+    plain = draw(4, 2)
+    refused("blend_lists_: outputs, position 0: placed as a plain tensor, expert 0 as \\(Shard",
+            into, [plain], draw(2), [[rows], [rows]])  # fmt: skip
+    refused("outputs, position 0: placed as .*dim=1", into, [columns], draw(2), [[rows], [rows]])
+    for experts in ([[plain], [plain]], nf.TensorLists([[plain], [plain]])):
+        refused("outputs, position 0: a DTensor, the exp", into, [rows], draw(2), experts)
+        weights = placed(draw(2), "Replicate")
+        refused("weights are a DTensor, the experts plain tensors", run, weights, experts)
+        refused("weights are a DTensor, the exp", into, [draw(4, 2)], weights, experts)
+    refused("expert 0, position 0: a plain tensor .* got a DTensor", nf.TensorLists, [[rows]] * 2)
+
+
+@check
+def writes_to_listed_dtensors_are_counted():
+    experts = [[placed(draw(4, 2, seed=i), "Shard", 0)] for i in range(2)]
+    weights = draw(2).requires_grad_()
+    (result,) = nf.blend_lists(weights, experts)
+    (kept,) = nf.blend_lists(weights, experts)
+    kept.to_local().sum().backward()
+    experts[0][0].mul_(5)
+    with pytest.raises(RuntimeError, match="an expert was written to between"):
+        result.to_local().sum().backward()
+    factor, output = draw(4, 2).requires_grad_(), placed(draw(4, 2), "Shard", 0)
+    product = placed(factor, "Shard", 0) * output
+    nf.blend_lists_([output], draw(2), experts)
+    assert output._version > 0
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.to_local().sum().backward()
 
 
 def same_on_all_ranks(tensor):
@@ -269,7 +354,7 @@ def main(folder):
     for name, function in CHECKS.items():
         try:
             function()
-        except Exception:  # noqa: BLE001 (every check's failure is for pytest to show)
+        except (Exception, pytest.fail.Exception):  # noqa: BLE001 (failures are for pytest to show)
             failed[name] = traceback.format_exc()
     rank = torch.distributed.get_rank()
     Path(folder, f"rank{rank}.json").write_text(json.dumps(failed))

@@ -7,12 +7,14 @@ columns [segments[s], segments[s + 1]).
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 
 from .. import _checks
+from .._registry import OPS
 from ..segments import Segments
 
 MAX_GPU_EXPERTS = 64  # as csrc/cuda/bindings.h and kernels/_launch.py have it
@@ -25,7 +27,7 @@ def boundaries(
 
     Raises:
         TypeError: boundaries that are not integers.
-        ValueError: boundaries whose values are on the host and do not ascend from 0 to P.
+        ValueError: boundaries in Python that do not ascend from 0 to P.
     """
     if segments is None or isinstance(segments, torch.Tensor):
         return segments
@@ -35,17 +37,22 @@ def boundaries(
                 f"{op}: segments are of rows of {segments.width}, params have P = {params.shape[1]}"
             )
         return segments.bounds_on(params.device)
-    bounds = torch.tensor([operator.index(bound) for bound in segments], dtype=torch.int64)
-    if params.ndim == 2 and bounds.numel():
-        check_values(op, params, bounds)
-    return bounds.to(params.device)
+    try:
+        bounds = [operator.index(bound) for bound in segments]
+    except TypeError as error:
+        raise TypeError(f"{op}: segments must be a sequence of integers: {error}") from None
+    if params.ndim == 2 and bounds:
+        _check_ascent(op, bounds, params.shape[1])
+    return torch.tensor(bounds, dtype=torch.int64, device=params.device)
 
 
 def faults(
     params: torch.Tensor, segments: torch.Tensor | None = None, *, fp8: bool = False
 ) -> list[str]:
-    """What is wrong with the form of ``params`` and ``segments``: rank, dtype, device."""
+    """What is wrong with the form of ``params`` and ``segments``: rank, dtype, device, layout."""
     found = []
+    if params.layout != torch.strided:
+        found.append(_checks.not_dense("params", params))
     if params.ndim != 2 or params.shape[0] < 1:
         found.append(f"params must be (N, P) with N >= 1, got {_checks.shape(params)}")
     if params.dtype not in (_checks.STORED_DTYPES if fp8 else _checks.FLOAT_DTYPES):
@@ -53,6 +60,8 @@ def faults(
         found.append(f"params must be {stored}, got {params.dtype}")
     if segments is None:
         return found
+    if segments.layout != torch.strided:
+        found.append(_checks.not_dense("segments", segments))
     if segments.ndim != 1 or segments.shape[0] < 1:
         found.append(f"segments must be (S + 1,) boundaries, got {_checks.shape(segments)}")
     if segments.dtype != torch.int64:
@@ -65,8 +74,10 @@ def faults(
 def weight_faults(
     weights: torch.Tensor, params: torch.Tensor, segments: torch.Tensor | None = None
 ) -> list[str]:
-    """What is wrong with the form of a blend's ``weights``: shape, dtype, device."""
+    """What is wrong with the form of a blend's ``weights``: shape, dtype, device, layout."""
     found = []
+    if weights.layout != torch.strided:
+        found.append(_checks.not_dense("weights", weights))
     if not weights.is_floating_point():
         found.append(f"weights must be floating point, got {weights.dtype}")
     if weights.device != params.device:
@@ -83,9 +94,11 @@ def weight_faults(
 
 def check_values(op: str, params: torch.Tensor, segments: torch.Tensor | None) -> None:
     """ValueError unless the boundaries ascend from 0 to P. Reads values: for the CPU only."""
-    if segments is None:
-        return
-    bounds, width = segments.tolist(), params.shape[1]
+    if segments is not None:
+        _check_ascent(op, segments.tolist(), params.shape[1])
+
+
+def _check_ascent(op: str, bounds: list[int], width: int) -> None:
     if bounds[0] != 0 or bounds[-1] != width or any(a > b for a, b in pairwise(bounds)):
         shown = ", ".join(map(str, bounds[:8])) + (", ..." if len(bounds) > 8 else "")
         raise ValueError(f"{op}: segments must ascend from 0 to P = {width}, got [{shown}]")
@@ -115,27 +128,57 @@ def why_not_cuda(params: torch.Tensor) -> str | None:
     return why_not(params)
 
 
-def overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
+def check_alignment(op: str, *args: Any) -> None:
+    """ValueError for a tensor on a GPU that no kernel there could read.
+
+    The fault would come later, in words of the driver, and end the process's use of the device.
+    """
+    if args[0].is_cuda:
+        _checks.raise_all(op, misaligned(OPS[op].arguments, args))
+
+
+def misaligned(names: Iterable[str], args: Iterable[Any]) -> list[str]:
+    """Tensors that do not start at a multiple of the size of their items, by name."""
+    return [
+        f"{name} starts at an address that is not a multiple of its item size, {x.itemsize} bytes"
+        for name, x in zip(names, args, strict=False)
+        if isinstance(x, torch.Tensor) and x.data_ptr() % x.itemsize
+    ]
+
+
+Address = Callable[[torch.Tensor], int]
+
+
+def overlap(a: torch.Tensor, b: torch.Tensor, address: Address = torch.Tensor.data_ptr) -> bool:
     """Whether a row of ``a`` and a row of ``b`` have addresses in common."""
     if a.numel() == 0 or b.numel() == 0:
         return False
-    (start, stop), (first, last) = _extent(a), _extent(b)
+    (start, stop), (first, last) = _extent(a, address), _extent(b, address)
     if stop <= first or last <= start:
         return False
-    return any(x < v and u < y for x, y in _rows(a) for u, v in _rows(b))
+    return any(x < v and u < y for x, y in _rows(a, address) for u, v in _rows(b, address))
 
 
-def _extent(tensor: torch.Tensor) -> tuple[int, int]:
+def overlap_in_storage(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """:func:`overlap` of what is traced: it has no addresses, only places in a storage."""
+    if a.untyped_storage()._cdata != b.untyped_storage()._cdata:
+        return False
+    return overlap(a, b, lambda tensor: tensor.storage_offset() * tensor.itemsize)
+
+
+def _extent(tensor: torch.Tensor, address: Address) -> tuple[int, int]:
     """The first address of a tensor, and the one after its last."""
-    reach = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.data_ptr(), tensor.data_ptr() + (reach + 1) * tensor.itemsize
+    start, reach = address(tensor), 1
+    for n, step in zip(tensor.shape, tensor.stride(), strict=True):
+        reach += (n - 1) * step
+    return start, start + reach * tensor.itemsize
 
 
-def _rows(tensor: torch.Tensor) -> list[tuple[int, int]]:
+def _rows(tensor: torch.Tensor, address: Address) -> list[tuple[int, int]]:
     """The extents of the rows along the last dimension."""
     if tensor.ndim <= 1:
-        return [_extent(tensor)]
-    return [extent for part in tensor.unbind(0) for extent in _rows(part)]
+        return [_extent(tensor, address)]
+    return [extent for part in tensor.unbind(0) for extent in _rows(part, address)]
 
 
 def other_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -152,7 +195,9 @@ class Draw:
 
     def normal(self, *shape: int) -> torch.Tensor:
         """Standard normal values, drawn on the CPU so that every device sees the same."""
-        return torch.randn(shape, generator=self.generator).to(self.device, self.dtype)
+        return torch.randn(shape, generator=self.generator, device="cpu").to(
+            self.device, self.dtype
+        )
 
     def bounds(self, *values: int) -> torch.Tensor:
         """Segment boundaries."""

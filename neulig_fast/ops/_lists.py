@@ -20,14 +20,17 @@ import torch
 from torch import Tensor
 
 from .. import _checks
+from .._list_checks import are_lists, kind, list_faults
 from .._memory import large_pages
-from ..tensor_lists import Group, Target, TensorLists, list_faults, on_device
+from .._registry import Op, log
+from ..tensor_lists import Group, Target, TensorLists, held, host, on_device
+from ._arena import MAX_GPU_EXPERTS
+from ._sharded import is_dtensor
 
 # Elements of a chunk. On the CPU it is what a thread takes at a time. On CUDA it is a block's work:
 # 16 KiB of each tensor to blend, and more columns for a sum, whose reduction they pay for.
 CPU_CHUNK = 16384
 CUDA_BYTES = {"blend_lists": 16384, "blend_lists_weight_grad": 65536}
-MAX_GPU_EXPERTS = 64  # as csrc/cuda/bindings.h and kernels/_launch.py have it
 
 
 def rows(experts: Sequence[Tensor], count: int) -> tuple[tuple[Tensor, ...], ...]:
@@ -44,32 +47,39 @@ def result_dtype(dtypes: Iterable[torch.dtype]) -> torch.dtype:
 def faults(weights: Tensor, experts: Sequence[Tensor]) -> list[str]:
     """What is wrong with weights and N * T expert tensors."""
     count = weights.shape[-1] if weights.ndim in (1, 2) else 0
-    if count < 1:
-        shape = _checks.shape(weights)
-        return [f"weights must be (N,) or (T, N) with N >= 1, got {shape}"]
-    if len(experts) % count:
-        counted = f"{len(experts)} tensors"
-        return [
-            f"weights must be (N,) or (T, N) and experts N * T tensors, here N = {count}, "
-            f"got {_checks.shape(weights)} and {counted}"
-        ]
-    lists = rows(experts, count)
-    return weight_faults(weights, lists) + list_faults(lists)
+    if count >= 1 and len(experts) % count == 0:
+        lists = rows(experts, count)
+        return weight_faults(weights, lists) + list_faults(lists)
+    sizes = f"{_checks.shape(weights)} and {len(experts)} tensors"
+    return [
+        f"weights must be (N,) or (T, N) with N >= 1 and experts N * T tensors, got {sizes}",
+        *_dtype_faults(weights),
+    ]
 
 
-def weight_faults(weights: Tensor, lists: Sequence[Sequence[Tensor]]) -> list[str]:
+def weight_faults(weights: Any, lists: Sequence[Any]) -> list[str]:
     """What is wrong with the weights of N lists of T tensors."""
-    n, t = len(lists), len(lists[0]) if lists else 0
-    found = []
-    if not weights.is_floating_point():
-        found.append(f"weights must be floating point, got {weights.dtype}")
+    if not isinstance(weights, Tensor):
+        return [f"weights must be a tensor, got {kind(weights)}"]
+    found = _dtype_faults(weights)
+    if not are_lists(lists):
+        return found  # said of the experts
+    n, t = len(lists), len(lists[0])
     if tuple(weights.shape) not in ((n,), (t, n)):
         sizes = f"here N = {n}, T = {t}"
         found.append(f"weights must be (N,) or (T, N), {sizes}; got {_checks.shape(weights)}")
     if t and isinstance(lists[0][0], Tensor) and weights.device != lists[0][0].device:
         device = lists[0][0].device
         found.append(f"weights must be on {device} like the experts, got {weights.device}")
+    if is_dtensor(weights) and not any(map(is_dtensor, lists[0])):
+        found.append("weights are a DTensor, the experts plain tensors; pass weights.to_local()")
     return found
+
+
+def _dtype_faults(weights: Tensor) -> list[str]:
+    if weights.is_floating_point():
+        return []
+    return [f"weights must be floating point, got {weights.dtype}"]
 
 
 def why_not_gpu(weights: Tensor, *_args: Any) -> str | None:
@@ -77,6 +87,13 @@ def why_not_gpu(weights: Tensor, *_args: Any) -> str | None:
     if weights.shape[-1] > MAX_GPU_EXPERTS:
         return f"{weights.shape[-1]} experts, more than {MAX_GPU_EXPERTS}"
     return None
+
+
+def choose(op: Op, device: torch.device, args: Sequence[Any]) -> str:
+    """The backend of a call that does not go through the dispatcher, logged as if it did."""
+    backend = op.choose(device.type, args)
+    log.debug("%s: %s on %s", op.name, backend, device.type)
+    return backend
 
 
 def room(op: str, backend: str, group: Group) -> tuple[Callable[..., Any], int]:
@@ -97,8 +114,8 @@ def _launch(
     run, chunk = room("blend_lists", backend, group)
     table, chunks = group.table(chunk)
     if chunks:
-        w = weights.to(_checks.accumulation_dtype(group.dtype)).contiguous()
-        run(w, table, starts, base, chunk, chunks, group.dtype, dtype)
+        w = weights.to(_checks.accumulation_dtype(group.dtype)).contiguous().resolve_neg()
+        run(w, held(table), held(starts), base, chunk, chunks, group.dtype, dtype)
 
 
 def targets(lists: TensorLists, outputs: Sequence[Tensor]) -> list[Target]:
@@ -107,7 +124,7 @@ def targets(lists: TensorLists, outputs: Sequence[Tensor]) -> list[Target]:
     for whole in lists.groups:
         mine = [outputs[position] for position in whole.positions]
         for group, some in whole.split([output.dtype for output in mine]):
-            addresses = torch.tensor([mine[i].data_ptr() for i in some], dtype=torch.int64)
+            addresses = host([mine[i].data_ptr() for i in some])
             made.append(Target(group, on_device(addresses, whole.device), mine[some[0]].dtype))
     return made
 
@@ -148,15 +165,22 @@ def blended(
 # -- gradient -------------------------------------------------------------------------------------
 
 
+def dense(grad: Tensor | None) -> Tensor | None:
+    """An incoming gradient as kernels read it: no expanded scalar, sparse rows or negated view."""
+    if grad is None:
+        return None
+    grad = grad if grad.layout is torch.strided else grad.to_dense()
+    return grad.contiguous().resolve_neg()
+
+
 def weight_grad(
     backend: str, per_tensor: bool, grads: Sequence[Tensor | None], lists: TensorLists
 ) -> Tensor:
-    """(N,), or (T, N): the dot products of T gradients, or None for zeros, with N * T tensors."""
+    """(N,), or (T, N): the dot products of T dense gradients (None: zeros) with N * T tensors."""
     shape = (lists.num_tensors, lists.num_experts) if per_tensor else (lists.num_experts,)
-    dense = [None if grad is None else grad.contiguous() for grad in grads]
     total = torch.zeros(shape, dtype=torch.float64, device=lists.device)
     for whole in lists.groups:
-        mine = [dense[position] for position in whole.positions]
+        mine = [grads[position] for position in whole.positions]
         for group, some in whole.split([whole.dtype if g is None else g.dtype for g in mine]):
             part = _dots(backend, per_tensor, group, [mine[i] for i in some])
             if not per_tensor:
@@ -164,7 +188,7 @@ def weight_grad(
             elif len(group.positions) == lists.num_tensors:
                 total = part
             else:
-                total[group.rows] = part
+                total[held(group.rows)] = part
     return total.to(result_dtype(lists.dtypes))
 
 
@@ -173,10 +197,10 @@ def _dots(backend: str, per_tensor: bool, group: Group, grads: Sequence[Tensor |
     run, chunk = room("blend_lists_weight_grad", backend, group)
     table, chunks = group.table(chunk)
     dtype = next((grad.dtype for grad in grads if grad is not None), group.dtype)
-    addresses = torch.tensor([0 if g is None else g.data_ptr() for g in grads], dtype=torch.int64)
+    addresses = host([0 if g is None else g.data_ptr() for g in grads])
     experts = group.addresses.shape[1]
     if not chunks:
         shape = (len(grads) if per_tensor else 1, experts)
         return torch.zeros(shape, dtype=torch.float64, device=group.device)
     there = on_device(addresses, group.device)
-    return run(table, there, experts, chunk, chunks, per_tensor, group.dtype, dtype)
+    return run(held(table), held(there), experts, chunk, chunks, per_tensor, group.dtype, dtype)

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import _checks
-from ..tensor_lists import (
-    Target,
-    TensorLists,
+from .._list_checks import (
     address_faults,
+    are_lists,
+    as_list,
     as_lists,
     has_memory,
+    kind,
     list_faults,
     not_dense,
 )
-from . import _lists, _sharded_lists
-from .blend_lists import OP, Experts, by_table, prepare, refuse_tangent
+from ..tensor_lists import Target, TensorLists
+from . import _lists, _overlap, _sharded_lists
+from ._sharded import is_dtensor
+from .blend_lists import OP, Experts, by_table, prepare, refuse_transforms
 
 Outputs = Sequence[Tensor] | TensorLists
 
@@ -42,118 +45,156 @@ def blend_lists_(outputs: Outputs, weights: Tensor, experts: Experts) -> Outputs
         ValueError: whatever does not fit, all of it listed; nothing has been written then.
     """
     prepared = experts if isinstance(experts, TensorLists) else None
-    lists: Any = as_lists(experts) if not isinstance(experts, TensorLists) else experts.lists
-    targets = _targets(outputs)
+    lists = prepared.lists if prepared else as_lists(experts)
+    into = outputs if isinstance(outputs, TensorLists) else None
+    targets: Any = into.lists[0] if into else as_list(outputs)
+    known = _known(into, prepared)
     found = [] if prepared else list_faults(lists)
     found += _lists.weight_faults(weights, lists) + _grad_faults(targets, weights)
-    known = None
-    if prepared is not None and isinstance(outputs, TensorLists):
-        known = prepared.targets.get(outputs)
     if known is None:
-        found += _output_faults(targets, lists[0] if lists else ())
-    if not found and prepared is None and _sharded_lists.any_dtensor((targets, *lists)):
-        weights, (mine, *theirs) = _sharded_lists.shards("blend_lists_", weights, targets, *lists)
-        blend_lists_(mine, weights, theirs)
-        return outputs
-    table = not found and by_table(weights, experts, lists)
-    if table and known is None:
-        table = has_memory(targets)
-        found += _address_faults(targets, lists) if table else []
+        found += _output_faults(outputs, targets, lists)
     _checks.raise_all("blend_lists_", found)
-    refuse_tangent(weights)
-    if not table:
+    refuse_transforms("blend_lists_", weights, [targets, *lists])
+    if _sharded_lists.any_dtensor(() if prepared else lists):
+        weights, mine, theirs = _sharded_lists.shards("blend_lists_", weights, targets, lists)
+        blend_lists_(mine, weights, theirs)
+        _count_writes(targets)
+    elif by_table(weights, experts, lists) and (known is not None or has_memory(targets)):
+        blended = prepared or prepare("blend_lists_", lists)
+        if known is None or into is None or _overlap.meets(into.extents, weights):
+            _check_memory(targets, weights, lists)
+        known = known or _lists.targets(blended, targets)
+        if prepared and into:
+            prepared.targets[into] = known
+        _write(targets, weights.detach(), blended, known)
+    else:
         flat = [x.detach() for xs in lists for x in xs]
-        for target, result in zip(targets, OP(weights.detach(), flat, None), strict=True):
-            target.copy_(result)
-        return outputs
-    blended = prepared or prepare("blend_lists_", lists)
-    into = known or _lists.targets(blended, targets)
-    if prepared is not None and isinstance(outputs, TensorLists):
-        prepared.targets[outputs] = into
-    _write(targets, weights.detach(), blended, into)
+        torch.ops.neulig_fast.blend_lists_.default(list(targets), weights.detach(), flat)
     return outputs
+
+
+def _known(into: TensorLists | None, prepared: TensorLists | None) -> list[Target] | None:
+    """How these outputs are written, where they were before; looked up in eager mode only."""
+    if into is None or prepared is None or torch.compiler.is_compiling():
+        return None
+    return prepared.targets.get(into)
+
+
+def _check_memory(
+    targets: Sequence[Tensor], weights: Tensor, lists: Sequence[Sequence[Tensor]]
+) -> None:
+    found = address_faults([targets], "outputs")
+    found += _overlap.faults(_overlap.spans(_overlap.by_address, targets, weights, lists))
+    _checks.raise_all("blend_lists_", found)
 
 
 def _write(
     targets: Sequence[Tensor], weights: Tensor, lists: TensorLists, into: list[Target]
 ) -> None:
     args = (weights, lists.flat, None)
-    backend = OP.choose(weights.device.type, args)
+    backend = _lists.choose(OP, weights.device, args)
     if backend == "torch":
-        dtypes = [x.dtype for x in targets]
-        for dtype in set(dtypes):  # each position is rounded once, to its own dtype
-            for target, result in zip(targets, OP.reference(*args[:2], dtype), strict=True):
-                if target.dtype == dtype:
-                    target.copy_(result)
-        return
-    _lists.write(backend, weights, into)
-    torch.autograd.graph.increment_version([x for x in targets if not x.is_inference()])
+        _write_reference(targets, weights, lists.flat)
+    else:
+        _lists.write(backend, weights, into)
+    _count_writes(targets)
 
 
-def _targets(outputs: Outputs) -> Sequence[Tensor]:
-    if not isinstance(outputs, TensorLists):
-        return tuple(outputs)
-    if outputs.num_experts != 1:
-        raise ValueError(f"blend_lists_: outputs must be one list, got {outputs.num_experts}")
-    return outputs.lists[0]
+def _write_reference(targets: Sequence[Tensor], weights: Tensor, experts: Sequence[Tensor]) -> None:
+    for dtype in {x.dtype for x in targets}:  # each position is rounded once, to its own dtype
+        for target, result in zip(targets, OP.reference(weights, experts, dtype), strict=True):
+            if target.dtype == dtype:
+                target.copy_(result)
 
 
-def _grad_faults(targets: Sequence[Tensor], weights: Tensor) -> list[str]:
+def _count_writes(targets: Sequence[Tensor]) -> None:
+    """Tell autograd, which sees neither kernels nor what happens to a DTensor's shard."""
+    if not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version([x for x in targets if not x.is_inference()])
+
+
+# -- what torch.compile and tensors without memory see ---------------------------------------------
+
+
+@torch.library.custom_op(
+    "neulig_fast::blend_lists_",
+    mutates_args=("outputs",),
+    schema="(Tensor(a!)[] outputs, Tensor weights, Tensor[] experts) -> ()",
+)
+def _node(outputs: list[Tensor], weights: Tensor, experts: list[Tensor]) -> None:
+    """One node of a graph, which runs as eager mode does."""
+    lists = _opened(outputs, weights, experts)
+    if has_memory([weights, *outputs, *experts]):
+        blended = prepare("blend_lists_", lists)
+        _check_memory(outputs, weights, lists)
+        _write(outputs, weights, blended, _lists.targets(blended, outputs))
+    else:
+        _write_reference(outputs, weights, experts)
+
+
+@_node.register_fake
+def _(outputs: list[Tensor], weights: Tensor, experts: list[Tensor]) -> None:
+    # When a graph runs, its outputs may be copies that are written back: only here, where storages
+    # are shared as they are outside, is an overlap always seen.
+    lists = _opened(outputs, weights, experts)
+    found = _overlap.faults(_overlap.spans(_overlap.by_storage, outputs, weights, lists))
+    _checks.raise_all("blend_lists_", found)
+
+
+def _opened(
+    outputs: list[Tensor], weights: Tensor, experts: list[Tensor]
+) -> tuple[tuple[Tensor, ...], ...]:
+    """N lists of T of the experts' tensors; ValueError if the arguments do not fit."""
+    _checks.raise_all("blend_lists_", _lists.faults(weights, experts))
+    lists = _lists.rows(experts, weights.shape[-1])
+    _checks.raise_all("blend_lists_", _output_faults(outputs, outputs, lists))
+    return lists
+
+
+# -- what is wrong with the arguments --------------------------------------------------------------
+
+
+def _grad_faults(targets: Any, weights: Any) -> list[str]:
     if not torch.is_grad_enabled():
         return []
     found = [
         f"outputs, position {t}: requires grad and would be overwritten; use torch.no_grad()"
-        for t, x in enumerate(targets)
+        for t, x in enumerate(targets if isinstance(targets, tuple) else ())
         if isinstance(x, Tensor) and x.requires_grad
     ]
-    if weights.requires_grad:
+    if isinstance(weights, Tensor) and weights.requires_grad:
         found.append("weights require grad, which blend_lists_ would not record; detach them")
     return found
 
 
-def _output_faults(targets: Sequence[Tensor], first: Sequence[Tensor]) -> list[str]:
-    found = []
+def _output_faults(
+    outputs: Outputs, targets: Sequence[Tensor], lists: Sequence[Sequence[Tensor]]
+) -> list[str]:
+    if isinstance(outputs, TensorLists) and outputs.num_experts != 1:
+        return [f"outputs must be one list, got {outputs.num_experts}"]
+    if not isinstance(targets, Sequence):
+        return [f"outputs must be a list of tensors, got {kind(targets)}"]
+    if not are_lists(lists):
+        return []  # said of the experts
+    found, first = [], lists[0]
     if len(targets) != len(first):
         found.append(f"outputs must be T = {len(first)} tensors, got {len(targets)}")
     for t, (x, expert) in enumerate(zip(targets, first, strict=False)):
         if not isinstance(x, Tensor):
-            found.append(f"outputs, position {t}: a tensor is needed, got {type(x).__name__}")
-            continue
-        if not isinstance(expert, Tensor):
-            continue  # said of the experts
-        if x.shape != expert.shape:
-            sizes = f"{_checks.shape(x)}, the experts have {_checks.shape(expert)}"
-            found.append(f"outputs, position {t}: shape {sizes}")
-        if x.device != expert.device:
-            found.append(f"outputs, position {t}: on {x.device}, experts on {expert.device}")
-        if x.dtype not in _checks.FLOAT_DTYPES:
-            found.append(f"outputs, position {t}: must be fp32, bf16, fp16 or fp64, got {x.dtype}")
-        if (reason := not_dense(x)) is not None:
-            found.append(f"outputs, position {t}: {reason}")
+            found.append(f"outputs, position {t}: a tensor is needed, got {kind(x)}")
+        elif isinstance(expert, Tensor):  # else it is said of the experts
+            found += [f"outputs, position {t}: {fault}" for fault in _output_fault(x, expert)]
     return found
 
 
-def _address_faults(targets: Sequence[Tensor], lists: Sequence[Sequence[Tensor]]) -> list[str]:
-    """Outputs that overlap an expert or each other, or are misaligned for their type."""
-    found = address_faults([targets], "outputs")
-    # Every tensor as (first byte, past the last, name), outputs among them: in the order of their
-    # first bytes, an output overlaps what comes before it or after it.
-    spans = [(x.data_ptr(), x.data_ptr() + x.nbytes, -1, t) for t, x in enumerate(targets)]
-    for i, tensors in enumerate(lists):
-        spans += [(x.data_ptr(), x.data_ptr() + x.nbytes, i, t) for t, x in enumerate(tensors)]
-    spans = sorted(span for span in spans if span[0] < span[1])
-    reach: list[tuple[int, int, int, int] | None] = [None, None]  # furthest expert, output so far
-    for span in spans:
-        is_output = span[2] < 0
-        for before in (reach[1], reach[0]) if is_output else (reach[1],):
-            if before is not None and span[0] < before[1]:
-                found.append(f"{_name(before)} and {_name(span)} overlap in memory")
-        furthest = reach[is_output]
-        if furthest is None or span[1] > furthest[1]:
-            reach[is_output] = span
-    return found
-
-
-def _name(span: tuple[int, int, int, int]) -> str:
-    owner = "outputs" if span[2] < 0 else f"expert {span[2]}"
-    return f"{owner}, position {span[3]}"
+def _output_fault(x: Tensor, expert: Tensor) -> Iterator[str]:
+    if x.shape != expert.shape:
+        yield f"shape {_checks.shape(x)}, the experts have {_checks.shape(expert)}"
+    if x.device != expert.device:
+        yield f"on {x.device}, experts on {expert.device}"
+    if is_dtensor(x) and not is_dtensor(expert):
+        yield "a DTensor, the experts have a plain tensor"
+    if x.dtype not in _checks.FLOAT_DTYPES:
+        yield f"must be fp32, bf16, fp16 or fp64, got {x.dtype}"
+    if (reason := not_dense(x)) is not None:
+        yield reason

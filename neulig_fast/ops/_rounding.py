@@ -49,9 +49,15 @@ def faults(out_dtype: torch.dtype, rounding_seed: int | None) -> list[str]:
     return []
 
 
-def check_seed(op: str, seed: int | None) -> None:
-    """ValueError unless ``seed`` is None or a 64-bit integer."""
-    if seed is not None and not -(2**63) <= seed < 2**63:
+def check_types(op: str, out_dtype: object, seed: object = None) -> None:
+    """TypeError for an ``out_dtype`` that is no dtype; so for a seed that is no 64-bit integer."""
+    if out_dtype is not None and not isinstance(out_dtype, torch.dtype):
+        raise TypeError(f"{op}: out_dtype must be a torch.dtype, got {out_dtype!r}")
+    if seed is None:
+        return
+    if not isinstance(seed, (int, torch.SymInt)):
+        raise TypeError(f"{op}: rounding_seed must be an integer, got {seed!r}")
+    if not -(2**63) <= seed < 2**63:
         raise ValueError(f"{op}: rounding_seed must be a signed 64-bit integer, got {seed}")
 
 

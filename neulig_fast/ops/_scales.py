@@ -7,9 +7,16 @@ weights alone, and gradients of scales are autograd's business.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .. import _checks
+
+
+def check_types(op: str, scales: object, out_scales: object) -> None:
+    """TypeError unless each is a tensor or None."""
+    given = {"scales": scales, "out_scales": out_scales}
+    _checks.check_tensors(op, **{name: s for name, s in given.items() if s is not None})
 
 
 def faults(
@@ -38,6 +45,8 @@ def _faults(
     name: str, scales: Tensor, params: Tensor, fits: list[tuple[int, ...]], forms: str
 ) -> list[str]:
     found = []
+    if scales.layout != torch.strided:
+        found.append(_checks.not_dense(name, scales))
     if not scales.is_floating_point() or scales.device != params.device:
         found.append(
             f"{name} must be floating point on {params.device} like params, "
@@ -52,6 +61,8 @@ def fold(
     weights: Tensor, params: Tensor, scales: Tensor | None, out_scales: Tensor | None
 ) -> Tensor:
     """``weights * scales / out_scales`` in the accumulation type of ``params``."""
+    if scales is None and out_scales is None:
+        return weights
     accumulate = _checks.accumulation_dtype(params.dtype)
     weights = weights.to(accumulate)
     if scales is not None:

@@ -17,7 +17,7 @@ import torch
 
 from .. import _checks
 from .._registry import OPS
-from . import _arena
+from . import _arena, _scales
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DeviceMesh, DTensor, Placement
@@ -26,15 +26,18 @@ if TYPE_CHECKING:
 
     Bounds: TypeAlias = torch.Tensor | Sequence[int] | Segments | None
 
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
+_PLAIN = (torch.Tensor, torch.nn.Parameter, type(None))
 
 
-def is_dtensor(*tensors: torch.Tensor) -> bool:
+def is_dtensor(*tensors: torch.Tensor | None) -> bool:
     """Whether any is a DTensor. Plain tensors cost one comparison of types each.
 
     A DTensor exists only where its module is loaded, so nothing is imported to find out.
     """
-    if all(type(tensor) in _PLAIN for tensor in tensors):
+    for tensor in tensors:
+        if type(tensor) not in _PLAIN:
+            break
+    else:
         return False
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and any(isinstance(t, module.DTensor) for t in tensors)
@@ -130,6 +133,28 @@ class _Sum(torch.autograd.Function):
         return _Copy.apply(grad, ctx.groups), None
 
 
+class _Watch(torch.autograd.Function):
+    """Identity, whose backward pass has autograd check that DTensors are as they were.
+
+    An op saves their local parts, whose versions a write to the DTensor does not change.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, result: torch.Tensor, *dtensors: DTensor) -> torch.Tensor:
+        ctx.save_for_backward(*dtensors)
+        return result.view_as(result)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        dtensors = ctx.saved_tensors
+        return _Watch.apply(grad, *dtensors), *(None for _ in dtensors)
+
+
+def watched(result: torch.Tensor, *inputs: torch.Tensor | None) -> torch.Tensor:
+    """``result``, whose gradient is an error once a DTensor among ``inputs`` has changed."""
+    return _Watch.apply(result, *(tensor for tensor in inputs if is_dtensor(tensor)))
+
+
 # -- the ops over an arena -------------------------------------------------------------------------
 
 
@@ -139,6 +164,8 @@ def blend(
     segments: Bounds,
     out_dtype: torch.dtype | None = None,
     rounding_seed: int | None = None,
+    scales: torch.Tensor | None = None,
+    out_scales: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """:func:`neulig_fast.blend` of a sharded arena: (P,) or (K, P) with the columns' placements.
 
@@ -148,9 +175,13 @@ def blend(
     given = out_dtype is not None or rounding_seed is not None
     options = (out_dtype, rounding_seed) if given else ()
     layout, local, bounds = _open("blend", params, segments, *options, weights=weights)
+    factors = {"scales": scales, "out_scales": out_scales}
+    _checks.raise_all("blend", [f for name, s in factors.items() for f in weight_faults(s, name)])
     if rounding_seed is not None and layout.split:
         raise ValueError("blend: rounding_seed is for whole rows, and those of params are cut")
-    rows = OPS["blend"](layout.replicated(whole(weights)), local, bounds, *options)
+    folded = _scales.fold(whole(weights), local, whole(scales), whole(out_scales))
+    rows = OPS["blend"](layout.replicated(folded), local, bounds, *options)
+    rows = watched(rows, weights, params, scales, out_scales)
     return _rows(layout, rows.shape[:-1]).wrap(rows)
 
 
@@ -158,7 +189,7 @@ def blend_weight_grad(grad: torch.Tensor, params: torch.Tensor, segments: Bounds
     """:func:`neulig_fast.blend_weight_grad` of shards: the whole sums, a plain tensor."""
     layout, local, bounds = _open("blend_weight_grad", params, segments, grad=grad)
     dots = OPS["blend_weight_grad"](grad.to_local(), local, bounds)
-    return layout.total(dots)
+    return layout.total(watched(dots, grad, params))
 
 
 def offset_gram(params: torch.Tensor, segments: Bounds) -> tuple[torch.Tensor, torch.Tensor]:
@@ -180,8 +211,7 @@ def _open(
     """
     bounds = _arena.boundaries(op, segments, params)
     args = (*other.values(), params, bounds, *options)
-    found = list(OPS[op].faults(*args))
-    found += _faults(params, **other)
+    found = [*OPS[op].faults(*args), *_faults(params, **other)]
     _checks.raise_all(op, found)
     if params.device.type == "cpu":
         OPS[op].check(*args)
@@ -201,15 +231,15 @@ def _rows(layout: Layout, leading: Sequence[int]) -> Layout:
     return Layout(layout.mesh, placements, (*leading, layout.shape[1]))
 
 
-def whole(weights: torch.Tensor) -> torch.Tensor:
-    """Weights that every rank has, as a plain tensor."""
+def whole(weights: Any) -> Any:
+    """Weights that every rank has, as a plain tensor; None stays None."""
     return weights.to_local() if is_dtensor(weights) else weights
 
 
-def weight_faults(weights: torch.Tensor) -> Iterator[str]:
-    """What keeps every rank from having the weights."""
+def weight_faults(weights: Any, name: str = "weights") -> Iterator[str]:
+    """What keeps every rank from having the weights, or other factors of them."""
     if is_dtensor(weights) and not all(p.is_replicate() for p in weights.placements):
-        yield f"weights must be plain or Replicate, got {shown(weights.placements)}"
+        yield f"{name} must be plain or Replicate, got {shown(weights.placements)}"
 
 
 def _faults(

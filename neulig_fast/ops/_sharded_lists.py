@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .. import _checks
@@ -37,6 +38,8 @@ def blend_lists(
     """
     _checks.raise_all("blend_lists", [*weight_faults(weights), *_faults(lists)])
     weights = whole(weights)
+    if weights.requires_grad and not torch.compiler.is_compiling():
+        weights = _Unchanged.apply(weights, [x for xs in lists for x in xs if is_dtensor(x)])
     results: list[Any] = [None] * len(lists[0])
     for layout, positions in _alike(lists[0]):
         w = weights if weights.ndim == 1 else weights[positions]
@@ -48,14 +51,35 @@ def blend_lists(
     return results
 
 
-def shards(name: str, weights: Tensor, *lists: Sequence[Tensor]) -> tuple[Tensor, list[Any]]:
-    """The weights and the lists as this rank's plain tensors, for an op that reduces nothing.
+class _Unchanged(torch.autograd.Function):
+    """The weights as they are; their gradient refuses DTensors that were written to in between.
+
+    A write to a DTensor is counted by itself and not by its shard, which the op sees.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weights: Tensor, tensors: list[Tensor]) -> Tensor:
+        ctx.tensors, ctx.versions = tensors, [x._version for x in tensors if not x.is_inference()]
+        return weights.view_as(weights)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        if ctx.versions != [x._version for x in ctx.tensors if not x.is_inference()]:
+            raise RuntimeError("blend_lists: an expert was written to between forward and backward")
+        return grad, None
+
+
+def shards(
+    name: str, weights: Tensor, outputs: Sequence[Tensor], lists: Lists
+) -> tuple[Tensor, list[Tensor], list[list[Tensor]]]:
+    """The arguments as this rank's plain tensors, for an op that reduces nothing.
 
     Raises:
         ValueError: as :func:`blend_lists`.
     """
-    _checks.raise_all(name, [*weight_faults(weights), *_faults(lists)])
-    return whole(weights), [[whole(tensor) for tensor in tensors] for tensors in lists]
+    _checks.raise_all(name, [*weight_faults(weights), *_faults(lists, outputs)])
+    local = [[whole(tensor) for tensor in tensors] for tensors in (outputs, *lists)]
+    return whole(weights), local[0], local[1:]
 
 
 def _alike(tensors: Sequence[Tensor]) -> Iterator[tuple[Layout | None, list[int]]]:
@@ -68,17 +92,18 @@ def _alike(tensors: Sequence[Tensor]) -> Iterator[tuple[Layout | None, list[int]
     yield from found.values()
 
 
-def _faults(lists: Lists) -> Iterator[str]:
-    for t, tensors in enumerate(zip(*lists, strict=True)):
-        first = _place(tensors[0])
-        for i, tensor in enumerate(tensors[1:], start=1):
-            if _place(tensor) != first:
-                yield (
-                    f"expert {i}, position {t}: placed as {_said(tensor)}, "
-                    f"expert 0 as {_said(tensors[0])}"
-                )
-        if is_dtensor(tensors[0]) and any(p.is_partial() for p in tensors[0].placements):
-            yield f"position {t}: sums not yet reduced, {_said(tensors[0])}; redistribute them"
+def _faults(lists: Lists, outputs: Sequence[Tensor] | None = None) -> Iterator[str]:
+    named = {f"expert {i}": tensors for i, tensors in enumerate(lists)}
+    if outputs is not None:
+        named["outputs"] = outputs
+    for owner, tensors in named.items():
+        for t, (tensor, first) in enumerate(zip(tensors, lists[0], strict=True)):
+            if _place(tensor) != _place(first):
+                place = f"placed as {_said(tensor)}, expert 0 as {_said(first)}"
+                yield f"{owner}, position {t}: {place}"
+    for t, first in enumerate(lists[0]):
+        if is_dtensor(first) and any(p.is_partial() for p in first.placements):
+            yield f"position {t}: sums not yet reduced, {_said(first)}; redistribute them"
 
 
 def _place(tensor: Tensor) -> Any:

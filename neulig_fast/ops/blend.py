@@ -16,6 +16,7 @@ Traffic: N * P values read once and K * P written once, whatever K. 2 * N * K * 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +31,6 @@ from . import _arena, _rounding, _scales, _sharded
 if TYPE_CHECKING:
     from ..segments import Segments
 
-_FORMS = "(N,) or (K, N), with segments (S, N) or (K, S, N)"
 _CONVERTED = 1 << 24  # values that a backward pass converts to another type at once
 
 
@@ -65,17 +65,20 @@ def blend(
         stochastic rounding has the gradient of no rounding.
 
     Raises:
+        TypeError: an argument of another type.
         ValueError: shapes, dtypes or devices that do not fit, all of them listed.
     """
+    _checks.check_tensors("blend", weights=weights, params=params)
     bounds = _arena.boundaries("blend", segments, params)
-    _rounding.check_seed("blend", rounding_seed)
+    _rounding.check_types("blend", out_dtype, rounding_seed)
     if scales is not None or out_scales is not None:
+        _scales.check_types("blend", scales, out_scales)
         found = blend_faults(weights, params, bounds, out_dtype, rounding_seed)
         found += _scales.faults(weights, params, bounds, scales, out_scales)
         _checks.raise_all("blend", found)
-        weights = _scales.fold(weights, params, scales, out_scales)
-    if _sharded.is_dtensor(weights, params):
-        return _sharded.blend(weights, params, bounds, out_dtype, rounding_seed)
+    if _sharded.is_dtensor(weights, params, scales, out_scales):
+        return _sharded.blend(weights, params, bounds, out_dtype, rounding_seed, scales, out_scales)
+    weights = _scales.fold(weights, params, scales, out_scales)
     return OP(weights, params, bounds, out_dtype, rounding_seed)
 
 
@@ -87,16 +90,7 @@ def blend_faults(
     rounding_seed: int | None = None,
 ) -> list[str]:
     found = _arena.faults(params, segments, fp8=True)
-    if not weights.is_floating_point():
-        found.append(f"weights must be floating point, got {weights.dtype}")
-    if weights.device != params.device:
-        found.append(f"weights must be on {params.device} like params, got {weights.device}")
-    if params.ndim == 2:
-        n, s = params.shape[0], 0 if segments is None else segments.numel() - 1
-        tail = (n,) if segments is None else (s, n)
-        if weights.ndim not in (len(tail), len(tail) + 1) or weights.shape[-len(tail) :] != tail:
-            sizes = f"N = {n}" if segments is None else f"N = {n}, S = {s}"
-            found.append(f"weights must be {_FORMS}, here {sizes}; got {_checks.shape(weights)}")
+    found += _arena.weight_faults(weights, params, segments)
     if out_dtype is not None or rounding_seed is not None:
         found += _rounding.faults(out_dtype or params.dtype, rounding_seed)
     return found
@@ -244,6 +238,7 @@ OP = Op(
     faults=blend_faults,
     order={"cpu": ("cpu", "torch"), "cuda": ("cuda", "triton", "torch")},
     samples=_samples,
+    guard=functools.partial(_arena.check_alignment, "blend"),
     check=lambda weights, params, segments=None, *_: _arena.check_values("blend", params, segments),
     autograd=(_setup_context, _backward),
     differentiable=("weights", "params"),

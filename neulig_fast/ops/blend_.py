@@ -10,15 +10,15 @@ Traffic: as blend, N * P values read once and K * P written once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from .. import _checks
+from .. import _autograd, _checks
 from .._registry import Op
-from . import _arena, _rounding, _scales
+from . import _arena, _rounding, _scales, _sharded
 from .blend import blend_faults, blend_reference, kernel_arguments
 
 if TYPE_CHECKING:
@@ -43,16 +43,22 @@ def blend_(
         weights, params, segments, rounding_seed, scales, out_scales: as :func:`neulig_fast.blend`.
 
     Raises:
+        TypeError: an argument of another type. Nothing was written.
         ValueError: arguments that do not fit, all of them listed, or an ``out`` that shares memory
             with another argument or with itself. Nothing was written.
         RuntimeError: in grad mode, an argument that requires grad. Nothing was written.
     """
+    _checks.check_tensors("blend_", out=out, weights=weights, params=params)
+    if _sharded.is_dtensor(out, weights, params, scales, out_scales):
+        raise ValueError("blend_: takes plain tensors, got a DTensor; blend takes those")
     bounds = _arena.boundaries("blend_", segments, params)
-    _rounding.check_seed("blend_", rounding_seed)
+    _rounding.check_types("blend_", None, rounding_seed)
     if scales is not None or out_scales is not None:
+        _scales.check_types("blend_", scales, out_scales)
         found = _faults(out, weights, params, bounds, rounding_seed)
         found += _scales.faults(weights, params, bounds, scales, out_scales)
         _checks.raise_all("blend_", found)
+        _autograd.refuse_gradients("blend_", ("scales", "out_scales"), (scales, out_scales))
         weights = _scales.fold(weights, params, scales, out_scales)
     OP(out, weights, params, bounds, rounding_seed)
     return out
@@ -66,17 +72,26 @@ def _faults(
     rounding_seed: int | None = None,
 ) -> list[str]:
     found = blend_faults(weights, params, segments, out.dtype, rounding_seed)
+    if params.ndim == 2:
+        # Without a fault so far, the weights say how many rows there are.
+        leading = weights.shape[: -1 if segments is None else -2] if not found else out.shape[:-1]
+        found += _shape_faults(out, (*leading[:1], params.shape[1]))
     if out.device != params.device:
         found.append(f"out must be on {params.device} like params, got {out.device}")
-    if not found:
-        shape = (*weights.shape[: -1 if segments is None else -2], params.shape[1])
-        if out.shape != shape:
-            found.append(f"out must be {_checks.shape(shape)}, got {_checks.shape(out)}")
-        elif out.shape[-1] > 1 and out.stride(-1) != 1:
-            found.append(f"out must have contiguous columns, got stride {out.stride(-1)}")
-        elif out.ndim == 2 and out.shape[0] > 1 and out.stride(0) < out.shape[1]:
-            found.append(f"the rows of out overlap: {out.shape[1]} columns, {out.stride(0)} apart")
     return found
+
+
+def _shape_faults(out: Tensor, shape: tuple[int, ...]) -> list[str]:
+    """What is wrong with the memory of ``out`` where ``shape`` is asked for."""
+    if out.layout != torch.strided:
+        return [_checks.not_dense("out", out)]
+    if out.shape != shape:
+        return [f"out must be {_checks.shape(shape)}, got {_checks.shape(out)}"]
+    if out.shape[-1] > 1 and out.stride(-1) != 1:
+        return [f"out must have contiguous columns, got stride {out.stride(-1)}"]
+    if out.ndim == 2 and out.shape[0] > 1 and out.stride(0) < out.shape[1]:
+        return [f"the rows of out overlap: {out.shape[1]} columns, {out.stride(0)} apart"]
+    return []
 
 
 def _guard(
@@ -86,9 +101,16 @@ def _guard(
     segments: Tensor | None = None,
     rounding_seed: int | None = None,
 ) -> None:
+    _refuse_shared(_arena.overlap, out, weights, params, segments)
+    _arena.check_alignment("blend_", out, weights, params, segments)
+
+
+def _refuse_shared(
+    overlap: Callable[[Tensor, Tensor], bool], out: Tensor, *others: Tensor | None
+) -> None:
     """ValueError if what is written is also read."""
-    others = {"weights": weights, "params": params, "segments": segments}
-    shared = [n for n, t in others.items() if t is not None and _arena.overlap(out, t)]
+    names = OP.arguments[1:]
+    shared = [n for n, t in zip(names, others, strict=False) if t is not None and overlap(out, t)]
     _checks.raise_all("blend_", [f"out shares memory with {name}" for name in shared])
 
 
@@ -110,7 +132,8 @@ def blend_into_fake(
     segments: Tensor | None = None,
     rounding_seed: int | None = None,
 ) -> None:
-    return None
+    """Nothing; but memory that tracing can see to be shared is refused there."""
+    _refuse_shared(_arena.overlap_in_storage, out, weights, params, segments)
 
 
 def _samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:

@@ -15,16 +15,17 @@ Traffic: N * P values read once and P written once, P the number of elements of 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import _autograd, _checks
+from .._list_checks import address_faults, as_lists, has_memory, list_faults
 from .._registry import Op
-from ..tensor_lists import TensorLists, address_faults, as_lists, has_memory, list_faults
+from ..tensor_lists import TensorLists
 from . import _arena, _lists, _sharded_lists
 from .blend_lists_weight_grad import OP as WEIGHT_GRAD
 
@@ -53,19 +54,19 @@ def blend_lists(
         ValueError: shapes, dtypes, devices or layouts that do not fit, all of them listed.
     """
     if isinstance(experts, TensorLists):
-        lists: Any = experts.lists
+        lists, found = experts.lists, []
     else:
         lists = as_lists(experts)
-        _checks.raise_all("blend_lists", list_faults(lists))
-    found = _lists.weight_faults(weights, lists) + _out_dtype_faults(out_dtype)
+        found = list_faults(lists)
+    found += _lists.weight_faults(weights, lists) + _out_dtype_faults(out_dtype)
     _checks.raise_all("blend_lists", found)
     if not isinstance(experts, TensorLists) and _sharded_lists.any_dtensor(lists):
         return _sharded_lists.blend_lists(blend_lists, weights, lists, out_dtype)
+    refuse_transforms("blend_lists", weights, lists)
     if not by_table(weights, experts, lists):
         flat = [tensor.detach() for tensors in lists for tensor in tensors]
         return list(OP(weights, flat, out_dtype))
     prepared = experts if isinstance(experts, TensorLists) else prepare("blend_lists", lists)
-    refuse_tangent(weights)
     if weights.requires_grad and torch.is_grad_enabled():
         return list(_BlendTables.apply(weights, prepared, out_dtype))
     return _blended(weights, prepared, out_dtype)
@@ -86,16 +87,25 @@ def by_table(weights: Tensor, experts: Experts, *lists: Sequence[Sequence[Tensor
     return has_memory([weights, *flat]) and len(flat) > 0
 
 
-def refuse_tangent(weights: Tensor) -> None:
+def refuse_transforms(name: str, weights: Tensor, lists: Sequence[Sequence[Tensor]]) -> None:
+    """NotImplementedError where an argument belongs to forward mode or to ``torch.func``."""
     if _autograd.has_tangent(weights):
-        raise NotImplementedError("blend_lists: no forward-mode derivative")
+        raise NotImplementedError(f"{name}: no forward-mode derivative")
+    functorch = torch._C._functorch
+    if torch.compiler.is_compiling() or functorch.peek_interpreter_stack() is None:
+        return
+    if any(map(functorch.is_functorch_wrapped_tensor, itertools.chain([weights], *lists))):
+        raise NotImplementedError(
+            f"{name}: no torch.func transforms (grad, vmap, ...); use torch.autograd, and a loop "
+            "over sets of weights"
+        )
 
 
 def _blended(
     weights: Tensor, lists: TensorLists, out_dtype: torch.dtype | None, view: Any = Tensor.view
 ) -> list[Tensor]:
     args = (weights.detach(), lists.flat, out_dtype)
-    backend = OP.choose(weights.device.type, args)
+    backend = _lists.choose(OP, weights.device, args)
     if backend == "torch":
         return blend_lists_reference(*args)
     return _lists.blended(backend, args[0], lists, out_dtype, view)
@@ -116,17 +126,18 @@ class _BlendTables(torch.autograd.Function):
         return tuple(results)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor, None, None]:
         (weights,), lists = ctx.saved_tensors, ctx.lists
         if lists.versions() != ctx.versions:
             raise RuntimeError("blend_lists: an expert was written to between forward and backward")
-        args = (weights.detach(), list(grads), lists.flat)
-        backend = WEIGHT_GRAD.choose(weights.device.type, args)
+        args = (weights.detach(), [_lists.dense(grad) for grad in grads], lists.flat)
+        if torch.is_grad_enabled():  # a second derivative, which the dispatcher's op refuses
+            return WEIGHT_GRAD(*args).to(weights.dtype), None, None
+        backend = _lists.choose(WEIGHT_GRAD, weights.device, args)
         if backend == "torch":
             result = WEIGHT_GRAD.reference(*args)
         else:
-            result = _lists.weight_grad(backend, weights.ndim == 2, grads, lists)
+            result = _lists.weight_grad(backend, weights.ndim == 2, args[1], lists)
         return result.to(weights.dtype), None, None
 
 
@@ -184,7 +195,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> N
 def _backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
     weights, *experts = ctx.saved_tensors
     op = torch.ops.neulig_fast.blend_lists_weight_grad.default
-    dense = [None if grad is None else grad.contiguous() for grad in grads]
+    dense = [_lists.dense(grad) for grad in grads]
     result = op(weights.detach(), dense, [x.detach() for x in experts]).to(weights.dtype)
     # torch hands over, and wants back, no argument that is equal to its default.
     return (result, [None] * len(experts), None)[: len(ctx.needs_input_grad)]

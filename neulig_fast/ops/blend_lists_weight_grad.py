@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from .. import _checks
+from .._list_checks import not_dense
 from .._registry import Op
-from ..tensor_lists import TensorLists, not_dense
+from ..tensor_lists import TensorLists
 from . import _arena, _lists
 
 

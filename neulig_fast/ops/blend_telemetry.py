@@ -22,6 +22,7 @@ flops.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -29,7 +30,7 @@ import torch
 
 from .. import _checks
 from .._registry import Op
-from . import _arena
+from . import _arena, _rounding, _sharded
 
 if TYPE_CHECKING:
     from ..segments import Segments
@@ -76,9 +77,16 @@ def blend_telemetry(
         gradient is needed, use :func:`neulig_fast.blend`.
 
     Raises:
+        TypeError: an argument of another type.
         ValueError: shapes, dtypes, devices or a base that do not fit, all of them listed.
     """
+    _checks.check_tensors("blend_telemetry", weights=weights, params=params)
+    if _sharded.is_dtensor(weights, params):
+        raise ValueError("blend_telemetry: takes plain tensors, got a DTensor; blend takes those")
     bounds = _arena.boundaries("blend_telemetry", segments, params)
+    _rounding.check_types("blend_telemetry", out_dtype)
+    if base is not None and not isinstance(base, (int, torch.SymInt)):
+        raise TypeError(f"blend_telemetry: base must be None or a row of params, got {base!r}")
     theta, counts, expert_squares, merged_squares, conflicts = OP(
         weights, params, bounds, out_dtype, base
     )
@@ -204,6 +212,7 @@ OP = Op(
     faults=_faults,
     order={"cpu": ("cpu", "torch"), "cuda": ("cuda", "triton", "torch")},
     samples=_samples,
+    guard=functools.partial(_arena.check_alignment, "blend_telemetry"),
     check=lambda weights, params, segments=None, *_: _arena.check_values(
         "blend_telemetry", params, segments
     ),

@@ -14,6 +14,7 @@ Traffic: (N + K) * P values read once. 2 * N * K * P flops.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -45,8 +46,10 @@ def blend_weight_grad(
         Differentiable in both arguments.
 
     Raises:
+        TypeError: an argument of another type.
         ValueError: shapes, dtypes or devices that do not fit, all of them listed.
     """
+    _checks.check_tensors("blend_weight_grad", grad=grad, params=params)
     if _sharded.is_dtensor(grad, params):
         return _sharded.blend_weight_grad(grad, params, segments)
     return OP(grad, params, _arena.boundaries("blend_weight_grad", segments, params))
@@ -56,6 +59,8 @@ def _faults(
     grad: torch.Tensor, params: torch.Tensor, segments: torch.Tensor | None = None
 ) -> list[str]:
     found = _arena.faults(params, segments)
+    if grad.layout != torch.strided:
+        found.append(_checks.not_dense("grad", grad))
     if grad.dtype != params.dtype or grad.device != params.device:
         found.append(
             f"grad must be {params.dtype} on {params.device} like params, "
@@ -134,6 +139,7 @@ OP = Op(
     faults=_faults,
     order={"cpu": ("cpu", "torch"), "cuda": ("cuda", "triton", "torch")},
     samples=_samples,
+    guard=functools.partial(_arena.check_alignment, "blend_weight_grad"),
     check=lambda grad, params, segments=None: _arena.check_values(
         "blend_weight_grad", params, segments
     ),

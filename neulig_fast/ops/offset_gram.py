@@ -19,6 +19,7 @@ Traffic: N * P values read once. About N * N * P flops.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -50,8 +51,10 @@ def offset_gram(
         rounding. Not differentiable: the experts are frozen.
 
     Raises:
+        TypeError: an argument of another type.
         ValueError: shapes, dtypes or devices that do not fit, all of them listed.
     """
+    _checks.check_tensors("offset_gram", params=params)
     if _sharded.is_dtensor(params):
         return _sharded.offset_gram(params, segments)
     return OP(params, _arena.boundaries("offset_gram", segments, params))
@@ -65,6 +68,8 @@ def offset_gram_reference(
     ranges = [(0, width)] if segments is None else _arena.slices(segments)
     sums = params.new_zeros((len(ranges), n), dtype=torch.float64)
     gram = params.new_zeros((len(ranges), n, n), dtype=torch.float64)
+    if n == 1:
+        return sums, gram  # one expert is its own mean, whatever it holds
     for s, (start, stop) in enumerate(ranges):
         for left in range(start, stop, _BLOCK):
             theta = params[:, left : min(left + _BLOCK, stop)]
@@ -108,6 +113,7 @@ OP = Op(
     faults=_arena.faults,
     order={"cpu": ("cpu", "torch"), "cuda": ("cuda", "triton", "torch")},
     samples=_samples,
+    guard=functools.partial(_arena.check_alignment, "offset_gram"),
     check=lambda params, segments=None: _arena.check_values("offset_gram", params, segments),
     terms=lambda params, segments=None: max(1, params.shape[1]),
 )

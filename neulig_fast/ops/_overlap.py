@@ -1,0 +1,84 @@
+"""Whether tensors to be written share memory with each other or with what is read."""
+
+from __future__ import annotations
+
+import bisect
+import operator
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Span(NamedTuple):
+    """The memory of one tensor: bytes ``start`` to ``stop`` of ``memory``.
+
+    ``position`` is that in the list ``owner``; None: the owner is the tensor.
+    """
+
+    memory: int
+    start: int
+    stop: int
+    owner: str
+    position: int | None
+
+    def __str__(self) -> str:
+        return self.owner if self.position is None else f"{self.owner}, position {self.position}"
+
+
+OUTPUTS = "outputs"
+Place = Callable[[Tensor], tuple[int, int]]
+
+
+def by_address(tensor: Tensor) -> tuple[int, int]:
+    """Where a tensor with memory starts: all are in one."""
+    return 0, tensor.data_ptr()
+
+
+def by_storage(tensor: Tensor) -> tuple[int, int]:
+    """Where a tensor that has no address, such as one being traced, starts in its storage."""
+    return tensor.untyped_storage()._cdata, tensor.storage_offset() * tensor.itemsize
+
+
+def spans(
+    place: Place, targets: Sequence[Tensor], weights: Tensor, lists: Iterable[Sequence[Tensor]]
+) -> list[Span]:
+    """Everything that a call writes and reads."""
+    named = [(OUTPUTS, targets), *((f"expert {i}", tensors) for i, tensors in enumerate(lists))]
+    found = [_span(place, x, owner, t) for owner, tensors in named for t, x in enumerate(tensors)]
+    return [*found, _span(place, weights, "weights", None)]
+
+
+def _span(place: Place, tensor: Tensor, owner: str, position: int | None) -> Span:
+    memory, start = place(tensor)
+    size = tensor.numel() * tensor.itemsize
+    if not tensor.is_contiguous():  # weights may be strided
+        steps = zip(tensor.shape, tensor.stride(), strict=True)
+        size = (sum((n - 1) * step for n, step in steps) + 1) * tensor.itemsize
+    return Span(memory, start, start + size, owner, position)
+
+
+def faults(found: Iterable[Span]) -> list[str]:
+    """The pairs that overlap, of an output and anything else."""
+    # In the order of their first bytes, an output overlaps what comes before it or after it.
+    ordered = sorted(found, key=operator.itemgetter(0, 1, 2))
+    reach: dict[bool, Span | None] = {True: None, False: None}  # the furthest output, and other
+    pairs = []
+    for span in ordered:
+        if span.start == span.stop:
+            continue
+        is_output = span.owner == OUTPUTS
+        for before in (reach[True], reach[False]) if is_output else (reach[True],):
+            if before is not None and span.memory == before.memory and span.start < before.stop:
+                pairs.append(f"{before} and {span} overlap in memory")
+        furthest = reach[is_output]
+        if furthest is None or (span.memory, span.stop) > (furthest.memory, furthest.stop):
+            reach[is_output] = span
+    return pairs
+
+
+def meets(extents: Sequence[tuple[int, int]], tensor: Tensor) -> bool:
+    """Whether ``tensor`` overlaps one of ``extents``: in order, and none overlaps another."""
+    _, start, stop, *_ = _span(by_address, tensor, "", None)
+    before = bisect.bisect_left(extents, (stop,)) - 1  # the last that starts before its end
+    return before >= 0 and extents[before][1] > start
