@@ -61,7 +61,10 @@ class BlendWeightGradCall(ctypes.Structure):
 class OffsetGramCall(ctypes.Structure):
     _fields_ = [
         (name, POINTER) for name in ("params", "bounds", "partials", "totals", "sums", "gram")
-    ] + [(name, I64) for name in ("segments", "experts", "columns", "row_stride", "slots", "width", "rows")]
+    ] + [
+        (name, I64)
+        for name in ("segments", "experts", "columns", "row_stride", "slots", "width", "rows")
+    ]
 
 
 class BlendTelemetryCall(ctypes.Structure):

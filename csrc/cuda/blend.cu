@@ -116,8 +116,8 @@ NF_DEVICE int64_t find_segment_in_warp(const BlendCall& call, int64_t p) {
       low += steps;
       more = least(more - steps, stride - 1);
     }
-    while (low < call.segments - 1 && __ldg(call.bounds + low + 1) <= p) ++low;
-    return low;
+    if (low == call.segments - 1 || __ldg(call.bounds + low + 1) > p) return low;
+    return low + find_segment(call.bounds + low, call.segments - low, p);
   }
 #endif
   return find_segment(call.bounds, call.segments, p);
@@ -235,7 +235,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 }
 
 unsigned blocks_for(const BlendCall& call, int64_t columns_per_block) {
-  return static_cast<unsigned>((call.columns + columns_per_block - 1) / columns_per_block);
+  return grid_of((call.columns + columns_per_block - 1) / columns_per_block);
 }
 
 template <typename T, int kExperts>

@@ -161,14 +161,14 @@ void launch_few(const BlendListsCall& call, cudaStream_t stream) {
   if constexpr (kExperts > 1) {
     if (call.lists.experts < kExperts) return launch_few<T, kExperts - 1>(call, stream);
   }
-  const auto blocks = static_cast<unsigned>(call.lists.chunks);
+  const auto blocks = grid_of(call.lists.chunks);
   blend_lists_few_kernel<T, kExperts><<<blocks, kThreads, 0, stream>>>(call);
 }
 
 template <typename T>
 void launch(const BlendListsCall& call, cudaStream_t stream) {
   if (call.lists.experts <= kGroup) return launch_few<T, kGroup>(call, stream);
-  const auto blocks = static_cast<unsigned>(call.lists.chunks);
+  const auto blocks = grid_of(call.lists.chunks);
   blend_lists_many_kernel<T><<<blocks, kThreads, 0, stream>>>(call);
 }
 

@@ -132,7 +132,7 @@ void launch_group(const BlendListsWeightGradCall& call, int64_t first, cudaStrea
     if (call.lists.experts - first < kExperts)
       return launch_group<T, kExperts - 1>(call, first, stream);
   }
-  const auto blocks = static_cast<unsigned>(call.lists.chunks);
+  const auto blocks = grid_of(call.lists.chunks);
   blend_lists_weight_grad_partial_kernel<T, kExperts><<<blocks, kThreads, 0, stream>>>(call, first);
 }
 
@@ -141,7 +141,7 @@ void launch(const BlendListsWeightGradCall& call, cudaStream_t stream) {
   for (int64_t first = 0; first < call.lists.experts; first += kGroup)
     launch_group<T, kGroup>(call, first, stream);
   const int64_t rows = call.per_tensor ? call.lists.tensors : 1;
-  const auto entries = static_cast<unsigned>(rows * call.lists.experts);
+  const auto entries = grid_of(rows * call.lists.experts);
   blend_lists_weight_grad_total_kernel<Accumulator<T>><<<entries, kThreads, 0, stream>>>(call);
 }
 

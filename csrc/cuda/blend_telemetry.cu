@@ -130,7 +130,7 @@ void launch_partials(const BlendTelemetryCall& call, bool wide, cudaStream_t str
   const int64_t outputs = least(kMostOutputs, call.outputs);
   const int64_t bytes = (call.experts + outputs) * sizeof(double) + (1 + outputs) * sizeof(int);
   blend_telemetry_partial_kernel<T, kExperts>
-      <<<static_cast<unsigned>(call.slots), threads, threads * bytes, stream>>>(call, wide);
+      <<<grid_of(call.slots), threads, threads * bytes, stream>>>(call, wide);
 }
 
 bool aligned(int64_t value, int64_t to) {
@@ -146,7 +146,7 @@ void launch(const BlendTelemetryCall& call, cudaStream_t stream) {
                     (call.outputs == 1 || aligned(call.columns, kWideLanes<T>));
   with_held<T>(call, [&](auto held) { launch_partials<T, held>(call, wide, stream); });
   const int64_t rows = call.experts + 1 + 3 * call.outputs;
-  const auto totals = static_cast<unsigned>(call.segments * rows);
+  const auto totals = grid_of(call.segments * rows);
   blend_telemetry_total_kernel<<<totals, kThreads, 0, stream>>>(call);
 }
 

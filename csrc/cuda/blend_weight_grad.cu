@@ -269,8 +269,8 @@ bool aligned(int64_t value) {
 
 template <typename T, int kRows, int kExperts, bool kWhole>
 void launch_partial(const BlendWeightGradCall& call, bool wide, cudaStream_t stream) {
-  const auto groups = static_cast<unsigned>(count_groups(call, kRows, kExperts));
-  const auto blocks = static_cast<unsigned>(call.slots) * groups;
+  const auto groups = grid_of(count_groups(call, kRows, kExperts));
+  const auto blocks = grid_of(call.slots * groups);
   blend_weight_grad_partial_kernel<T, kRows, kExperts, kWhole>
       <<<blocks, kPartialThreads<kRows>, 0, stream>>>(call, groups, wide);
 }
@@ -284,7 +284,7 @@ void launch(const BlendWeightGradCall& call, cudaStream_t stream) {
   with_group<T>(call, [&](auto rows, auto experts, auto whole) {
     launch_partial<T, rows, experts, whole>(call, wide, stream);
   });
-  const auto results = static_cast<unsigned>(call.outputs * call.experts * call.segments);
+  const auto results = grid_of(call.outputs * call.experts * call.segments);
   blend_weight_grad_total_kernel<Accumulator<T>><<<results, kTotalThreads, 0, stream>>>(call);
 }
 

@@ -7,6 +7,11 @@
 #ifdef __CUDACC__
 namespace neulig_fast {
 
+// Blocks of a launch. Too many become a launch error, not the few that are left of 32 bits.
+inline unsigned grid_of(int64_t blocks) {
+  return static_cast<unsigned>(blocks < UINT32_MAX ? blocks : UINT32_MAX);
+}
+
 template <typename T>
 constexpr Element kElementOf = Element::kFloat;
 template <>

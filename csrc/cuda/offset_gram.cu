@@ -200,7 +200,7 @@ void launch_few(const OffsetGramCall& call, bool wide, cudaStream_t stream) {
   }
   constexpr int kBlocks = sizeof(T) == 8 ? 1 : 2;
   offset_gram_partial_kernel<T, Few<T, kExperts>, kBlocks>
-      <<<static_cast<unsigned>(call.slots), kThreads, 0, stream>>>(call, wide);
+      <<<grid_of(call.slots), kThreads, 0, stream>>>(call, wide);
 }
 
 template <typename T, int kExperts>
@@ -209,12 +209,12 @@ void launch_staged(const OffsetGramCall& call, bool wide, cudaStream_t stream) {
     if (call.experts < kExperts) return launch_staged<T, kExperts - 1>(call, wide, stream);
   }
   offset_gram_staged_kernel<T, kExperts>
-      <<<static_cast<unsigned>(call.slots), kStageThreads, 0, stream>>>(call, wide);
+      <<<grid_of(call.slots), kStageThreads, 0, stream>>>(call, wide);
 }
 
 template <typename T>
 void launch_partial(const OffsetGramCall& call, cudaStream_t stream) {
-  const auto slots = static_cast<unsigned>(call.slots);
+  const auto slots = grid_of(call.slots);
   const bool wide = reinterpret_cast<intptr_t>(call.params) % 16 == 0 &&
                     call.row_stride * static_cast<int64_t>(sizeof(T)) % 16 == 0;
   if (call.experts <= 8) return launch_few<T, 8>(call, wide, stream);
@@ -227,9 +227,9 @@ void launch_partial(const OffsetGramCall& call, cudaStream_t stream) {
 template <typename T>
 void launch(const OffsetGramCall& call, cudaStream_t stream) {
   launch_partial<T>(call, stream);
-  const auto totals = static_cast<unsigned>(call.segments * count_totals(call.rows));
+  const auto totals = grid_of(call.segments * count_totals(call.rows));
   offset_gram_total_kernel<Accumulator<T>><<<totals, kThreads, 0, stream>>>(call);
-  const auto segments = static_cast<unsigned>(call.segments);
+  const auto segments = grid_of(call.segments);
   offset_gram_complete_kernel<<<segments, kThreads, 0, stream>>>(call);
 }
 
