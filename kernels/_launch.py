@@ -121,8 +121,8 @@ def _blend_weight_grad(registers: int, experts: int, outputs: int) -> Config:
 
 
 def _offset_gram(itemsize: int, experts: int) -> Config:
-    """All of up to 16 experts at once: in loads of 16 bytes up to 9, of 8 up to 12, of two columns up
-    to 14, and then of one. Wider ones would spill.
+    """All of up to 16 experts at once: in loads of 16 bytes up to 9, of 8 bytes up to 12, of two
+    columns up to 14, and then of one. Wider ones would spill.
 
     More, and fp64 from 10 on, in groups of 4, whose columns stay in cache.
     """

@@ -25,16 +25,8 @@ from ._rounding import (
     random_words,
     widen,
 )
+from ._rows import load_experts
 from ._segments import find_segment, search_steps
-
-
-@triton.jit
-def _load_experts(first_ptr, row_stride, lanes, mask, COUNT: tl.constexpr):
-    """COUNT rows from ``first_ptr`` on, as stored: every load before any use."""
-    values = (tl.load(first_ptr + lanes, mask=mask),)
-    for j in tl.static_range(1, COUNT):
-        values += (tl.load(first_ptr + j * row_stride + lanes, mask=mask),)
-    return values
 
 
 @triton.jit
@@ -48,7 +40,7 @@ def _weighted_sum(
     for j in tl.static_range(1, HELD):
         acc = acc + tl.load(w + j) * widen(held[j], ACC, IN)
     for first in range(HELD, N, 8):
-        streamed = _load_experts(params_ptr + first * row_stride, row_stride, lanes, mask, 8)
+        streamed = load_experts(params_ptr + first * row_stride, row_stride, lanes, mask, 8)
         for j in tl.static_range(8):
             acc = acc + tl.load(w + first + j) * widen(streamed[j], ACC, IN)
     return acc
@@ -97,7 +89,7 @@ def _blend_block(
     lanes = tl.arange(0, BLOCK)
     end = start + count
     # Issued before the search for the segment, whose latency then hides behind theirs.
-    held = _load_experts(params_ptr, row_stride, lanes, mask, HELD)
+    held = load_experts(params_ptr, row_stride, lanes, mask, HELD)
     first_segment = find_segment(bounds_ptr, start, S, STEPS, 0)
     column, owner = lanes, lanes
     if SEEDED:

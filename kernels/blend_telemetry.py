@@ -21,18 +21,10 @@ from ._launch import (
     triton,
     why_not_arena,
 )
+from ._rows import load_experts
 from ._segments import find_segment, search_steps
 
 CHUNK = 1024  # partial sums that a program of the second stage adds at once
-
-
-@triton.jit
-def _load_experts(first_ptr, row_stride, lanes, mask, COUNT: tl.constexpr):
-    """COUNT rows from ``first_ptr`` on, as stored: every load before any use."""
-    values = (tl.load(first_ptr + lanes, mask=mask),)
-    for j in tl.static_range(1, COUNT):
-        values += (tl.load(first_ptr + j * row_stride + lanes, mask=mask),)
-    return values
 
 
 @triton.jit
@@ -69,7 +61,7 @@ def _measure_piece(
     if CENTRED:
         first = K * 0
         while first < experts:
-            held = _load_experts(params_ptr + first * row_stride, row_stride, lanes, mask, HELD)
+            held = load_experts(params_ptr + first * row_stride, row_stride, lanes, mask, HELD)
             for j in tl.static_range(HELD):
                 mean = mean + (held[j].to(ACC) - origin)
             first += HELD
@@ -79,7 +71,7 @@ def _measure_piece(
     below = tl.zeros((BLOCK,), tl.int1)
     first = K * 0
     while first < experts:
-        held = _load_experts(params_ptr + first * row_stride, row_stride, lanes, mask, HELD)
+        held = load_experts(params_ptr + first * row_stride, row_stride, lanes, mask, HELD)
         for j in tl.static_range(HELD):
             offset = held[j].to(ACC) - origin - mean
             above = above | (offset > 0)
@@ -95,7 +87,7 @@ def _measure_piece(
         acc = tl.zeros((BLOCK,), ACC)
         first = K * 0
         while first < experts:
-            held = _load_experts(params_ptr + first * row_stride, row_stride, lanes, mask, HELD)
+            held = load_experts(params_ptr + first * row_stride, row_stride, lanes, mask, HELD)
             for j in tl.static_range(HELD):
                 term = tl.load(w + k * SN + first + j) * held[j].to(ACC)
                 if j == 0:  # 0 + -0 would lose the sign of the first term

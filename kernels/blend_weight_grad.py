@@ -217,7 +217,7 @@ def launches(
     units = (P // column_unit, row_stride // stride_unit)
     arguments = (grad.contiguous(), params, bounds, partials, KN // N, S, slots, *units)
     groups = -(-(KN // N) // launch.held) * -(-N // launch.experts)
-    pack = min(16 // params.itemsize, launch.lanes // (32 * launch.num_warps))
+    pack = max(min(16 // params.itemsize, launch.lanes // (32 * launch.num_warps)), 1)
     options = {
         "N": N,
         "ROWS": launch.held,

@@ -23,69 +23,9 @@ from ._launch import (
     triton,
     why_not_arena,
 )
+from ._offsets import add_products, offsets_of
 from ._segments import find_segment, search_steps
 from .blend_weight_grad import CHUNK, blend_weight_grad_total_kernel
-
-
-@triton.jit
-def _load_row(
-    row_ptr, p, start, stop, ACC: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
-    WIDE: tl.constexpr,
-):  # fmt: skip
-    """Columns p .. of a row, (ROWS, LANES) in type ACC; zeros outside start .. stop.
-
-    WIDE: start and stop are multiples of LANES, and no access of LANES columns is cut.
-    """
-    rows = p + tl.arange(0, ROWS)[:, None] * LANES
-    columns = rows + tl.arange(0, LANES)[None, :]
-    inside = rows if WIDE else columns
-    x = tl.load(row_ptr + columns, mask=(inside >= start) & (inside < stop), other=0.0)
-    return x.to(ACC)
-
-
-@triton.jit
-def _offsets(
-    params_ptr, means_ptr, first, row_stride, p, start, stop, N: tl.constexpr, COUNT: tl.constexpr,
-    ACC: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
-    """Offsets of COUNT rows from ``first`` on; the last row, and one too many, is expert 0.
-
-    means_ptr None: these are all experts but number 0.
-    """
-    origin = _load_row(params_ptr, p, start, stop, ACC, ROWS, LANES, WIDE)
-    d = ()
-    for i in tl.static_range(COUNT):
-        expert = tl.where(first + i + 1 < N, first + i + 1, 0)
-        row_ptr = params_ptr + expert * row_stride
-        d += (_load_row(row_ptr, p, start, stop, ACC, ROWS, LANES, WIDE) - origin,)
-    if means_ptr is None:
-        mean = d[0]
-        for i in tl.static_range(1, COUNT):
-            mean = mean + d[i]
-        mean = mean * tl.full((1, 1), 1 / N, ACC)
-    else:
-        mean = _load_row(means_ptr, p, start, stop, ACC, ROWS, LANES, WIDE)
-    offsets = ()
-    for i in tl.static_range(COUNT):
-        offsets += (d[i] - mean,)
-    return offsets
-
-
-@triton.jit
-def _add(sums, d, e, COUNT: tl.constexpr, SAME: tl.constexpr):
-    """sums + d_i and + d_i e_j, i <= j, if SAME; + d_i e_j otherwise. LANES become one number."""
-    added = ()
-    if SAME:
-        for i in tl.static_range(COUNT):
-            added += (sums[i] + tl.sum(d[i], 1),)
-        for j in tl.static_range(COUNT):
-            for i in tl.static_range(j + 1):
-                added += (sums[COUNT + j * (j + 1) // 2 + i] + tl.sum(d[i] * e[j], 1),)
-    else:
-        for j in tl.static_range(COUNT):
-            for i in tl.static_range(COUNT):
-                added += (sums[j * COUNT + i] + tl.sum(d[i] * e[j], 1),)
-    return added
 
 
 @triton.jit
@@ -119,17 +59,17 @@ def _sum_group(
         sums += (tl.zeros((ROWS,), ACC),)
     p = start // (ROWS * LANES) * (ROWS * LANES)
     while p < stop:
-        d = _offsets(
+        d = offsets_of(
             params_ptr, means_ptr, a, row_stride, p, start, stop, N, COUNT, ACC, ROWS, LANES, WIDE
         )  # fmt: skip
         if SAME:
-            sums = _add(sums, d, d, COUNT, SAME)
+            sums = add_products(sums, d, d, COUNT, SAME)
         else:
-            e = _offsets(
+            e = offsets_of(
                 params_ptr, means_ptr, b, row_stride, p, start, stop,
                 N, COUNT, ACC, ROWS, LANES, WIDE,
             )  # fmt: skip
-            sums = _add(sums, d, e, COUNT, SAME)
+            sums = add_products(sums, d, e, COUNT, SAME)
         p += ROWS * LANES
     R: tl.constexpr = N - 1 if means_ptr is None else N
     _store(partials_ptr, slots, sums, a, b, R, COUNT, SAME)

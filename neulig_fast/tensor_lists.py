@@ -165,8 +165,8 @@ class TensorLists:
 
     @functools.cached_property
     def extents(self) -> list[tuple[int, int]]:
-        """The first byte, and the one after the last, of every tensor that has any, in order."""
-        return sorted((x.data_ptr(), x.data_ptr() + x.nbytes) for x in self.flat if x.nbytes)
+        """The first byte, and the one after the last, of all memory that is theirs, in order."""
+        return merged(extents_of(self.flat))
 
     def versions(self) -> list[int]:
         """How often each tensor was written to, as autograd counts."""
@@ -175,6 +175,21 @@ class TensorLists:
     @functools.cached_property
     def _versioned(self) -> list[Tensor]:
         return [tensor for tensor in self.flat if not tensor.is_inference()]
+
+
+def extents_of(tensors: Iterable[Tensor]) -> list[tuple[int, int]]:
+    """The first byte, and the one after the last, of every tensor that has any, in order."""
+    return sorted((x.data_ptr(), x.data_ptr() + x.nbytes) for x in tensors if x.nbytes)
+
+
+def merged(extents: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The same bytes; extents that overlap have become one."""
+    found: list[tuple[int, int]] = []
+    for start, stop in extents:
+        if found and start < found[-1][1]:
+            start, stop = found[-1][0], max(stop, found.pop()[1])
+        found.append((start, stop))
+    return found
 
 
 def host(numbers: Sequence[Any]) -> Tensor:

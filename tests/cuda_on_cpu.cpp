@@ -46,7 +46,13 @@ void partial_sums(const BlendWeightGradCall& call, bool wide, int64_t slot) {
     Accumulator<T> total[kRows][kExperts] = {};
     for (int thread = 0; thread < kPartialThreads<kRows>; ++thread) {
       Accumulator<T> sums[kRows][kExperts] = {};
-      add_piece(group, piece, wide, thread, sums);
+      if constexpr (kRows > 1) {
+        using S = GradientStages<T, kRows, kExperts>;
+        std::vector<typename S::Row> stages(kStages * S::kSize);
+        S::add_piece(group, piece, wide, thread, stages.data() + thread, sums);
+      } else {
+        add_piece(group, piece, wide, thread, sums);
+      }
       for (int r = 0; r < kRows; ++r)
         for (int n = 0; n < kExperts; ++n) total[r][n] += sums[r][n];
     }
@@ -104,7 +110,7 @@ void gram_piece(const OffsetGramCall& call, bool wide, int64_t slot, int64_t i, 
 
 template <typename T, int kExperts>
 void gram_staged(const OffsetGramCall& call, bool wide, int64_t slot) {
-  if constexpr (kExperts > 9) {
+  if constexpr (kExperts > kMostFew<T> + 1) {
     if (call.experts < kExperts) return gram_staged<T, kExperts - 1>(call, wide, slot);
   }
   using S = Stages<T, kExperts>;
@@ -127,7 +133,8 @@ void gram_few(const OffsetGramCall& call, bool wide, int64_t slot) {
 template <typename T>
 void gram_slot(const OffsetGramCall& call, bool wide, int64_t slot) {
   const bool grouped = call.rows == call.experts;
-  if (!grouped && call.experts <= 8) return gram_few<T, 8>(call, wide, slot);
+  if (!grouped && call.experts <= kMostFew<T>)
+    return gram_few<T, kMostFew<T>>(call, wide, slot);
   if constexpr (sizeof(T) < 8) {
     if (!grouped) return gram_staged<T, 16>(call, wide, slot);
   }

@@ -349,8 +349,8 @@ def test_gram_of_equal_experts_is_zero(threads, dtype, n):
 @pytest.mark.parametrize("n", [9, 12, 16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_gram_through_stages_by_hand(threads, dtype, n, p):
-    """Expert i is i times a row of whole numbers: only the share of the mean is rounded, and that of
-    16 experts is not.
+    """Expert i is i times a row of whole numbers: only the share of the mean is rounded, and that
+    of 16 experts is not.
 
     Fewer packs than stages, one more, and many; segments that begin and end inside packs.
     """

@@ -71,7 +71,7 @@ def checked(kernels: list[CompiledKernel]) -> list[CompiledKernel]:
         if re.match(r"blend_(lists_)?(few|many)_kernel", kernel.name):
             few = re.search(r"_few_kernel<\w+, (\d+)>", kernel.name)
             kernel.check_blend(int(few[1]) if few else None)
-        exact = re.search(r"offset_gram_partial.*Differences<\w+, (\d+), .*true>", kernel.name)
+        exact = re.search(r"offset_gram_partial.*Offsets<\w+, (\d+), .*true>", kernel.name)
         if exact:
             kernel.check_loads(int(exact[1]) + 1)
     return sorted(kernels, key=lambda kernel: kernel.name)

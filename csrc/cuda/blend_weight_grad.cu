@@ -4,9 +4,10 @@
 // grad (K, P) and params (N, P), any row stride, column stride 1, fp32 | bf16 | fp16 | fp64 alike;
 // bounds (S + 1,) int64; result (K, S, N) contiguous in the accumulation type, fp32 (fp64 for
 // fp64). Accumulates over at most 16384 columns in the accumulation type, and those partial sums in
-// fp64. Bytes: (N + K) * P * itemsize for K <= 8 (fp64: K = 1) and N <= 8. Beyond, neighbouring
-// blocks of threads read the same columns for the next 8 gradients (fp64: the next one) or experts
-// at about the same time, from cache.
+// fp64. Several gradients leave too few registers for loads to come: their rows go through shared
+// memory (gradient_stages.h). Bytes: (N + K) * P * itemsize for K <= 8 (fp64: K = 1) and N <= 8.
+// Beyond, neighbouring blocks of threads read the same columns for the next 8 gradients (fp64: the
+// next one) or experts at about the same time, from cache.
 //
 // Two launches, no atomics, and an order that depends on nothing but the shapes and bounds: not
 // even on alignment, because a thread owns the same columns whether or not it may load them as one
@@ -14,6 +15,8 @@
 // per (k, i). Then a block of threads per result adds the partial sums of its segment.
 #include "cuda/blend_weight_grad.h"
 #include "cuda/dispatch.h"
+#include "cuda/gradient_group.h"
+#include "cuda/gradient_stages.h"
 #include "cuda/pieces.h"
 #include "cuda/reduce.h"
 
@@ -27,130 +30,54 @@ constexpr int kGroupExperts = 8;  // whose sums a thread keeps
 constexpr int kGroupGrads = 8;    // of grad, likewise
 constexpr int kTotalThreads = 1024;
 
-// Of a block. Sums of 8 gradients leave a multiprocessor room for 256 threads: as two blocks, one
-// keeps memory busy while the other adds up its threads and starts its next piece.
 template <int kRows>
-constexpr int kPartialThreads = kRows == 1 ? kThreads : kThreads / 2;
-
-// The rows that a block of threads sums: `rows` <= kRows gradients from k on and `experts` <=
-// kExperts experts from i on; with kWhole, none is missing. Missing gradients are the last one
-// again, and their sums are not kept. Missing experts are neither loaded nor multiplied, so that a
-// kernel for 8 of them costs little more than it must for 5.
-template <typename T, int kRows, int kExperts, bool kWhole>
-struct Group {
-  const T *grad, *params;
-  int64_t grad_stride, row_stride, k, i;
-  int rows, experts;
-
-  NF_DEVICE bool has_row(int r) const {
-    return kWhole || r < rows;
-  }
-  NF_DEVICE bool has_expert(int n) const {
-    return kWhole || n < experts;
-  }
-};
-
-template <typename T, int kRows, int kExperts, bool kWhole>
-NF_DEVICE Group<T, kRows, kExperts, kWhole> make_group(const BlendWeightGradCall& call,
-                                                       int64_t index) {
-  const int64_t expert_groups = (call.experts + kExperts - 1) / kExperts;
-  const int64_t k = index / expert_groups * kRows, i = index % expert_groups * kExperts;
-  return {static_cast<const T*>(call.grad) + k * call.grad_stride,
-          static_cast<const T*>(call.params) + i * call.row_stride,
-          call.grad_stride,
-          call.row_stride,
-          k,
-          i,
-          static_cast<int>(least(call.outputs - k, kRows)),
-          static_cast<int>(least(call.experts - i, kExperts))};
-}
+constexpr int kPartialThreads = kRows == 1 ? kThreads : kStageThreads;
 
 inline int64_t count_groups(const BlendWeightGradCall& call, int rows, int experts) {
   return (call.outputs + rows - 1) / rows * ((call.experts + experts - 1) / experts);
 }
 
-// sums[r][n] += grad[r, p] * params[n, p] over kPacks packs of columns, a block of threads apart.
-// All loads come before their first use. Two lanes at a time: fewer would ask more often whether an
-// expert is there, more would keep too many widened gradients.
-template <int kPacks, typename T, int kRows, int kExperts, bool kWhole>
-NF_DEVICE void add_packs(const Group<T, kRows, kExperts, kWhole>& group, int64_t p,
-                         Accumulator<T> (&sums)[kRows][kExperts]) {
+// sums[n] += grad[p] * params[n, p] over kPacks packs of columns, a block of threads apart. All
+// loads come before their first use.
+template <int kPacks, typename T, int kExperts, bool kWhole>
+NF_DEVICE void add_packs(const Group<T, 1, kExperts, kWhole>& group, int64_t p,
+                         Accumulator<T> (&sums)[1][kExperts]) {
   constexpr int kLanes = kWideLanes<T>;
-  Pack<T, kLanes> grad[kPacks][kRows], x[kPacks][kExperts];
+  Pack<T, kLanes> grad[kPacks], x[kPacks][kExperts];
   NF_UNROLL
   for (int pack = 0; pack < kPacks; ++pack) {
-    const int64_t at = p + pack * kPartialThreads<kRows> * kLanes;
-    const T *row = group.grad + at, *expert = group.params + at;
+    const int64_t at = p + pack * kThreads * kLanes;
+    const T* expert = group.params + at;
+    grad[pack] = load_pack<kLanes>(group.grad + at);
     NF_UNROLL
-    for (int r = 0; r < kRows; ++r) {
-      grad[pack][r] = load_pack<kLanes>(row);
-      if (group.has_row(r + 1)) row += group.grad_stride;
-    }
+    for (int n = 0; n < kExperts; ++n, expert += group.row_stride)
+      if (group.has_expert(n)) x[pack][n] = load_pack<kLanes>(expert);
+  }
+  NF_UNROLL
+  for (int pack = 0; pack < kPacks; ++pack) {
     NF_UNROLL
     for (int n = 0; n < kExperts; ++n) {
-      if (group.has_expert(n)) x[pack][n] = load_pack<kLanes>(expert);
-      expert += group.row_stride;
-    }
-  }
-  NF_UNROLL
-  for (int pack = 0; pack < kPacks; ++pack) {
-    NF_UNROLL
-    for (int lane = 0; lane < kLanes; lane += 2) {
-      Accumulator<T> first[kRows], second[kRows];
+      if (!group.has_expert(n)) continue;
       NF_UNROLL
-      for (int r = 0; r < kRows; ++r) {
-        first[r] = widen(grad[pack][r].lane[lane]);
-        second[r] = widen(grad[pack][r].lane[lane + 1]);
-      }
-      NF_UNROLL
-      for (int n = 0; n < kExperts; ++n) {
-        if (!group.has_expert(n)) continue;
-        const auto x_first = widen(x[pack][n].lane[lane]);
-        const auto x_second = widen(x[pack][n].lane[lane + 1]);
-        NF_UNROLL
-        for (int r = 0; r < kRows; ++r) {
-          sums[r][n] = multiply_add(first[r], x_first, sums[r][n]);
-          sums[r][n] = multiply_add(second[r], x_second, sums[r][n]);
-        }
-      }
+      for (int lane = 0; lane < kLanes; ++lane)
+        sums[0][n] =
+            multiply_add(widen_lane(grad[pack], lane), widen_lane(x[pack][n], lane), sums[0][n]);
     }
-  }
-}
-
-// The same over one column.
-template <typename T, int kRows, int kExperts, bool kWhole>
-NF_DEVICE void add_column(const Group<T, kRows, kExperts, kWhole>& group, int64_t p,
-                          Accumulator<T> (&sums)[kRows][kExperts]) {
-  Accumulator<T> grad[kRows];
-  const T *row = group.grad + p, *expert = group.params + p;
-  NF_UNROLL
-  for (int r = 0; r < kRows; ++r) {
-    grad[r] = widen(*row);
-    if (group.has_row(r + 1)) row += group.grad_stride;
-  }
-  NF_UNROLL
-  for (int n = 0; n < kExperts; ++n) {
-    if (!group.has_expert(n)) continue;
-    const auto x = widen(*expert);
-    expert += group.row_stride;
-    NF_UNROLL
-    for (int r = 0; r < kRows; ++r) sums[r][n] = multiply_add(grad[r], x, sums[r][n]);
   }
 }
 
 // Packs a thread has in flight per row: about 12 loads of 16 bytes.
-template <int kRows, int kExperts, bool kWhole>
-constexpr int kPacksAtOnce = kRows + kExperts <= 3             ? 4
-                             : kRows + kExperts <= 9 && kWhole ? 2
-                                                               : 1;
+template <int kExperts, bool kWhole>
+constexpr int kPacksAtOnce = kExperts <= 2             ? 4
+                             : kExperts <= 8 && kWhole ? 2
+                                                       : 1;
 
-// Thread t's share of a piece: pack t of every kPartialThreads packs of its block of columns, in
-// order.
-template <typename T, int kRows, int kExperts, bool kWhole>
-NF_DEVICE void add_piece(const Group<T, kRows, kExperts, kWhole>& group, const Piece& piece,
-                         bool wide, int thread, Accumulator<T> (&sums)[kRows][kExperts]) {
-  constexpr int kLanes = kWideLanes<T>, kPacks = kPacksAtOnce<kRows, kExperts, kWhole>;
-  constexpr int64_t kStride = kPartialThreads<kRows> * kLanes;
+// Thread t's share of a piece: pack t of every kThreads packs of its block of columns, in order.
+template <typename T, int kExperts, bool kWhole>
+NF_DEVICE void add_piece(const Group<T, 1, kExperts, kWhole>& group, const Piece& piece, bool wide,
+                         int thread, Accumulator<T> (&sums)[1][kExperts]) {
+  constexpr int kLanes = kWideLanes<T>, kPacks = kPacksAtOnce<kExperts, kWhole>;
+  constexpr int64_t kStride = kThreads * kLanes;
   const bool whole = piece.begin == piece.block && piece.end == piece.block + kPieceColumns;
   const int64_t first = piece.block + thread * kLanes;
   if (kPacks > 1 && wide && whole) {
@@ -161,13 +88,8 @@ NF_DEVICE void add_piece(const Group<T, kRows, kExperts, kWhole>& group, const P
   }
   NF_NO_UNROLL
   for (int64_t p = first; p < piece.end; p += kStride) {
-    if (wide && p >= piece.begin && p + kLanes <= piece.end) {
-      add_packs<1>(group, p, sums);
-    } else {
-      NF_NO_UNROLL
-      for (int64_t q = most(p, piece.begin); q < least(p + kLanes, piece.end); ++q)
-        add_column(group, q, sums);
-    }
+    if (wide && p >= piece.begin && p + kLanes <= piece.end) add_packs<1>(group, p, sums);
+    else add_columns(group, most(p, piece.begin), least(p + kLanes, piece.end), sums);
   }
 }
 
@@ -223,15 +145,25 @@ __global__ void __launch_bounds__(kPartialThreads<kRows>, 2)
     blend_weight_grad_partial_kernel(const __grid_constant__ BlendWeightGradCall call,
                                      unsigned groups, bool wide) {
   using A = Accumulator<T>;
+  using S = GradientStages<T, kRows, kExperts>;
   constexpr int kWarps = kPartialThreads<kRows> / 32;
-  __shared__ A warps[kWarps][kRows * kExperts];
+  constexpr size_t kSumBytes = sizeof(A) * kWarps * kRows * kExperts;
+  constexpr size_t kStageBytes = kRows > 1 ? sizeof(typename S::Row) * kStages * S::kSize : 0;
+  __shared__ __align__(16) char memory[kStageBytes > kSumBytes ? kStageBytes : kSumBytes];
   const int64_t slot = blockIdx.x / groups;
   const Piece piece = find_piece(call.bounds, call.segments, call.columns, slot, kPieceColumns);
   if (piece.begin >= piece.end) return;  // the whole block of threads agrees
   const auto group = make_group<T, kRows, kExperts, kWhole>(call, blockIdx.x % groups);
   const int thread = threadIdx.x;
   A sums[kRows][kExperts] = {};
-  add_piece(group, piece, wide, thread, sums);
+  if constexpr (kRows > 1) {
+    auto* stage = reinterpret_cast<typename S::Row*>(memory) + thread;
+    S::add_piece(group, piece, wide, thread, stage, sums);
+    __syncthreads();  // then nobody needs the stages
+  } else {
+    add_piece(group, piece, wide, thread, sums);
+  }
+  auto* warps = reinterpret_cast<A(*)[kRows * kExperts]>(memory);
   NF_UNROLL
   for (int n = 0; n < kRows * kExperts; ++n) {
     const A sum = add_warp(sums[n / kExperts][n % kExperts]);

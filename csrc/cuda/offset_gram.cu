@@ -8,11 +8,11 @@
 // Bytes: N * P * itemsize for N <= 16 (fp64: 8). Beyond, a block of threads reads its columns once
 // for their means and again for each pair of groups of 8 experts, from cache.
 //
-// From 9 experts on, sums fill the registers (135 of 255 for 16): few warps fit, and none has room
-// for loads to come. So rows go through shared memory, three stages deep (offset_stages.h). Of the
-// 48 KB a block has without asking, 16 experts need all; two blocks of 128 threads share a
-// multiprocessor, with up to 64 KB on their way. For 16 experts a column then costs 190 to 200
-// instructions, 150 of them arithmetic (sm_90).
+// With many experts, sums fill the registers (135 of 255 for 16): few warps fit, and none has room
+// for loads to come. So from 9 on (7 in 2-byte types) rows go through shared memory, three stages
+// deep (offset_stages.h). Of the 48 KB a block has without asking, 16 experts need all; two blocks
+// of 128 threads share a multiprocessor, with up to 64 KB on their way. For 16 experts a column
+// then costs 190 to 200 instructions, 150 of them arithmetic (sm_90).
 //
 // Three launches, no atomics, and an order that depends on nothing but the shapes and bounds: not
 // even on alignment, because a thread owns the same columns whether or not it may load them as one
@@ -37,7 +37,12 @@ constexpr int packs_of(int experts) {
   return sizeof(T) == 8 ? 1 : experts <= 3 ? 4 : experts <= 6 ? 2 : 1;
 }
 
-// N experts, 2 to 8; any number, in groups.
+// Experts whose loads and sums fit into registers together; more go through stages (not fp64). For
+// 8 of bf16 that is 92 % of a copy's bandwidth against 99 % of 9 in stages (H200).
+template <typename T>
+constexpr int kMostFew = sizeof(T) == 2 ? 6 : 8;
+
+// N experts, 2 to kMostFew; any number, in groups.
 template <typename T, int kExperts>
 using Few = Offsets<T, kExperts - 1, 0, kWideLanes<T>, packs_of<T>(kExperts), true>;
 template <typename T>
@@ -142,7 +147,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   add_block<D>(call, wide, piece, warps, 0, 0);
 }
 
-// All of 9 to 16 experts.
+// All of up to 16 experts.
 template <typename T, int kExperts>
 __global__ void __launch_bounds__(kStageThreads, 2)
     offset_gram_staged_kernel(const __grid_constant__ OffsetGramCall call, bool wide) {
@@ -205,7 +210,7 @@ void launch_few(const OffsetGramCall& call, bool wide, cudaStream_t stream) {
 
 template <typename T, int kExperts>
 void launch_staged(const OffsetGramCall& call, bool wide, cudaStream_t stream) {
-  if constexpr (kExperts > 9) {
+  if constexpr (kExperts > kMostFew<T> + 1) {
     if (call.experts < kExperts) return launch_staged<T, kExperts - 1>(call, wide, stream);
   }
   offset_gram_staged_kernel<T, kExperts>
@@ -217,7 +222,7 @@ void launch_partial(const OffsetGramCall& call, cudaStream_t stream) {
   const auto slots = grid_of(call.slots);
   const bool wide = reinterpret_cast<intptr_t>(call.params) % 16 == 0 &&
                     call.row_stride * static_cast<int64_t>(sizeof(T)) % 16 == 0;
-  if (call.experts <= 8) return launch_few<T, 8>(call, wide, stream);
+  if (call.experts <= kMostFew<T>) return launch_few<T, kMostFew<T>>(call, wide, stream);
   if constexpr (sizeof(T) < 8) {
     if (call.experts <= 16) return launch_staged<T, 16>(call, wide, stream);
   }

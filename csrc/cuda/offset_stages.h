@@ -1,14 +1,11 @@
-// How a thread of offset_gram.cu adds a piece for 9 to 16 experts: each pack of every row on its
-// way through shared memory while the thread multiplies others.
+// How a thread of offset_gram.cu adds a piece for many experts, up to 16: each pack of every row on
+// its way through shared memory while the thread multiplies others.
 #pragma once
 
 #include "cuda/copy_async.h"
 #include "cuda/offset_differences.h"
 
 namespace neulig_fast {
-
-constexpr int kStageThreads = 128;  // of a block
-constexpr int kStages = 3;          // at once: one multiplied, two on their way
 
 // All experts, a pack of 8 bytes of each. `stage` points at a thread's first pack of a block's
 // kStages * kSize.
@@ -38,27 +35,6 @@ struct Stages {
     }
   }
 
-  // `packs` packs of every row, kStep columns apart, from column p on.
-  static NF_DEVICE void add_packs(const D& rows, int64_t p, int packs, Row* stage,
-                                  A (&sums)[D::kSums]) {
-    const T* from = rows.first + p;
-    int copied = 0, oldest = 0;  // the stage that is next to be copied to, and then to be read
-    const auto copy = [&] {
-      if (copied < packs) copy_rows(from, rows.stride, stage + oldest);
-      end_copies();
-      ++copied, from += kStep;
-      oldest = oldest + kSize < kStages * kSize ? oldest + kSize : 0;
-    };
-    NF_UNROLL
-    for (int n = 0; n < kStages - 1; ++n) copy();
-    NF_NO_UNROLL
-    for (int n = 0; n < packs; ++n) {
-      wait_for_copies<kStages - 2>();
-      copy();
-      add_stage(rows, stage + oldest, sums);
-    }
-  }
-
   // Thread t's share of a piece, as Offsets::add_piece: pack t of every kStageThreads packs.
   static NF_DEVICE void add_piece(const D& rows, const Piece& piece, int thread, Row* stage,
                                   A (&sums)[D::kSums]) {
@@ -66,7 +42,11 @@ struct Stages {
     for (int64_t p = piece.block + thread * D::kLanes; p < piece.end;) {
       if (rows.wide && p >= piece.begin && p + D::kLanes <= piece.end) {
         const int packs = static_cast<int>((piece.end - p - D::kLanes) / kStep) + 1;
-        add_packs(rows, p, packs, stage, sums);
+        const T* from = rows.first + p;
+        run_ahead(
+            packs,
+            [&](int n, int to) { copy_rows(from + n * kStep, rows.stride, stage + to * kSize); },
+            [&](int of) { add_stage(rows, stage + of * kSize, sums); });
         p += packs * kStep;
       } else {
         rows.add_columns(most(p, piece.begin), least(p + D::kLanes, piece.end), sums);

@@ -19,7 +19,7 @@ from .._list_checks import (
     list_faults,
     not_dense,
 )
-from ..tensor_lists import Target, TensorLists
+from ..tensor_lists import Target, TensorLists, extents_of
 from . import _lists, _overlap, _sharded_lists
 from ._sharded import is_dtensor
 from .blend_lists import OP, Experts, by_table, prepare, refuse_transforms
@@ -61,8 +61,8 @@ def blend_lists_(outputs: Outputs, weights: Tensor, experts: Experts) -> Outputs
         _count_writes(targets)
     elif by_table(weights, experts, lists) and (known is not None or has_memory(targets)):
         blended = prepared or prepare("blend_lists_", lists)
-        if known is None or into is None or _overlap.meets(into.extents, weights):
-            _check_memory(targets, weights, lists)
+        if known is None or into is None or _overlap.weights_meet(into.extents, weights):
+            _check_memory(targets, weights, blended)
         known = known or _lists.targets(blended, targets)
         if prepared and into:
             prepared.targets[into] = known
@@ -80,11 +80,10 @@ def _known(into: TensorLists | None, prepared: TensorLists | None) -> list[Targe
     return prepared.targets.get(into)
 
 
-def _check_memory(
-    targets: Sequence[Tensor], weights: Tensor, lists: Sequence[Sequence[Tensor]]
-) -> None:
+def _check_memory(targets: Sequence[Tensor], weights: Tensor, lists: TensorLists) -> None:
     found = address_faults([targets], "outputs")
-    found += _overlap.faults(_overlap.spans(_overlap.by_address, targets, weights, lists))
+    if not _overlap.apart(extents_of(targets), weights, lists.extents):
+        found += _overlap.faults(_overlap.spans(_overlap.by_address, targets, weights, lists.lists))
     _checks.raise_all("blend_lists_", found)
 
 
@@ -126,7 +125,7 @@ def _node(outputs: list[Tensor], weights: Tensor, experts: list[Tensor]) -> None
     lists = _opened(outputs, weights, experts)
     if has_memory([weights, *outputs, *experts]):
         blended = prepare("blend_lists_", lists)
-        _check_memory(outputs, weights, lists)
+        _check_memory(outputs, weights, blended)
         _write(outputs, weights, blended, _lists.targets(blended, outputs))
     else:
         _write_reference(outputs, weights, experts)
