@@ -25,6 +25,7 @@ OTHERS = [(12, 4, 302, P), (17, 1, 302, P), (64, 1, 302, P), (16, 4, 302, P), (6
 OTHERS += [(5, 1, 302, P + 1), (8, 4, 302, P + 8)]
 
 FEW = [MAIN[2], MAIN[4]]
+GROUPED = {"offset_gram": [OTHERS[1]]}  # with more experts than one group, another kernel
 
 # blend from and to other types, and stochastically: params, out, seed.
 CONVERSIONS = [
@@ -164,7 +165,9 @@ def compile_all(arch: int, dtypes: Sequence[str], few: bool = False) -> list[Com
         kernel
         for name, module in modules.items()
         if name in CALLS
-        for dtype, case in itertools.product(dtypes, FEW if few else MAIN + OTHERS)
+        for dtype, case in itertools.product(
+            dtypes, FEW + GROUPED.get(name, []) if few else MAIN + OTHERS
+        )
         for kernel in compile_case(name, module, dtype, case, arch)
     ]
     cases = MAIN[:1] if few else (MAIN[0], MAIN[-1], OTHERS[0])
