@@ -6,6 +6,7 @@ rounds, since a shared machine changes its speed.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 
 import torch
@@ -45,12 +46,28 @@ def memory_case(device: str, quick: bool) -> Case:
 
 def product_case(device: str, dtype: torch.dtype, quick: bool) -> Case:
     """A square product. fp32 is fp32: without TF32, as torch does by default."""
-    n = 64 if quick else 8192 if device == "cuda" else 2048
-    a = torch.randn(n, n, generator=torch.Generator().manual_seed(3)).to(device, dtype)
+    n = 64 if quick else _side(8192 if device == "cuda" else 2048, device, dtype)
+    a = _square(n, device, dtype)
     product = Provider(
         "ceiling/matmul", lambda: a @ a, "ceiling", traffic=3 * a.nbytes, flops=2 * n**3
     )
     return _case(device, dtype, "matmul", f"{n} x {n}", [product])
+
+
+def _square(n: int, device: str, dtype: torch.dtype) -> torch.Tensor:
+    return torch.randn(n, n, generator=torch.Generator().manual_seed(3)).to(device, dtype)
+
+
+def _side(most: int, device: str, dtype: torch.dtype) -> int:
+    """How large a product to measure: a CPU without bf16 arithmetic needs 18 s for 2048 x 2048."""
+    n = 256
+    while n < most:
+        a, begin = _square(n, device, dtype), time.perf_counter()
+        (a @ a).sum().item()  # the host waits
+        if 8 * (time.perf_counter() - begin) > 1:
+            break
+        n *= 2
+    return n
 
 
 def cases(device: str, quick: bool) -> Iterator[Case]:
