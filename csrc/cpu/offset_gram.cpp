@@ -3,10 +3,10 @@
 //
 // params (N, P), any row stride, column stride 1, fp32 | bf16 | fp16 | fp64; segments (S + 1,)
 // boundaries; sums (S, N) and gram (S, N, N) contiguous fp64.
-// Per tile of 512 columns, kept in the L1 cache, while the next one comes from memory: the
-// differences d_i = theta_i - theta_0, the offsets d_i - mean d, in the accumulation type, fp32
-// (fp64 for fp64), and the products of four rows of them at a time with each other and with two of
-// the others. Each expert is read once from memory, however many there are.
+// Offsets are formed as common/offsets.h says, in the accumulation type, fp32 (fp64 for fp64). Up
+// to 5 experts: in registers, and multiplied there. More: per tile of 512 columns, kept in the L1
+// cache while the next one comes from memory; then the products of four rows at a time with each
+// other and with two of the others. Each expert is read once from memory, however many there are.
 //
 // Sums in a fixed order: blocks of 4096 columns counted from the segment's start; in each, 16 lanes
 // (columns modulo 16) summed tile by tile in the accumulation type, products by fused
@@ -54,8 +54,8 @@ class Accumulation {
         rows_(rows_of(shape.experts)),
         share_(A{1} / static_cast<A>(shape.experts)),
         kernels_(kernels),
-        tile_(rows_ * kTileSteps),
-        total_(kTileSteps),
+        tile_(few() ? 0 : rows_ * kTileSteps),
+        total_(few() ? 0 : kTileSteps),
         block_(count_totals(rows_)),
         totals_(count_totals(rows_)) {}
 
@@ -79,49 +79,55 @@ class Accumulation {
   void add_block(int64_t begin, int64_t end) {
     std::fill(block_.begin(), block_.end(), Lanes<A>{});
     for (int64_t p = begin; p < end; p += kTile) {
-      const int64_t columns = std::min(kTile, end - p);
-      subtract(p, columns);
-      multiply((columns + kLaneCount - 1) / kLaneCount);
+      if (few()) add_few(p, std::min(kTile, end - p));
+      else add_many(p, std::min(kTile, end - p));
     }
     for (size_t entry = 0; entry < block_.size(); ++entry)
       for (int lane = 0; lane < kLaneCount; ++lane)
         totals_[entry].lane[lane] += block_[entry].lane[lane];
   }
 
-  // A tile of offsets; the last step is filled up with zeros.
-  void subtract(int64_t begin, int64_t columns) {
+  // Calls add(tile, first step) for the whole steps of a tile of `count` experts from expert i on,
+  // and for what is left, fewer columns than a step, on zero-padded copies.
+  template <typename Add>
+  void for_steps(int64_t i, int64_t count, int64_t begin, int64_t columns, const Add& add) {
     const int64_t steps = columns / kLaneCount, rest = columns % kLaneCount;
     const int64_t ahead = begin + 2 * kTile <= columns_ ? kTile : 0;
-    if (!few()) {
-      std::fill_n(row(experts_ - 1), kTileSteps, Lanes<A>{});
-      std::fill(total_.begin(), total_.end(), Lanes<A>{});
-    }
-    for (int64_t i = 0; i < experts_ - 1; i += kGroup) {
-      const int64_t count = std::min<int64_t>(kGroup, experts_ - 1 - i);
-      const auto kernel = kernels_.differences[few()][count - 1];
-      Differences<T> d{params_ + begin, params_ + (i + 1) * stride_ + begin,
-                       stride_,         steps,
-                       ahead,           share_,
-                       row(i),          total_.data(),
-                       &block_[i]};
-      if (steps > 0) kernel(d);
-      if (rest > 0) subtract_part_of_step(d, kernel, count, rest);
-    }
-    if (!few())
-      kernels_.centring({row(0), total_.data(), rows_, steps + (rest > 0), share_, block_.data()});
+    const T *first = params_ + begin, *x = first + i * stride_;
+    if (steps > 0) add(Tile<T>{first, x, stride_, steps, ahead}, int64_t{0});
+    if (rest == 0) return;
+    const int64_t done = steps * kLaneCount;
+    alignas(64) T padded[kGroup + 1][kLaneCount] = {};
+    std::memcpy(padded[0], first + done, rest * sizeof(T));
+    for (int64_t row = 0; row < count; ++row)
+      std::memcpy(padded[row + 1], x + row * stride_ + done, rest * sizeof(T));
+    add(Tile<T>{padded[0], padded[1], kLaneCount, 1, 0}, steps);
   }
 
-  // The columns after whole steps, fewer than one: the same kernel on zero-padded copies.
-  void subtract_part_of_step(Differences<T> d, KernelFn<Differences<T>> kernel, int64_t count,
-                             int64_t columns) {
-    const int64_t done = d.steps * kLaneCount;
-    alignas(64) T padded[kGroup + 1][kLaneCount] = {};
-    std::memcpy(padded[0], d.first + done, columns * sizeof(T));
-    for (int64_t i = 0; i < count; ++i)
-      std::memcpy(padded[i + 1], d.x + i * stride_ + done, columns * sizeof(T));
-    d.first = padded[0], d.x = padded[1], d.stride = kLaneCount;
-    d.tile += d.steps, d.total += d.steps, d.steps = 1, d.ahead = 0;
-    kernel(d);
+  void add_few(int64_t begin, int64_t columns) {
+    if (rows_ == 0) return;
+    Few<T> call{{}, share_, block_.data(), {}};
+    for (int64_t j = 0; j < rows_; ++j)
+      for (int64_t i = 0; i <= j; ++i) call.products[i][j] = &block_[product_index(rows_, i, j)];
+    for_steps(1, rows_, begin, columns, [&](const Tile<T>& tile, int64_t) {
+      call.tile = tile;
+      kernels_.few[rows_ - 1](call);
+    });
+  }
+
+  // Offsets of a tile, the last step filled up with zeros, and then their products.
+  void add_many(int64_t begin, int64_t columns) {
+    const int64_t steps = (columns + kLaneCount - 1) / kLaneCount;
+    std::fill_n(row(experts_ - 1), kTileSteps, Lanes<A>{});
+    std::fill(total_.begin(), total_.end(), Lanes<A>{});
+    for (int64_t i = 1; i < experts_; i += kGroup) {
+      const int64_t count = std::min<int64_t>(kGroup, experts_ - i);
+      for_steps(i, count, begin, columns, [&](const Tile<T>& tile, int64_t step) {
+        kernels_.differences[count - 1]({tile, row(i - 1) + step, total_.data() + step});
+      });
+    }
+    kernels_.centring({row(0), total_.data(), rows_, steps, share_, block_.data()});
+    multiply(steps);
   }
 
   // Each group of rows with itself and with all rows after it.

@@ -46,61 +46,124 @@ NF_INLINE Vec<float, kLanes> load_part(const BFloat16* p, int part) {
   }
 }
 
-// Differences of up to kGroup experts to the first one over the columns of a tile.
+// A tile of up to kGroup experts and the first one.
+template <typename T>
+struct Tile {
+  const T* first;
+  const T* x;      // first expert of the group
+  int64_t stride;  // elements from one expert to the next
+  int64_t steps;   // of kLaneCount columns
+  int64_t ahead;   // columns from here to what is fetched into the cache meanwhile
+
+  // Fetches one step's columns of the rows `part`, `part` + parts, ...: each part of the lanes its
+  // share, so that memory is as busy in every pass over the tile.
+  NF_INLINE void fetch(int64_t step, int rows, int part, int parts) const {
+    constexpr int kLineSteps = sizeof(T) == 2 ? 2 : 1;  // steps to a cache line, at least one
+    if (step % kLineSteps != 0) return;
+    for (int i = part; i <= rows; i += parts)
+      __builtin_prefetch((i == rows ? first : x + i * stride) + step * kLaneCount + ahead);
+  }
+};
+
+// Sums and products of the offsets of all experts but the first, which are kRows.
+template <typename T>
+struct Few {
+  using A = Acc<T>;
+  Tile<T> tile;
+  A share;                             // 1 / N
+  Lanes<A>* sums;                      // one per row: added to
+  Lanes<A>* products[kGroup][kGroup];  // added to
+};
+
+// One pass, because memory is busy all the time that way: a tile of differences that is multiplied
+// afterwards takes a third longer, although fewer sums are kept in memory. The order of operations
+// is also that of the columns.
+template <typename T, int kRows>
+struct FewOf {
+  template <int kBytes>
+  static NF_INLINE void run(const Few<T>& few) {
+    using A = Acc<T>;
+    const Tile<T> t = few.tile;
+    constexpr int kLanes = kBytes / sizeof(A), kParts = kLaneCount / kLanes;
+    // Registers of a step that are summed in one pass over the tile. All of them would need too
+    // many accumulators; one of few rows alone would leave too few in flight.
+    constexpr int kTogether = kRows <= 2 && kParts > 1 ? 2 : 1;
+    const auto share = Vec<A, kLanes>{} - few.share;
+    for (int part = 0; part < kParts; part += kTogether) {
+      Vec<A, kLanes> sums[kTogether][kRows] = {}, products[kTogether][kRows][kRows] = {};
+#pragma GCC unroll 2
+      for (int64_t step = 0; step < t.steps; ++step) {
+#pragma GCC unroll 8
+        for (int k = 0; k < kTogether; ++k) {
+          t.fetch(step, kRows, part + k, kParts);
+          const T* x = t.x + step * kLaneCount;
+          const auto first = load_part<kLanes>(t.first + step * kLaneCount, part + k);
+          Vec<A, kLanes> d[kRows];
+          d[0] = load_part<kLanes>(x, part + k) - first;
+          auto total = d[0];
+#pragma GCC unroll 8
+          for (int i = 1; i < kRows; ++i) {
+            d[i] = load_part<kLanes>(x + i * t.stride, part + k) - first;
+            total = total + d[i];
+          }
+#pragma GCC unroll 8
+          for (int j = 0; j < kRows; ++j) {
+            d[j] = multiply_add<kLanes>(total, share, d[j]);
+            sums[k][j] = sums[k][j] + d[j];
+#pragma GCC unroll 8
+            for (int i = 0; i <= j; ++i)
+              products[k][i][j] = multiply_add<kLanes>(d[i], d[j], products[k][i][j]);
+          }
+        }
+      }
+#pragma GCC unroll 8
+      for (int k = 0; k < kTogether; ++k) {
+        const int lane = (part + k) * kLanes;
+#pragma GCC unroll 8
+        for (int j = 0; j < kRows; ++j) {
+          add_to<kLanes>(few.sums[j].lane + lane, sums[k][j]);
+#pragma GCC unroll 8
+          for (int i = 0; i <= j; ++i)
+            add_to<kLanes>(few.products[i][j]->lane + lane, products[k][i][j]);
+        }
+      }
+    }
+  }
+};
+
+// Differences of a group of more experts.
 template <typename T>
 struct Differences {
   using A = Acc<T>;
-  const T* first;
-  const T* x;       // first expert of the group
-  int64_t stride;   // elements from one expert to the next
-  int64_t steps;    // of kLaneCount columns
-  int64_t ahead;    // columns from here to what is fetched into the cache meanwhile
-  A share;          // 1 / N
-  Lanes<A>* tile;   // rows of `steps` differences, kTileSteps apart
-  Lanes<A>* total;  // of the differences of all experts: added to, unless these are all
-  Lanes<A>* sums;   // of the offsets, if these are all: one per row, added to
+  Tile<T> tile;
+  Lanes<A>* rows;   // of `steps` differences, kTileSteps apart
+  Lanes<A>* total;  // of the differences of all experts: added to
 };
 
-// kAll: there are no other experts, so that the tile gets offsets, and nothing is left to do.
-template <typename T, int kRows, bool kAll>
+template <typename T, int kRows>
 struct DifferencesOf {
   template <int kBytes>
   static NF_INLINE void run(const Differences<T>& arguments) {
-    const Differences<T> t = arguments;  // a copy: stores to the tile cannot change it
+    const Differences<T> d = arguments;  // a copy: stores to the rows cannot change it
+    const Tile<T>& t = d.tile;
     using A = Acc<T>;
     constexpr int kLanes = kBytes / sizeof(A), kParts = kLaneCount / kLanes;
-    constexpr int kLineSteps = sizeof(T) == 2 ? 2 : 1;  // steps to a cache line, at least one
-    const auto share = Vec<A, kLanes>{} - t.share;
     for (int part = 0; part < kParts; ++part) {
-      Vec<A, kLanes> sums[kRows] = {};
+      const int lane = part * kLanes;
 #pragma GCC unroll 2
       for (int64_t step = 0; step < t.steps; ++step) {
-        // Each part fetches its share of the rows, so that memory is as busy in every pass.
-        if (step % kLineSteps == 0)
-          for (int i = part; i <= kRows; i += kParts)
-            __builtin_prefetch((i == kRows ? t.first : t.x + i * t.stride) + step * kLaneCount +
-                               t.ahead);
-        const int lane = part * kLanes;
+        t.fetch(step, kRows, part, kParts);
         const T* x = t.x + step * kLaneCount;
         const auto first = load_part<kLanes>(t.first + step * kLaneCount, part);
-        Vec<A, kLanes> d[kRows], total = {};
-        if (!kAll) total = load<kLanes>(t.total[step].lane + lane);
+        auto total = load<kLanes>(d.total[step].lane + lane);
 #pragma GCC unroll 8
         for (int i = 0; i < kRows; ++i) {
-          d[i] = load_part<kLanes>(x + i * t.stride, part) - first;
-          total = kAll && i == 0 ? d[i] : total + d[i];
+          const auto difference = load_part<kLanes>(x + i * t.stride, part) - first;
+          total = total + difference;
+          store<kLanes>(d.rows[i * kTileSteps + step].lane + lane, difference);
         }
-        if (!kAll) store<kLanes>(t.total[step].lane + lane, total);
-#pragma GCC unroll 8
-        for (int i = 0; i < kRows; ++i) {
-          if (kAll) d[i] = multiply_add<kLanes>(total, share, d[i]);
-          if (kAll) sums[i] = sums[i] + d[i];
-          store<kLanes>(t.tile[i * kTileSteps + step].lane + lane, d[i]);
-        }
+        store<kLanes>(d.total[step].lane + lane, total);
       }
-      if (!kAll) continue;
-#pragma GCC unroll 8
-      for (int i = 0; i < kRows; ++i) add_to<kLanes>(t.sums[i].lane + part * kLanes, sums[i]);
     }
   }
 };
@@ -217,20 +280,19 @@ struct RectangleOf {
 template <typename T>
 struct Kernels {
   using A = Acc<T>;
-  KernelFn<Differences<T>> differences[2][kGroup];  // of some rows, of all; 1, 2, 3, 4 of them
+  KernelFn<Few<T>> few[kGroup];  // of 1, 2, 3, 4 rows
+  KernelFn<Differences<T>> differences[kGroup];
   KernelFn<Centring<A>> centring;
   KernelFn<Products<A>> triangle[kGroup];
   KernelFn<Products<A>> rectangle[kOthers];  // 4 rows and 1, 2 others
 
   explicit Kernels(CpuLevel level)
-      : differences{{kernel_at<DifferencesOf<T, 1, false>, Differences<T>>(level),
-                     kernel_at<DifferencesOf<T, 2, false>, Differences<T>>(level),
-                     kernel_at<DifferencesOf<T, 3, false>, Differences<T>>(level),
-                     kernel_at<DifferencesOf<T, 4, false>, Differences<T>>(level)},
-                    {kernel_at<DifferencesOf<T, 1, true>, Differences<T>>(level),
-                     kernel_at<DifferencesOf<T, 2, true>, Differences<T>>(level),
-                     kernel_at<DifferencesOf<T, 3, true>, Differences<T>>(level),
-                     kernel_at<DifferencesOf<T, 4, true>, Differences<T>>(level)}},
+      : few{kernel_at<FewOf<T, 1>, Few<T>>(level), kernel_at<FewOf<T, 2>, Few<T>>(level),
+            kernel_at<FewOf<T, 3>, Few<T>>(level), kernel_at<FewOf<T, 4>, Few<T>>(level)},
+        differences{kernel_at<DifferencesOf<T, 1>, Differences<T>>(level),
+                    kernel_at<DifferencesOf<T, 2>, Differences<T>>(level),
+                    kernel_at<DifferencesOf<T, 3>, Differences<T>>(level),
+                    kernel_at<DifferencesOf<T, 4>, Differences<T>>(level)},
         centring{kernel_at<CentringOf<A>, Centring<A>>(level)},
         triangle{kernel_at<TriangleOf<A, 1>, Products<A>>(level),
                  kernel_at<TriangleOf<A, 2>, Products<A>>(level),
