@@ -4,8 +4,9 @@
 // T gradients, any of the four (address 0: no gradient, all zeros); g (T, N) or (1, N) in fp64.
 // Sums in a fixed order: blocks of 4096 columns counted from a chunk's start; in each, 16 lanes
 // (column modulo 16; the last columns, fewer than 16, have lanes of their own) summed in fp32 (fp64
-// for fp64 experts), multiplied then added; then lanes, blocks and chunks, each in order, in fp64. The bits do not depend on threads or instruction set.
-// Bytes: every expert and every gradient read once from memory.
+// for fp64 experts), multiplied then added; then lanes, blocks and chunks, each in order, in fp64.
+// The bits do not depend on threads or instruction set. Bytes: every expert and every gradient read
+// once from memory.
 #include <torch/csrc/stable/library.h>
 
 #include <array>

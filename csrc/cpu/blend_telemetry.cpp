@@ -10,10 +10,10 @@
 //                              and m = 0, or o is expert 0 and m the mean of all x_j - o
 //   merged_squares (K, S)      the same of the sums in A
 //   conflicts (S,) int64       columns with an xi_i > 0 and an xi_j < 0
-// Squares are added in fp64: 16 lanes (column of the item modulo 16; the last columns, fewer than 16,
-// have lanes of their own) over items of 65536 columns counted from the segment's start, then lanes, then items, each in order. The bits do not depend
-// on threads, K or instruction set.
-// Bytes: N * P values read once and K * P written once.
+// Squares are added in fp64: 16 lanes (column of the item modulo 16; the last columns, fewer than
+// 16, have lanes of their own) over items of 65536 columns counted from the segment's start, then
+// lanes, then items, each in order. The bits do not depend on threads, K or instruction set. Bytes:
+// N * P values read once and K * P written once.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
