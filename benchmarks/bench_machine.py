@@ -59,7 +59,7 @@ def _square(n: int, device: str, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _side(most: int, device: str, dtype: torch.dtype) -> int:
-    """How large a product to measure: a CPU without bf16 arithmetic needs 18 s for 2048 x 2048."""
+    """How large a product to measure: one of a second at most, if it is not the smallest."""
     n = 256
     while n < most:
         a, begin = _square(n, device, dtype), time.perf_counter()

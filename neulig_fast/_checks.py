@@ -33,9 +33,11 @@ def check_tensors(subject: str, **arguments: object) -> None:
         raise_all(subject, found, TypeError)
 
 
-def not_dense(name: str, tensor: torch.Tensor) -> str:
+def layout_faults(name: str, tensor: torch.Tensor) -> list[str]:
     """What is said of a tensor whose layout is not torch.strided, such as a sparse one."""
-    return f"{name} must be dense (torch.strided), got {tensor.layout}"
+    if tensor.layout == torch.strided:
+        return []
+    return [f"{name} must be dense (torch.strided), got {tensor.layout}"]
 
 
 def shape(of: torch.Tensor | tuple[int, ...]) -> str:

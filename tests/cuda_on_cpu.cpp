@@ -113,7 +113,7 @@ void gram_staged(const OffsetGramCall& call, bool wide, int64_t slot) {
   if constexpr (kExperts > kMostFew<T> + 1) {
     if (call.experts < kExperts) return gram_staged<T, kExperts - 1>(call, wide, slot);
   }
-  using S = Stages<T, kExperts>;
+  using S = OffsetStages<T, kExperts>;
   using D = typename S::D;
   const D rows = D::make(call, wide, 0, 0);
   std::vector<typename S::Row> stages(kStages * S::kSize);
@@ -136,7 +136,7 @@ void gram_slot(const OffsetGramCall& call, bool wide, int64_t slot) {
   if (!grouped && call.experts <= kMostFew<T>)
     return gram_few<T, kMostFew<T>>(call, wide, slot);
   if constexpr (sizeof(T) < 8) {
-    if (!grouped) return gram_staged<T, 16>(call, wide, slot);
+    if (!grouped) return gram_staged<T, kMostStaged>(call, wide, slot);
   }
   std::vector<Accumulator<T>> means(kGroupedWidth);
   const Piece piece = find_piece(call.bounds, call.segments, call.columns, slot, call.width);

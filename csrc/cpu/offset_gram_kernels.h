@@ -31,7 +31,7 @@ NF_INLINE Vec<Acc<T>, kLanes> load_part(const T* p, int part) {
 }
 
 // bf16: even columns before odd ones, at every level. A word holds two, and a shift or a mask is
-// less work than spreading eight of them over a register, which took a quarter of the time.
+// less work than spreading eight of them over a register.
 template <int kLanes>
 NF_INLINE Vec<float, kLanes> load_part(const BFloat16* p, int part) {
   constexpr int kWords = kLaneCount / 2;
@@ -75,9 +75,8 @@ struct Few {
   Lanes<A>* products[kGroup][kGroup];  // added to
 };
 
-// One pass, because memory is busy all the time that way: a tile of differences that is multiplied
-// afterwards takes a third longer, although fewer sums are kept in memory. The order of operations
-// is also that of the columns.
+// One pass, although the sums do not all fit the registers: memory is busy all the time that way.
+// It is not while a tile of differences is multiplied.
 template <typename T, int kRows>
 struct FewOf {
   template <int kBytes>

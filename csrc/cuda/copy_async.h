@@ -38,28 +38,4 @@ NF_DEVICE void wait_for_copies() {
 #endif
 }
 
-constexpr int kStageThreads = 128;  // of a block whose rows go through stages
-constexpr int kStages = 3;          // at once: one in use, two on their way
-
-// Calls copy(n, stage) for n = 0 .. count - 1, each long before use(stage), which needs what it
-// copied. Stages are 0 .. kStages - 1.
-template <typename Copy, typename Use>
-NF_DEVICE void run_ahead(int count, const Copy& copy, const Use& use) {
-  int copied = 0, stage = 0;  // the stage that is next to be copied to, and then to be used
-  const auto next = [&] {
-    if (copied < count) copy(copied, stage);
-    end_copies();
-    ++copied;
-    stage = stage + 1 < kStages ? stage + 1 : 0;
-  };
-  NF_UNROLL
-  for (int n = 0; n < kStages - 1; ++n) next();
-  NF_NO_UNROLL
-  for (int n = 0; n < count; ++n) {
-    wait_for_copies<kStages - 2>();
-    next();
-    use(stage);
-  }
-}
-
 }  // namespace neulig_fast

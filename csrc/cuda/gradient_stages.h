@@ -2,8 +2,8 @@
 // on its way through shared memory while the thread multiplies others.
 #pragma once
 
-#include "cuda/copy_async.h"
 #include "cuda/gradient_group.h"
+#include "cuda/stages.h"
 
 namespace neulig_fast {
 
@@ -16,7 +16,6 @@ struct GradientStages {
   static constexpr int kLanes = 8 / sizeof(T);
   using Row = Pack<T, kLanes>;
   static constexpr int kSize = (kRows + kExperts) * kStageThreads;
-  static constexpr int kStep = kLanes * kStageThreads;
 
   static NF_DEVICE void copy_rows(const G& group, int64_t p, Row* stage) {
     const T *row = group.grad + p, *expert = group.params + p;
@@ -49,22 +48,13 @@ struct GradientStages {
     }
   }
 
-  // Thread t's share of a piece: pack t of every kStageThreads packs of its block of columns.
+  // Thread t's share of a piece.
   static NF_DEVICE void add_piece(const G& group, const Piece& piece, bool wide, int thread,
                                   Row* stage, A (&sums)[kRows][kExperts]) {
-    NF_NO_UNROLL
-    for (int64_t p = piece.block + thread * kLanes; p < piece.end;) {
-      if (wide && p >= piece.begin && p + kLanes <= piece.end) {
-        const int packs = static_cast<int>((piece.end - p - kLanes) / kStep) + 1;
-        run_ahead(
-            packs, [&](int n, int to) { copy_rows(group, p + n * kStep, stage + to * kSize); },
-            [&](int of) { add_stage(group, stage + of * kSize, sums); });
-        p += packs * kStep;
-      } else {
-        add_columns(group, most(p, piece.begin), least(p + kLanes, piece.end), sums);
-        p += kStep;
-      }
-    }
+    add_in_stages<kLanes>(
+        piece, wide, thread, [&](int64_t p, int to) { copy_rows(group, p, stage + to * kSize); },
+        [&](int of) { add_stage(group, stage + of * kSize, sums); },
+        [&](int64_t begin, int64_t end) { add_columns(group, begin, end, sums); });
   }
 };
 

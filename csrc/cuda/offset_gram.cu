@@ -8,11 +8,10 @@
 // Bytes: N * P * itemsize for N <= 16 (fp64: 8). Beyond, a block of threads reads its columns once
 // for their means and again for each pair of groups of 8 experts, from cache.
 //
-// With many experts, sums fill the registers (135 of 255 for 16): few warps fit, and none has room
-// for loads to come. So from 9 on (7 in 2-byte types) rows go through shared memory, three stages
-// deep (offset_stages.h). Of the 48 KB a block has without asking, 16 experts need all; two blocks
-// of 128 threads share a multiprocessor, with up to 64 KB on their way. For 16 experts a column
-// then costs 190 to 200 instructions, 150 of them arithmetic (sm_90).
+// With many experts, sums fill the registers: few warps fit, and none has room for loads to come.
+// So from 9 on (7 in 2-byte types) rows go through shared memory, three stages deep (stages.h). Of
+// the 48 KB a block has without asking, 16 experts need all; two blocks of 128 threads share a
+// multiprocessor, with up to 64 KB on their way.
 //
 // Three launches, no atomics, and an order that depends on nothing but the shapes and bounds: not
 // even on alignment, because a thread owns the same columns whether or not it may load them as one
@@ -20,15 +19,15 @@
 // block of threads per total and segment. Then one per segment, which writes the results.
 #include "common/offsets.h"
 #include "cuda/dispatch.h"
-#include "cuda/offset_differences.h"
 #include "cuda/offset_gram.h"
+#include "cuda/offset_group.h"
 #include "cuda/offset_stages.h"
 #include "cuda/reduce.h"
 
 namespace neulig_fast {
 namespace {
 
-constexpr int kGroupRows = 8;            // of more than 16 experts
+constexpr int kGroupRows = 8;            // of more experts than fit at once
 constexpr int64_t kGroupedWidth = 4096;  // so that what is read again is still in the cache
 
 // How many packs of every row are in flight, for 16-byte packs of N experts: registers decide.
@@ -37,10 +36,11 @@ constexpr int packs_of(int experts) {
   return sizeof(T) == 8 ? 1 : experts <= 3 ? 4 : experts <= 6 ? 2 : 1;
 }
 
-// Experts whose loads and sums fit into registers together; more go through stages (not fp64). For
-// 8 of bf16 that is 92 % of a copy's bandwidth against 99 % of 9 in stages (H200).
+// Experts whose loads and sums fit into registers together. More go through stages (not fp64),
+// where loads go on during the arithmetic: bf16 has more of that per byte.
 template <typename T>
 constexpr int kMostFew = sizeof(T) == 2 ? 6 : 8;
+constexpr int kMostStaged = 16;
 
 // N experts, 2 to kMostFew; any number, in groups.
 template <typename T, int kExperts>
@@ -88,7 +88,7 @@ NF_DEVICE void add_means(const OffsetGramCall& call, const Piece& piece, int thr
 }  // namespace
 
 int64_t offset_gram_rows(int64_t experts, Element element) {
-  const int64_t at_once = element == Element::kDouble ? 8 : 16;
+  const int64_t at_once = element == Element::kDouble ? kMostFew<double> : kMostStaged;
   return experts <= at_once ? experts - 1 : experts;
 }
 
@@ -147,11 +147,11 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   add_block<D>(call, wide, piece, warps, 0, 0);
 }
 
-// All of up to 16 experts.
+// All of up to kMostStaged experts.
 template <typename T, int kExperts>
 __global__ void __launch_bounds__(kStageThreads, 2)
     offset_gram_staged_kernel(const __grid_constant__ OffsetGramCall call, bool wide) {
-  using S = Stages<T, kExperts>;
+  using S = OffsetStages<T, kExperts>;
   using D = typename S::D;
   __shared__ typename S::Row stages[kStages * S::kSize];
   const Piece piece = find_piece(call.bounds, call.segments, call.columns, blockIdx.x, call.width);
@@ -219,14 +219,12 @@ void launch_staged(const OffsetGramCall& call, bool wide, cudaStream_t stream) {
 
 template <typename T>
 void launch_partial(const OffsetGramCall& call, cudaStream_t stream) {
-  const auto slots = grid_of(call.slots);
   const bool wide = reinterpret_cast<intptr_t>(call.params) % 16 == 0 &&
                     call.row_stride * static_cast<int64_t>(sizeof(T)) % 16 == 0;
-  if (call.experts <= kMostFew<T>) return launch_few<T, kMostFew<T>>(call, wide, stream);
-  if constexpr (sizeof(T) < 8) {
-    if (call.experts <= 16) return launch_staged<T, 16>(call, wide, stream);
-  }
-  offset_gram_grouped_kernel<T><<<slots, kThreads, 0, stream>>>(call, wide);
+  if (call.rows == call.experts)
+    offset_gram_grouped_kernel<T><<<grid_of(call.slots), kThreads, 0, stream>>>(call, wide);
+  else if (call.experts <= kMostFew<T>) launch_few<T, kMostFew<T>>(call, wide, stream);
+  else if constexpr (sizeof(T) < 8) launch_staged<T, kMostStaged>(call, wide, stream);
 }
 
 template <typename T>
@@ -234,8 +232,7 @@ void launch(const OffsetGramCall& call, cudaStream_t stream) {
   launch_partial<T>(call, stream);
   const auto totals = grid_of(call.segments * count_totals(call.rows));
   offset_gram_total_kernel<Accumulator<T>><<<totals, kThreads, 0, stream>>>(call);
-  const auto segments = grid_of(call.segments);
-  offset_gram_complete_kernel<<<segments, kThreads, 0, stream>>>(call);
+  offset_gram_complete_kernel<<<grid_of(call.segments), kThreads, 0, stream>>>(call);
 }
 
 }  // namespace

@@ -2,20 +2,19 @@
 // its way through shared memory while the thread multiplies others.
 #pragma once
 
-#include "cuda/copy_async.h"
-#include "cuda/offset_differences.h"
+#include "cuda/offset_group.h"
+#include "cuda/stages.h"
 
 namespace neulig_fast {
 
 // All experts, a pack of 8 bytes of each. `stage` points at a thread's first pack of a block's
 // kStages * kSize.
 template <typename T, int kExperts>
-struct Stages {
+struct OffsetStages {
   using D = Offsets<T, kExperts - 1, 0, 8 / sizeof(T), 1, true>;
   using A = typename D::A;
   using Row = typename D::Row;
   static constexpr int kSize = kExperts * kStageThreads;
-  static constexpr int kStep = D::kLanes * kStageThreads;
 
   static NF_DEVICE void copy_rows(const T* from, int64_t stride, Row* stage) {
     NF_UNROLL
@@ -35,24 +34,14 @@ struct Stages {
     }
   }
 
-  // Thread t's share of a piece, as Offsets::add_piece: pack t of every kStageThreads packs.
+  // Thread t's share of a piece.
   static NF_DEVICE void add_piece(const D& rows, const Piece& piece, int thread, Row* stage,
                                   A (&sums)[D::kSums]) {
-    NF_NO_UNROLL
-    for (int64_t p = piece.block + thread * D::kLanes; p < piece.end;) {
-      if (rows.wide && p >= piece.begin && p + D::kLanes <= piece.end) {
-        const int packs = static_cast<int>((piece.end - p - D::kLanes) / kStep) + 1;
-        const T* from = rows.first + p;
-        run_ahead(
-            packs,
-            [&](int n, int to) { copy_rows(from + n * kStep, rows.stride, stage + to * kSize); },
-            [&](int of) { add_stage(rows, stage + of * kSize, sums); });
-        p += packs * kStep;
-      } else {
-        rows.add_columns(most(p, piece.begin), least(p + D::kLanes, piece.end), sums);
-        p += kStep;
-      }
-    }
+    add_in_stages<D::kLanes>(
+        piece, rows.wide, thread,
+        [&](int64_t p, int to) { copy_rows(rows.first + p, rows.stride, stage + to * kSize); },
+        [&](int of) { add_stage(rows, stage + of * kSize, sums); },
+        [&](int64_t begin, int64_t end) { rows.add_columns(begin, end, sums); });
   }
 };
 

@@ -7,7 +7,7 @@ columns [segments[s], segments[s + 1]).
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -50,9 +50,7 @@ def faults(
     params: torch.Tensor, segments: torch.Tensor | None = None, *, fp8: bool = False
 ) -> list[str]:
     """What is wrong with the form of ``params`` and ``segments``: rank, dtype, device, layout."""
-    found = []
-    if params.layout != torch.strided:
-        found.append(_checks.not_dense("params", params))
+    found = _checks.layout_faults("params", params)
     if params.ndim != 2 or params.shape[0] < 1:
         found.append(f"params must be (N, P) with N >= 1, got {_checks.shape(params)}")
     if params.dtype not in (_checks.STORED_DTYPES if fp8 else _checks.FLOAT_DTYPES):
@@ -60,8 +58,7 @@ def faults(
         found.append(f"params must be {stored}, got {params.dtype}")
     if segments is None:
         return found
-    if segments.layout != torch.strided:
-        found.append(_checks.not_dense("segments", segments))
+    found += _checks.layout_faults("segments", segments)
     if segments.ndim != 1 or segments.shape[0] < 1:
         found.append(f"segments must be (S + 1,) boundaries, got {_checks.shape(segments)}")
     if segments.dtype != torch.int64:
@@ -75,9 +72,7 @@ def weight_faults(
     weights: torch.Tensor, params: torch.Tensor, segments: torch.Tensor | None = None
 ) -> list[str]:
     """What is wrong with the form of a blend's ``weights``: shape, dtype, device, layout."""
-    found = []
-    if weights.layout != torch.strided:
-        found.append(_checks.not_dense("weights", weights))
+    found = _checks.layout_faults("weights", weights)
     if not weights.is_floating_point():
         found.append(f"weights must be floating point, got {weights.dtype}")
     if weights.device != params.device:
@@ -144,41 +139,6 @@ def misaligned(names: Iterable[str], args: Iterable[Any]) -> list[str]:
         for name, x in zip(names, args, strict=False)
         if isinstance(x, torch.Tensor) and x.data_ptr() % x.itemsize
     ]
-
-
-Address = Callable[[torch.Tensor], int]
-
-
-def overlap(a: torch.Tensor, b: torch.Tensor, address: Address = torch.Tensor.data_ptr) -> bool:
-    """Whether a row of ``a`` and a row of ``b`` have addresses in common."""
-    if a.numel() == 0 or b.numel() == 0:
-        return False
-    (start, stop), (first, last) = _extent(a, address), _extent(b, address)
-    if stop <= first or last <= start:
-        return False
-    return any(x < v and u < y for x, y in _rows(a, address) for u, v in _rows(b, address))
-
-
-def overlap_in_storage(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """:func:`overlap` of what is traced: it has no addresses, only places in a storage."""
-    if a.untyped_storage()._cdata != b.untyped_storage()._cdata:
-        return False
-    return overlap(a, b, lambda tensor: tensor.storage_offset() * tensor.itemsize)
-
-
-def _extent(tensor: torch.Tensor, address: Address) -> tuple[int, int]:
-    """The first address of a tensor, and the one after its last."""
-    start, reach = address(tensor), 1
-    for n, step in zip(tensor.shape, tensor.stride(), strict=True):
-        reach += (n - 1) * step
-    return start, start + reach * tensor.itemsize
-
-
-def _rows(tensor: torch.Tensor, address: Address) -> list[tuple[int, int]]:
-    """The extents of the rows along the last dimension."""
-    if tensor.ndim <= 1:
-        return [_extent(tensor, address)]
-    return [extent for part in tensor.unbind(0) for extent in _rows(part, address)]
 
 
 def other_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -51,12 +51,35 @@ def spans(
 
 
 def _span(place: Place, tensor: Tensor, owner: str, position: int | None) -> Span:
+    return Span(*extent(place, tensor), owner, position)
+
+
+def extent(place: Place, tensor: Tensor) -> tuple[int, int, int]:
+    """The memory of a tensor, its first byte there, and the one after its last."""
     memory, start = place(tensor)
-    size = tensor.numel() * tensor.itemsize
-    if not tensor.is_contiguous():  # weights may be strided
-        steps = zip(tensor.shape, tensor.stride(), strict=True)
-        size = (sum((n - 1) * step for n, step in steps) + 1) * tensor.itemsize
-    return Span(memory, start, start + size, owner, position)
+    if tensor.numel() == 0:
+        return memory, start, start
+    reach = 1
+    for n, step in zip(tensor.shape, tensor.stride(), strict=True):
+        reach += (n - 1) * step
+    return memory, start, start + reach * tensor.itemsize
+
+
+def rows_overlap(place: Place, a: Tensor, b: Tensor) -> bool:
+    """Whether a row of ``a`` and a row of ``b``, along the last dimension, share bytes."""
+    if place(a)[0] != place(b)[0] or a.numel() == 0 or b.numel() == 0:
+        return False
+    (_, start, stop), (_, first, last) = extent(place, a), extent(place, b)
+    if stop <= first or last <= start:
+        return False
+    return any(x < v and u < y for _, x, y in _rows(place, a) for _, u, v in _rows(place, b))
+
+
+def _rows(place: Place, tensor: Tensor) -> list[tuple[int, int, int]]:
+    """The extents of the rows along the last dimension."""
+    if tensor.ndim <= 1:
+        return [extent(place, tensor)]
+    return [found for part in tensor.unbind(0) for found in _rows(place, part)]
 
 
 def faults(found: Iterable[Span]) -> list[str]:
@@ -89,7 +112,7 @@ def meets(extents: Extents, start: int, stop: int) -> bool:
 
 def weights_meet(extents: Extents, weights: Tensor) -> bool:
     """The same of weights, which may be strided."""
-    _, start, stop, *_ = _span(by_address, weights, "weights", None)
+    _, start, stop = extent(by_address, weights)
     return meets(extents, start, stop)
 
 

@@ -7,7 +7,6 @@ weights alone, and gradients of scales are autograd's business.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from .. import _checks
@@ -44,9 +43,7 @@ def faults(
 def _faults(
     name: str, scales: Tensor, params: Tensor, fits: list[tuple[int, ...]], forms: str
 ) -> list[str]:
-    found = []
-    if scales.layout != torch.strided:
-        found.append(_checks.not_dense(name, scales))
+    found = _checks.layout_faults(name, scales)
     if not scales.is_floating_point() or scales.device != params.device:
         found.append(
             f"{name} must be floating point on {params.device} like params, "

@@ -10,7 +10,7 @@ Traffic: as blend, N * P values read once and K * P written once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .. import _autograd, _checks
 from .._registry import Op
-from . import _arena, _rounding, _scales, _sharded
+from . import _arena, _overlap, _rounding, _scales, _sharded
 from .blend import blend_faults, blend_reference, kernel_arguments
 
 if TYPE_CHECKING:
@@ -83,8 +83,8 @@ def _faults(
 
 def _shape_faults(out: Tensor, shape: tuple[int, ...]) -> list[str]:
     """What is wrong with the memory of ``out`` where ``shape`` is asked for."""
-    if out.layout != torch.strided:
-        return [_checks.not_dense("out", out)]
+    if found := _checks.layout_faults("out", out):
+        return found
     if out.shape != shape:
         return [f"out must be {_checks.shape(shape)}, got {_checks.shape(out)}"]
     if out.shape[-1] > 1 and out.stride(-1) != 1:
@@ -101,17 +101,20 @@ def _guard(
     segments: Tensor | None = None,
     rounding_seed: int | None = None,
 ) -> None:
-    _refuse_shared(_arena.overlap, out, weights, params, segments)
+    _refuse_shared(_overlap.by_address, out, weights, params, segments)
     _arena.check_alignment("blend_", out, weights, params, segments)
 
 
-def _refuse_shared(
-    overlap: Callable[[Tensor, Tensor], bool], out: Tensor, *others: Tensor | None
-) -> None:
+def _refuse_shared(place: _overlap.Place, out: Tensor, *others: Tensor | None) -> None:
     """ValueError if what is written is also read."""
-    names = OP.arguments[1:]
-    shared = [n for n, t in zip(names, others, strict=False) if t is not None and overlap(out, t)]
-    _checks.raise_all("blend_", [f"out shares memory with {name}" for name in shared])
+    _checks.raise_all(
+        "blend_",
+        [
+            f"out shares memory with {name}"
+            for name, other in zip(OP.arguments[1:], others, strict=False)
+            if other is not None and _overlap.rows_overlap(place, out, other)
+        ],
+    )
 
 
 def blend_into_reference(
@@ -133,7 +136,7 @@ def blend_into_fake(
     rounding_seed: int | None = None,
 ) -> None:
     """Nothing; but memory that tracing can see to be shared is refused there."""
-    _refuse_shared(_arena.overlap_in_storage, out, weights, params, segments)
+    _refuse_shared(_overlap.by_storage, out, weights, params, segments)
 
 
 def _samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:

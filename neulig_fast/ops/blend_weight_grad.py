@@ -59,8 +59,7 @@ def _faults(
     grad: torch.Tensor, params: torch.Tensor, segments: torch.Tensor | None = None
 ) -> list[str]:
     found = _arena.faults(params, segments)
-    if grad.layout != torch.strided:
-        found.append(_checks.not_dense("grad", grad))
+    found += _checks.layout_faults("grad", grad)
     if grad.dtype != params.dtype or grad.device != params.device:
         found.append(
             f"grad must be {params.dtype} on {params.device} like params, "
