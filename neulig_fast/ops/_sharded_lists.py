@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from ._sharded import Layout, is_dtensor, shown, weight_faults, whole
+from ._sharded import Layout, is_dtensor, shown, watched, weight_faults, whole
 
 Lists = Sequence[Sequence[Tensor]]
 
@@ -39,7 +39,7 @@ def blend_lists(
     _checks.raise_all("blend_lists", [*weight_faults(weights), *_faults(lists)])
     weights = whole(weights)
     if weights.requires_grad and not torch.compiler.is_compiling():
-        weights = _Unchanged.apply(weights, [x for xs in lists for x in xs if is_dtensor(x)])
+        weights = watched(weights, *(x for xs in lists for x in xs if not x.is_inference()))
     results: list[Any] = [None] * len(lists[0])
     for layout, positions in _alike(lists[0]):
         w = weights if weights.ndim == 1 else weights[positions]
@@ -49,24 +49,6 @@ def blend_lists(
             like = lists[0][t]
             results[t] = Layout.of(like).wrap(result) if is_dtensor(like) else result
     return results
-
-
-class _Unchanged(torch.autograd.Function):
-    """The weights as they are; their gradient refuses DTensors that were written to in between.
-
-    A write to a DTensor is counted by itself and not by its shard, which the op sees.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, weights: Tensor, tensors: list[Tensor]) -> Tensor:
-        ctx.tensors, ctx.versions = tensors, [x._version for x in tensors if not x.is_inference()]
-        return weights.view_as(weights)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        if ctx.versions != [x._version for x in ctx.tensors if not x.is_inference()]:
-            raise RuntimeError("blend_lists: an expert was written to between forward and backward")
-        return grad, None
 
 
 def shards(
