@@ -101,23 +101,18 @@ NF_DEVICE void blend_pack(const BlendCall& call, int64_t segment, int64_t p,
 }
 
 // find_segment for the columns of a warp, which ascend with its lanes: where all lanes are there,
-// they look for lane 0's together, 32 bounds at a time, and each goes on from it.
+// they look for lane 0's together, and each goes on from it.
 template <int kLanes>
 NF_DEVICE int64_t find_segment_in_warp(const BlendCall& call, int64_t p) {
 #ifdef __CUDA_ARCH__
   const int lane = threadIdx.x % 32;
   if (call.segments > 1 && p + (31 - lane) * kLanes < call.columns) {
+    const int64_t* bounds = call.bounds;
     const int64_t first = p - lane * kLanes;
-    int64_t low = 0, more = call.segments - 1;  // the answer is in low .. low + more
-    while (more > 0) {
-      const int64_t stride = (more + 31) / 32, ahead = (lane + 1) * stride;
-      const bool passed = ahead <= more && __ldg(call.bounds + low + ahead) <= first;
-      const int64_t steps = __popc(__ballot_sync(0xFFFFFFFFu, passed)) * stride;
-      low += steps;
-      more = least(more - steps, stride - 1);
-    }
-    if (low == call.segments - 1 || __ldg(call.bounds + low + 1) > p) return low;
-    return low + find_segment(call.bounds + low, call.segments - low, p);
+    const int64_t low =
+        find_last_by_warp(call.segments, [=](int64_t s) { return __ldg(bounds + s) <= first; });
+    if (low == call.segments - 1 || __ldg(bounds + low + 1) > p) return low;
+    return low + find_segment(bounds + low, call.segments - low, p);
   }
 #endif
   return find_segment(call.bounds, call.segments, p);

@@ -18,9 +18,12 @@ struct ListChunk {
   int64_t tensor, begin, end;
 };
 
+// Asked for by whole warps.
 NF_DEVICE ListChunk find_list_chunk(const ListTable& lists, int64_t chunk) {
-  const int64_t tensor = find_segment(lists.bounds, lists.tensors, chunk);
-  const int64_t begin = (chunk - lists.bounds[tensor]) * lists.chunk;
+  const int64_t* bounds = lists.bounds;
+  const int64_t tensor =
+      find_last_by_warp(lists.tensors, [=](int64_t t) { return bounds[t] <= chunk; });
+  const int64_t begin = (chunk - bounds[tensor]) * lists.chunk;
   return {tensor, begin, least(begin + lists.chunk, lists.lengths[tensor])};
 }
 
