@@ -48,7 +48,8 @@ class Config:
 
     ``block`` columns of a program, ``num_warps``, ``held`` rows (experts; of blend_weight_grad:
     gradients) at once. Kernels that walk through their block take ``lanes`` columns at a time and
-    keep sums for ``experts`` experts.
+    keep sums for ``experts`` experts. With ``stages`` > 1, loads run that many steps ahead, through
+    shared memory.
     """
 
     block: int
@@ -56,6 +57,7 @@ class Config:
     held: int
     lanes: int = 0
     experts: int = 0
+    stages: int = 1
 
 
 def config(
@@ -74,7 +76,8 @@ def config(
     if op == "blend_lists":  # as blend, but 16 columns a thread of more than 5 experts would spill
         return _blend(dtype.itemsize if experts <= 5 else 4, registers, experts, 1, False)
     if op == "blend_lists_weight_grad":
-        return Config(block=1024 // registers, num_warps=4, held=min(experts, 4))
+        groups = -(-experts // 6)  # more at once would leave room for few programs
+        return Config(block=1024 // registers, num_warps=4, held=-(-experts // groups))
     if op == "blend_weight_grad":
         return _blend_weight_grad(registers, experts, outputs)
     if op == "blend_telemetry":
@@ -111,27 +114,34 @@ def _blend_weight_grad(registers: int, experts: int, outputs: int) -> Config:
     """Sums of up to 8 gradients with up to 8 experts, a register or two a thread each.
 
     Several gradients: half the columns at once, or sums and columns together leave room for fewer
-    programs; and longer programs, because at its end a program adds each sum over its threads.
+    programs; longer programs, because at its end a program adds each sum over its threads; and
+    loads that do not wait for arithmetic.
     """
     lanes = (1024 if outputs == 1 else 512) // registers
     held = min(outputs, 8)
     groups = -(-experts // min(8, 64 // registers // held))
     block = 8 * lanes if outputs == 1 else 16384
-    return Config(block, 4, held, lanes, experts=-(-experts // groups))
+    stages = 3 if outputs > 1 and registers == 1 else 1  # of fp64, some would spill
+    return Config(block, 4, held, lanes, experts=-(-experts // groups), stages=stages)
 
 
 def _offset_gram(itemsize: int, experts: int) -> Config:
-    """All of up to 16 experts at once: in loads of 16 bytes up to 9, of 8 bytes up to 12, of two
-    columns up to 14, and then of one. Wider ones would spill.
+    """All of up to 16 experts at once, as many columns a thread as their sums leave registers for:
+    loads of 16 bytes up to 9. More, and fp64 from 10 on, in groups of 4, whose columns stay in
+    cache.
 
-    More, and fp64 from 10 on, in groups of 4, whose columns stay in cache.
+    Where sums leave room for few programs, from 8 experts on, loads do not wait for arithmetic.
     """
     if experts <= 9:
-        return Config(16384, 4, held=max(experts - 1, 1), lanes=16 // itemsize)
-    if experts <= 16 and itemsize < 8:
-        lanes = 8 // itemsize if experts <= 12 else 2 if experts <= 14 else 1
-        return Config(16384, 4, experts - 1, lanes=lanes)
-    return Config(4096, 4, held=4, lanes=16 // itemsize)
+        stages = 3 if experts >= 8 and itemsize < 8 else 1
+        return Config(16384, 4, max(experts - 1, 1), 16 // itemsize, stages=stages)
+    if experts > 16 or itemsize == 8:
+        return Config(4096, 4, held=4, lanes=16 // itemsize)
+    if itemsize == 4:  # from 12 on two columns spill or, staged for sm_100, crash triton 3.6's LLVM
+        return Config(16384, 4, experts - 1, lanes=2 if experts <= 11 else 1, stages=3)
+    if experts <= 13:
+        return Config(16384, 4, experts - 1, lanes=4 if experts <= 12 else 2, stages=3)
+    return Config(16384, 4, experts - 1, lanes=1)  # two bytes are too few for shared memory
 
 
 @dataclass(frozen=True)

@@ -49,3 +49,21 @@ def add_products(sums, d, e, COUNT: tl.constexpr, SAME: tl.constexpr):
             for i in tl.static_range(COUNT):
                 added += (sums[j * COUNT + i] + tl.sum(d[i] * e[j], 1),)
     return added
+
+
+@triton.jit
+def add_columns(
+    sums, params_ptr, means_ptr, a, b, row_stride, p, start, stop, N: tl.constexpr,
+    COUNT: tl.constexpr, SAME: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr,
+    LANES: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """``sums`` plus what ROWS * LANES columns from p on add."""
+    d = offsets_of(
+        params_ptr, means_ptr, a, row_stride, p, start, stop, N, COUNT, ACC, ROWS, LANES, WIDE
+    )
+    if SAME:
+        return add_products(sums, d, d, COUNT, SAME)
+    e = offsets_of(
+        params_ptr, means_ptr, b, row_stride, p, start, stop, N, COUNT, ACC, ROWS, LANES, WIDE
+    )
+    return add_products(sums, d, e, COUNT, SAME)

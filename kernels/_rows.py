@@ -21,10 +21,15 @@ def load_row(
 ):  # fmt: skip
     """Columns p .. of a row, (ROWS, LANES) in type ACC; zeros outside start .. stop.
 
-    WIDE: start and stop are multiples of LANES, and no access of LANES columns is cut.
+    WIDE: start and stop are multiples of LANES, and no access of LANES columns is cut. start None:
+    all columns are inside.
     """
     rows = p + tl.arange(0, ROWS)[:, None] * LANES
     columns = rows + tl.arange(0, LANES)[None, :]
-    inside = rows if WIDE else columns
-    x = tl.load(row_ptr + columns, mask=(inside >= start) & (inside < stop), other=0.0)
-    return x.to(ACC)
+    mask = None
+    other = None
+    if start is not None:
+        inside = rows if WIDE else columns
+        mask = (inside >= start) & (inside < stop)
+        other = 0.0
+    return tl.load(row_ptr + columns, mask=mask, other=other).to(ACC)

@@ -55,29 +55,30 @@ def _sum_some(
 @triton.jit
 def _sum_chunk(
     addresses_ptr, grad, partials, chunks, start, length, N: tl.constexpr, TYPE: tl.constexpr,
-    GRAD: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+    HELD: tl.constexpr, GRAD: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Experts by fours, which share one read of the gradient, then the rest of them."""
-    for first in range(0, N // 4 * 4, 4):
-        _sum_some(addresses_ptr, grad, partials, chunks, start, length, first, 4, TYPE, GRAD, UNIT,
-                  BLOCK, CHUNK)  # fmt: skip
-    if N % 4 > 0:
-        _sum_some(addresses_ptr, grad, partials, chunks, start, length, N // 4 * 4, N % 4, TYPE,
-                  GRAD, UNIT, BLOCK, CHUNK)  # fmt: skip
+    """HELD experts at a time, which share one read of the gradient, then the rest of them."""
+    for first in range(0, N // HELD * HELD, HELD):
+        _sum_some(addresses_ptr, grad, partials, chunks, start, length, first, HELD, TYPE, GRAD,
+                  UNIT, BLOCK, CHUNK)  # fmt: skip
+    if N % HELD > 0:
+        _sum_some(addresses_ptr, grad, partials, chunks, start, length, N // HELD * HELD, N % HELD,
+                  TYPE, GRAD, UNIT, BLOCK, CHUNK)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["T", "chunks"])
 def blend_lists_weight_grad_partial_kernel(
     table_ptr, grads_ptr, partials_ptr, T: tl.int64, chunks: tl.int64,
-    N: tl.constexpr, STEPS: tl.constexpr, TYPE: tl.constexpr, GRAD: tl.constexpr,
-    BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+    N: tl.constexpr, HELD: tl.constexpr, STEPS: tl.constexpr, TYPE: tl.constexpr,
+    GRAD: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """partials[i, c] = sum over the elements p of chunk c of grad_t[p] * x[i, t][p].
 
     table (see _lists.py) of contiguous tensors of TYPE, in chunks of CHUNK; grads (T,) int64:
     addresses of contiguous tensors of GRAD, or 0 for zeros; partials (N, chunks) contiguous, fp32
     (fp64 for fp64 tensors), in which a lane of BLOCK adds CHUNK / BLOCK products before a tree
-    adds the lanes. Reads N + 1 values per element; for every four experts more the gradient again,
+    adds the lanes. Reads N + 1 values per element; for every HELD experts more the gradient again,
     from cache.
     """
     c = tl.program_id(0).to(tl.int64)
@@ -94,11 +95,11 @@ def blend_lists_weight_grad_partial_kernel(
         for i in range(N):
             tl.store(partials + i * width, 0.0)
     elif (start + CHUNK <= length) & aligned:
-        _sum_chunk(addresses_ptr, grad, partials, width, start, length, N, TYPE, GRAD, 16, BLOCK,
-                   CHUNK)  # fmt: skip
+        _sum_chunk(addresses_ptr, grad, partials, width, start, length, N, TYPE, HELD, GRAD, 16,
+                   BLOCK, CHUNK)  # fmt: skip
     else:
-        _sum_chunk(addresses_ptr, grad, partials, width, start, length, N, TYPE, GRAD, 1, BLOCK,
-                   CHUNK)  # fmt: skip
+        _sum_chunk(addresses_ptr, grad, partials, width, start, length, N, TYPE, HELD, GRAD, 1,
+                   BLOCK, CHUNK)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["N", "chunks"])
@@ -166,6 +167,7 @@ def launches(
     T, (N, chunks) = grads.numel(), partials.shape
     options = {
         "N": N,
+        "HELD": launch.held,
         "STEPS": search_steps(T),
         "TYPE": TYPES[dtype],
         "GRAD": TYPES[grad_dtype],

@@ -57,7 +57,7 @@ def _add_columns(
 def _sum_piece(
     grad_ptr, params_ptr, partials_ptr, block, start, stop, masked: tl.constexpr, k, i, K, P,
     row_stride, slots, N: tl.constexpr, ROWS: tl.constexpr, EXPERTS: tl.constexpr,
-    PACK: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr,
+    PACK: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """The partial sums of one piece: LANES columns at a time, and the lanes added at the end."""
     ACC: tl.constexpr = partials_ptr.dtype.element_ty
@@ -76,7 +76,7 @@ def _sum_piece(
             )  # fmt: skip
             block += LANES
     else:
-        for offset in range(0, BLOCK, LANES):
+        for offset in tl.range(0, BLOCK, LANES, num_stages=STAGES):
             lanes = block + offset + places
             sums = _add_columns(
                 sums, grad_ptr, params_ptr, lanes, None, None, k, i, K, P, row_stride,
@@ -94,7 +94,7 @@ def blend_weight_grad_partial_kernel(
     K: tl.int64, S: tl.int64, slots: tl.int64, column_units: tl.int64, stride_units: tl.int64,
     N: tl.constexpr, ROWS: tl.constexpr, EXPERTS: tl.constexpr, STEPS: tl.constexpr,
     COLUMN_UNIT: tl.constexpr, STRIDE_UNIT: tl.constexpr,
-    PACK: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr,
+    PACK: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """partials[k, i, slot] = sum over the columns p of a slot's piece of grad[k, p] * params[i, p].
 
@@ -125,12 +125,12 @@ def blend_weight_grad_partial_kernel(
     if stop - start == BLOCK:
         _sum_piece(
             grad_ptr, params_ptr, partials_ptr + slot, block, start, stop, False, k, i, K, P,
-            row_stride, slots, N, ROWS, EXPERTS, PACK, LANES, BLOCK,
+            row_stride, slots, N, ROWS, EXPERTS, PACK, LANES, BLOCK, STAGES,
         )  # fmt: skip
     elif start < stop:  # narrow accesses: a small part of the columns
         _sum_piece(
             grad_ptr, params_ptr, partials_ptr + slot, block, start, stop, True, k, i, K, P,
-            row_stride, slots, N, ROWS, EXPERTS, PACK, LANES, BLOCK,
+            row_stride, slots, N, ROWS, EXPERTS, PACK, LANES, BLOCK, STAGES,
         )  # fmt: skip
 
 
@@ -228,6 +228,7 @@ def launches(
         "PACK": pack,
         "LANES": launch.lanes,
         "BLOCK": launch.block,
+        "STAGES": launch.stages,
         "num_warps": launch.num_warps,
         "maxnreg": REGISTERS,
     }

@@ -23,7 +23,7 @@ from ._launch import (
     triton,
     why_not_arena,
 )
-from ._offsets import add_products, offsets_of
+from ._offsets import add_columns
 from ._segments import find_segment, search_steps
 from .blend_weight_grad import CHUNK, blend_weight_grad_total_kernel
 
@@ -49,28 +49,29 @@ def _store(partials_ptr, slots, sums, a, b, R: tl.constexpr, COUNT: tl.constexpr
 @triton.jit
 def _sum_group(
     params_ptr, means_ptr, partials_ptr, a, b, row_stride, slots, start, stop, N: tl.constexpr,
-    COUNT: tl.constexpr, SAME: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
-    WIDE: tl.constexpr,
+    COUNT: tl.constexpr, SAME: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    LANES: tl.constexpr, WIDE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """The partial sums of COUNT rows from a on, among themselves or with those from b on."""
     ACC: tl.constexpr = partials_ptr.dtype.element_ty
+    STEP: tl.constexpr = ROWS * LANES
     sums = ()
     for _ in tl.static_range(COUNT * (COUNT + 3) // 2 if SAME else COUNT * COUNT):
         sums += (tl.zeros((ROWS,), ACC),)
-    p = start // (ROWS * LANES) * (ROWS * LANES)
-    while p < stop:
-        d = offsets_of(
-            params_ptr, means_ptr, a, row_stride, p, start, stop, N, COUNT, ACC, ROWS, LANES, WIDE
-        )  # fmt: skip
-        if SAME:
-            sums = add_products(sums, d, d, COUNT, SAME)
-        else:
-            e = offsets_of(
-                params_ptr, means_ptr, b, row_stride, p, start, stop,
-                N, COUNT, ACC, ROWS, LANES, WIDE,
+    if start is None:
+        for p in tl.range(0, BLOCK, STEP, num_stages=STAGES):
+            sums = add_columns(
+                sums, params_ptr, means_ptr, a, b, row_stride, p, None, None,
+                N, COUNT, SAME, ACC, ROWS, LANES, WIDE,
             )  # fmt: skip
-            sums = add_products(sums, d, e, COUNT, SAME)
-        p += ROWS * LANES
+    else:
+        p = start // STEP * STEP
+        while p < stop:  # no further than the piece goes
+            sums = add_columns(
+                sums, params_ptr, means_ptr, a, b, row_stride, p, start, stop,
+                N, COUNT, SAME, ACC, ROWS, LANES, WIDE,
+            )  # fmt: skip
+            p += STEP
     R: tl.constexpr = N - 1 if means_ptr is None else N
     _store(partials_ptr, slots, sums, a, b, R, COUNT, SAME)
 
@@ -78,26 +79,30 @@ def _sum_group(
 @triton.jit
 def _sum_piece(
     params_ptr, means_ptr, partials_ptr, row_stride, slots, start, stop, N: tl.constexpr,
-    COUNT: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, WIDE: tl.constexpr,
+    COUNT: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
+    WIDE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """All partial sums of a piece: group after group of COUNT rows, and pairs of groups."""
+    """All partial sums of a piece: group after group of COUNT rows, and pairs of groups.
+
+    start None: a whole block.
+    """
     a = slots * 0
     if means_ptr is None:
         _sum_group(
             params_ptr, means_ptr, partials_ptr, a, a, row_stride, slots, start, stop,
-            N, COUNT, True, ROWS, LANES, WIDE,
+            N, COUNT, True, BLOCK, ROWS, LANES, WIDE, STAGES,
         )  # fmt: skip
     else:
         while a < N:
             _sum_group(
                 params_ptr, means_ptr, partials_ptr, a, a, row_stride, slots, start, stop,
-                N, COUNT, True, ROWS, LANES, WIDE,
+                N, COUNT, True, BLOCK, ROWS, LANES, WIDE, STAGES,
             )  # fmt: skip
             b = a + COUNT
             while b < N:
                 _sum_group(
                     params_ptr, means_ptr, partials_ptr, a, b, row_stride, slots, start, stop,
-                    N, COUNT, False, ROWS, LANES, WIDE,
+                    N, COUNT, False, BLOCK, ROWS, LANES, WIDE, STAGES,
                 )  # fmt: skip
                 b += COUNT
             a += COUNT
@@ -127,7 +132,7 @@ def offset_gram_partial_kernel(
     params_ptr, means_ptr, bounds_ptr, partials_ptr,
     S: tl.int64, slots: tl.int64, columns: tl.int64, stride_units: tl.int64,
     N: tl.constexpr, COUNT: tl.constexpr, STEPS: tl.constexpr, STRIDE_UNIT: tl.constexpr,
-    BLOCK: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
+    BLOCK: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """partials[t, slot] = sum over the columns p of a piece of xi_i[p], or xi_i[p] * xi_j[p].
 
@@ -154,15 +159,20 @@ def offset_gram_partial_kernel(
         means_ptr += block
     start = (begin - block).to(tl.int32)
     stop = (end - block).to(tl.int32)
-    if (begin < end) & (start % LANES == 0) & (stop % LANES == 0):
+    if end - begin == BLOCK:
+        _sum_piece(
+            params_ptr + block, means_ptr, partials_ptr + slot, row_stride, slots, None, None,
+            N, COUNT, BLOCK, ROWS, LANES, True, STAGES,
+        )  # fmt: skip
+    elif (begin < end) & (start % LANES == 0) & (stop % LANES == 0):
         _sum_piece(
             params_ptr + block, means_ptr, partials_ptr + slot, row_stride, slots, start, stop,
-            N, COUNT, ROWS, LANES, True,
+            N, COUNT, BLOCK, ROWS, LANES, True, STAGES,
         )  # fmt: skip
     elif begin < end:
         _sum_piece(
             params_ptr + block, means_ptr, partials_ptr + slot, row_stride, slots, start, stop,
-            N, COUNT, ROWS, LANES, False,
+            N, COUNT, BLOCK, ROWS, LANES, False, STAGES,
         )  # fmt: skip
 
 
@@ -258,6 +268,7 @@ def launches(
         "BLOCK": launch.block,
         "ROWS": 32 * launch.num_warps,
         "LANES": launch.lanes,
+        "STAGES": launch.stages,
         "num_warps": launch.num_warps,
         "maxnreg": REGISTERS,
     }

@@ -115,12 +115,13 @@ def test_stores_of_another_type_may_be_narrow_and_loads_may_not():
 
 SASS = """
  LDG.E.128 R4, desc[UR4][R2.64] ;  LDG.E.U16 R6, [R2] ;  @P0 LDG.E R7, [R2] ;  STG.E.64 [R2], R4 ;
- LDG.E.64.CONSTANT R8, [R2] ;
+ LDG.E.64.CONSTANT R8, [R2] ;  LDGSTS.E.BYPASS.128 [R5], desc[UR4][R2.64] ;  LDS.128 R4, [R5] ;
 """
 
 
 def test_accesses_are_counted_by_width():
     assert aot_sass.accesses(SASS, "LDG") == {128: 1, 64: 1, 32: 1, 16: 1}
+    assert aot_sass.accesses(SASS, "LDG(?:STS)?") == {128: 2, 64: 1, 32: 1, 16: 1}
     assert aot_sass.accesses(SASS, "STG") == {64: 1}
 
 

@@ -18,8 +18,8 @@ WIDTHS = {".128": 128, ".64": 64, ".U16": 16, ".S16": 16, ".U8": 8, ".S8": 8}
 class CompiledKernel:
     """One kernel of a cubin.
 
-    ``spills`` counts accesses to local memory and ``fused`` fused multiply-adds; ``loads``
-    and ``stores`` are those of global memory by their width in bits.
+    ``spills`` counts accesses to local memory and ``fused`` fused multiply-adds; ``loads``, to
+    registers or to shared memory, and ``stores`` are those of global memory by their width in bits.
     """
 
     name: str
@@ -82,9 +82,9 @@ def dump(binary: Path, arch: int | None = None) -> str:
 
 
 def accesses(sass: str, instruction: str) -> dict[int, int]:
-    """How many of ``instruction`` there are by width in bits."""
+    """How many of ``instruction``, a pattern, there are by width in bits."""
     found: collections.Counter[int] = collections.Counter()
-    for modifiers in re.findall(rf"\b{instruction}((?:\.\w+)*)", sass):
+    for modifiers in re.findall(rf"\b{instruction}((?:\.\w+)*)(?!\w)", sass):
         width = next((bits for suffix, bits in WIDTHS.items() if suffix in modifiers), 32)
         found[width] += 1
     return dict(found)
@@ -107,7 +107,7 @@ def inspect(binary: Path, arch: int) -> list[CompiledKernel]:
                 shared=numbers["SHARED"],
                 spills=len(re.findall(r"\b(?:LDL|STL)\b", sass)),
                 fused=len(re.findall(r"\b(?:FFMA|DFMA)\b", sass)),
-                loads=accesses(sass, "LDG"),
+                loads=accesses(sass, "LDG(?:STS)?"),
                 stores=accesses(sass, "STG"),
             )
         )
