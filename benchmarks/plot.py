@@ -12,6 +12,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
 from .rows import Row, read
+from .shapes import TOY
 
 OURS, REFERENCE, THEIRS, LIMIT = "#c8452d", "#e5a99d", "#8a9ba8", "#2b3a42"
 
@@ -73,10 +74,12 @@ def roofline(rows: list[Row], path: Path) -> None:
     """Every right provider's rate over its case's flops per byte, under the machine's roofs.
 
     ``rows`` of one device; those of op ``machine`` are the roofs. Rates are the formula's
-    operations over the time, so that no provider gains by computing more.
+    operations over the time, so that no provider gains by computing more. Toy sizes, which show
+    what a call costs, are left out where there are others.
     """
     points = [r for r in rows if r["tflop_s"] and r["gb_s"] and r["op"] != "machine"]
     points = [r for r in points if not r["check"].startswith("wrong")]
+    points = [r for r in points if r["shape"] != TOY.name] or points
     figure, axes = plt.subplots(figsize=(8, 5.5), layout="constrained")
     per_byte = [1e3 * float(r["tflop_s"]) / float(r["gb_s"]) for r in points]
     left, right = min(per_byte, default=0.1) / 4, max(per_byte, default=10) * 20
