@@ -349,7 +349,9 @@ def test_the_native_room_checks_for_itself(extra, message):
 
 def test_columns_apart_run_on_the_reference():
     params = normal(6, 3).T
-    with pytest.raises(RuntimeError, match="columns are not contiguous"):
-        run("cpu", torch.ones(3), params)
     theta, _ = run("torch", torch.ones(3), params)
     assert theta.shape == (6,)
+    if OPS["blend_telemetry"].why_not("cpu", "cpu") is not None:
+        pytest.skip("the C++ extension is not built")
+    with pytest.raises(RuntimeError, match="columns are not contiguous"):
+        run("cpu", torch.ones(3), params)

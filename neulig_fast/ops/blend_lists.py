@@ -107,7 +107,8 @@ def _blended(
     args = (weights.detach(), lists.flat, out_dtype)
     backend = _lists.choose(OP, weights.device, args)
     if backend == "torch":
-        return blend_lists_reference(*args)
+        with torch.no_grad():  # experts may require grad; only the weights get one
+            return blend_lists_reference(*args)
     return _lists.blended(backend, args[0], lists, out_dtype, view)
 
 
