@@ -206,6 +206,7 @@ def test_lists_of_nothing(device, backend):
         assert neulig_fast.blend_lists(weights, empty)[0].shape == (0, 3)
 
 
+@needs_native
 def test_results_start_on_boundaries_of_their_buffer():
     results = neulig_fast.blend_lists(normal(2), make_lists(2, SHAPES)[0])
     offsets = [x.data_ptr() - results[0].data_ptr() for x in results if x.numel()]
