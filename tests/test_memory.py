@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from neulig_fast import ExpertPool, _memory, blend
+from neulig_fast._registry import OPS
 
 THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 needs_large_pages = pytest.mark.skipif(
@@ -44,6 +45,9 @@ def test_an_arena_gets_large_pages():
 
 
 @needs_large_pages
+@pytest.mark.skipif(
+    OPS["blend"].why_not("cpu", "cpu") is not None, reason="the C++ extension is not built"
+)
 def test_a_large_blend_gets_large_pages():
     merged = blend(torch.ones(2), torch.ones(2, 10_000_000))
     assert asked_for_large_pages(merged.data_ptr() + merged.nbytes // 2)
