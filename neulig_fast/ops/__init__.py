@@ -6,6 +6,7 @@ from .blend_ import blend_
 from .blend_lists import blend_lists
 from .blend_telemetry import BlendTelemetry, blend_telemetry
 from .blend_weight_grad import blend_weight_grad
+from .neulig_fit import neulig_fit
 from .neulig_loss import NeuLigLoss, neulig_loss
 from .offset_gram import offset_gram
 
@@ -18,6 +19,7 @@ __all__ = [
     "blend_lists_",
     "blend_telemetry",
     "blend_weight_grad",
+    "neulig_fit",
     "neulig_loss",
     "offset_gram",
 ]

@@ -107,6 +107,15 @@ def _check_targets(*args: Any) -> None:
         raise ValueError(f"neulig_loss: targets must be in [0, {classes}), got {wrong[:8]}")
 
 
+def boosting_term(y: Tensor, targets: Tensor | None, boosting: str) -> Tensor:
+    """L_b of logits (B, C)."""
+    if boosting == "supervised":
+        # ignore_index is put out of the way: on a GPU a target of -100 must not pass as ignored.
+        return torch.nn.functional.cross_entropy(y, targets, ignore_index=_NO_TARGET)
+    p = torch.softmax(y, dim=1)
+    return -(p * (p + ENTROPY_EPSILON).log()).sum(1).mean()
+
+
 def neulig_loss_reference(
     features: Tensor,
     portland_weight: Tensor,
@@ -129,12 +138,7 @@ def neulig_loss_reference(
 
     w = torch.softmax(torch.addmm(c, z.flatten(1), W.T), dim=1)
     _, _, y = ensemble_logits(w, z, H, h, normalize)
-    if boosting == "supervised":
-        # ignore_index is put out of the way: on a GPU a target of -100 must not pass as ignored.
-        L_b = torch.nn.functional.cross_entropy(y, targets, ignore_index=_NO_TARGET)
-    else:
-        p = torch.softmax(y, dim=1)
-        L_b = -(p * (p + ENTROPY_EPSILON).log()).sum(1).mean()
+    L_b = boosting_term(y, targets, boosting)
     v = w - w.mean(0) if centered else w
     L_a = ((v @ A) * v).sum(1).mean() / scaling
     return L_b + L_a, L_b, L_a, w

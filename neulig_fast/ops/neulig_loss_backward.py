@@ -40,7 +40,8 @@ def ensemble_logits(
     return e, norm, y
 
 
-def _logit_gradient(y: Tensor, targets: Tensor | None, boosting: str) -> Tensor:
+def logit_gradient(y: Tensor, targets: Tensor | None, boosting: str) -> Tensor:
+    """∂L_b/∂y."""
     p = torch.softmax(y, dim=1)
     if boosting == "supervised":
         p[torch.arange(p.shape[0], device=p.device), targets] -= 1
@@ -88,7 +89,7 @@ def neulig_loss_backward_reference(
     k_a = _incoming(w, grad_loss, grad_alignment) / (scaling * B)
 
     e, norm, y = ensemble_logits(w, z, H, h, normalize)
-    dy = k_b * _logit_gradient(y, targets, boosting)
+    dy = k_b * logit_gradient(y, targets, boosting)
     d = dy @ H if norm is None else _tangent(dy @ H, e) / norm
     v = w - w.mean(0) if centered else w
     q = (z @ d.unsqueeze(2)).squeeze(2) + k_a * (v @ (A + A.T)) + _incoming(w, grad_coopvec)

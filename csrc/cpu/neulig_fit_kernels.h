@@ -1,0 +1,190 @@
+// The inner loops of neulig_fit over a row's columns, compiled for every instruction level.
+//
+// Columns come in steps of 16. A sum over columns has 16 lanes, column modulo 16, whatever the
+// width of a vector, so that every level gives the same bits.
+#pragma once
+
+#include <cstdint>
+
+#include "common/dtype.h"
+#include "common/vector_math.h"
+
+namespace neulig_fast {
+
+constexpr int kStep = 16;   // columns of a step, and lanes of a sum
+constexpr int kBlock = 16;  // samples whose rows stay in the cache from their logits to dW
+constexpr int kMaxExperts = 64;
+constexpr int kMaxRows = 8;  // the Portland's outputs that one kernel handles side by side
+
+inline int64_t whole_steps(int64_t columns) {
+  return (columns + kStep - 1) / kStep * kStep;
+}
+
+// By halves: lanes k and k + 8, then k and k + 4, …
+template <typename A>
+NF_INLINE A sum_lanes(const A* lanes) {
+  A sum[kStep / 2];
+  for (int k = 0; k < kStep / 2; ++k) sum[k] = lanes[k] + lanes[k + kStep / 2];
+  for (int half = kStep / 4; half > 0; half /= 2)
+    for (int k = 0; k < half; ++k) sum[k] = sum[k] + sum[k + half];
+  return sum[0];
+}
+
+// Samples side by side, a divisor of kBlock: their sums fit the 16 or 32 vector registers and are
+// enough to hide latencies.
+constexpr int samples_together(int rows, int bytes) {
+  if (rows <= 2) return 8 / rows;
+  return rows <= 6 || bytes == 64 ? 2 : 1;
+}
+
+// lanes[s, i] += x_s * w_i over columns, lane by lane.
+template <typename T>
+struct RowDots {
+  const T* const* x;   // kBlock rows, readable also beyond `count`
+  const Acc<T>* w;     // row 0
+  int64_t stride;      // from a row of w to the next
+  int64_t columns;     // a multiple of kStep
+  Acc<T>* lanes;       // (kBlock, ., kStep), row 0
+  int64_t lanes_step;  // from a sample to the next
+  int64_t count;
+};
+
+template <typename T, int kRows>
+struct Dots {
+  template <int kBytes>
+  static NF_INLINE void run(const RowDots<T>& d) {
+    using A = Acc<T>;
+    constexpr int kLanes = kBytes / sizeof(A);
+    constexpr int kSamples = samples_together(kRows, kBytes);
+    for (int part = 0; part < kStep; part += kLanes) {
+      for (int64_t s = 0; s < d.count; s += kSamples) {
+        A* lanes = d.lanes + s * d.lanes_step + part;
+        Vec<A, kLanes> sum[kSamples][kRows];
+        const T* x[kSamples];
+#pragma GCC unroll 8
+        for (int j = 0; j < kSamples; ++j) {
+          x[j] = d.x[s + j];
+#pragma GCC unroll 8
+          for (int i = 0; i < kRows; ++i)
+            sum[j][i] = load<kLanes>(lanes + j * d.lanes_step + i * kStep);
+        }
+        for (int64_t p = part; p < d.columns; p += kStep) {
+          Vec<A, kLanes> z[kSamples];
+#pragma GCC unroll 8
+          for (int j = 0; j < kSamples; ++j) z[j] = load<kLanes>(x[j] + p);
+#pragma GCC unroll 8
+          for (int i = 0; i < kRows; ++i) {
+            const auto w = load<kLanes>(d.w + i * d.stride + p);
+#pragma GCC unroll 8
+            for (int j = 0; j < kSamples; ++j) sum[j][i] = multiply_add<kLanes>(z[j], w, sum[j][i]);
+          }
+        }
+#pragma GCC unroll 8
+        for (int j = 0; j < kSamples; ++j)
+#pragma GCC unroll 8
+          for (int i = 0; i < kRows; ++i)
+            store<kLanes>(lanes + j * d.lanes_step + i * kStep, sum[j][i]);
+      }
+    }
+  }
+};
+
+// sums[i] (+)= sum_s da[s, i] x_s, in the order of samples.
+template <typename T>
+struct OuterSums {
+  const T* const* x;
+  const Acc<T>* da;  // (count, .), row 0
+  int64_t da_step;   // from a sample to the next
+  int64_t count;
+  Acc<T>* sums;  // row 0
+  int64_t stride;
+  int64_t columns;  // a multiple of kStep
+  bool first;       // nothing is there to add to
+};
+
+template <typename T, int kRows>
+struct Outer {
+  template <int kBytes>
+  static NF_INLINE void run(const OuterSums<T>& o) {
+    using A = Acc<T>;
+    constexpr int kLanes = kBytes / sizeof(A);
+    constexpr int kVectors = kLanes == kStep || (kRows > 6 && kBytes < 64) ? 1 : 2;
+    for (int64_t p = 0; p < o.columns; p += kVectors * kLanes) {
+      Vec<A, kLanes> sum[kRows][kVectors] = {};
+      if (!o.first)
+#pragma GCC unroll 8
+        for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 2
+          for (int v = 0; v < kVectors; ++v)
+            sum[i][v] = load<kLanes>(o.sums + i * o.stride + p + v * kLanes);
+      for (int64_t s = 0; s < o.count; ++s) {
+        Vec<A, kLanes> z[kVectors];
+#pragma GCC unroll 2
+        for (int v = 0; v < kVectors; ++v) z[v] = load<kLanes>(o.x[s] + p + v * kLanes);
+#pragma GCC unroll 8
+        for (int i = 0; i < kRows; ++i) {
+          const Vec<A, kLanes> da = Vec<A, kLanes>{} + o.da[s * o.da_step + i];
+#pragma GCC unroll 2
+          for (int v = 0; v < kVectors; ++v) sum[i][v] = multiply_add<kLanes>(z[v], da, sum[i][v]);
+        }
+      }
+#pragma GCC unroll 8
+      for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 2
+        for (int v = 0; v < kVectors; ++v)
+          store<kLanes>(o.sums + i * o.stride + p + v * kLanes, sum[i][v]);
+    }
+  }
+};
+
+// x = e^x for x <= 0, in place.
+template <typename A>
+struct Exponents {
+  A* x;
+  int64_t count;  // a multiple of kStep
+};
+
+template <typename A>
+struct Exp {
+  template <int kBytes>
+  static NF_INLINE void run(const Exponents<A>& e) {
+    constexpr int kLanes = kBytes / sizeof(A);
+    for (int64_t p = 0; p < e.count; p += kLanes)
+      store<kLanes>(e.x + p, exp_nonpositive<kLanes>(load<kLanes>(e.x + p)));
+  }
+};
+
+// Adam, as torch.optim.Adam writes it, with a gradient that is the sum of `groups` in order.
+template <typename A>
+struct AdamStep {
+  const A* gradients;  // of group 0
+  int64_t groups, stride;
+  A *parameters, *mean, *square;
+  int64_t count;  // a multiple of kStep
+  A rate;         // lr / (1 - beta1^step)
+  A root;         // sqrt(1 - beta2^step)
+};
+
+constexpr double kBeta1 = 0.9, kBeta2 = 0.999, kEpsilon = 1e-8;
+
+template <typename A>
+struct Adam {
+  template <int kBytes>
+  static NF_INLINE void run(const AdamStep<A>& a) {
+    constexpr int kLanes = kBytes / sizeof(A);
+    using V = Vec<A, kLanes>;
+    for (int64_t p = 0; p < a.count; p += kLanes) {
+      V g = load<kLanes>(a.gradients + p);
+      for (int64_t k = 1; k < a.groups; ++k) g = g + load<kLanes>(a.gradients + k * a.stride + p);
+      V m = load<kLanes>(a.mean + p), v = load<kLanes>(a.square + p);
+      m = m + (g - m) * A(1 - kBeta1);
+      v = v * A(kBeta2) + g * g * A(1 - kBeta2);
+      const V root = square_root<kLanes>(v) / a.root + A(kEpsilon);
+      store<kLanes>(a.mean + p, m);
+      store<kLanes>(a.square + p, v);
+      store<kLanes>(a.parameters + p, load<kLanes>(a.parameters + p) - m / root * a.rate);
+    }
+  }
+};
+
+}  // namespace neulig_fast
