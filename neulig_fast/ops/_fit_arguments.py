@@ -15,7 +15,7 @@ _MAX_EXPERTS = 64  # of the C++ kernel
 
 def rounds(rows: Sequence[Tensor], batch: int) -> int:
     """R, the number of batches of every task."""
-    return -(-rows[0].shape[0] // batch)
+    return -(-rows[0].numel() // batch)
 
 
 def faults(state, features, products, grams, biases, labels, rows, alignment,
@@ -49,10 +49,9 @@ def faults(state, features, products, grams, biases, labels, rows, alignment,
         yield f"scaling must be positive, got {scaling}"
     if batch < 1:
         yield f"batch must be positive, got {batch}"
-    elif all(row.ndim == 1 for row in rows):
-        if any(rounds([row], batch) != rounds(rows, batch) for row in rows):
-            got = ", ".join(str(row.shape[0]) for row in rows)
-            yield f"rows must make as many batches of {batch} in every task, got {got} rows"
+    elif any(rounds([row], batch) != rounds(rows, batch) for row in rows):
+        got = ", ".join(str(row.numel()) for row in rows)
+        yield f"rows must make as many batches of {batch} in every task, got {got} rows"
 
 
 def _expected(
