@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from neulig_fast import NeuligFastWarning, testing
 from neulig_fast.neulig import checkpoint as checkpoint_module
+from neulig_fast.neulig import steps, train
 from neulig_fast.neulig.checkpoint import Checkpoint
 from neulig_fast.neulig.heads import Head
 from neulig_fast.neulig.penalty import Penalty
@@ -54,6 +55,16 @@ def settings(**changes):
     return FitSettings(**{"epochs": 4, "batch_size": 5, "scaling": 10.0, "seed": 3, **changes})
 
 
+@pytest.fixture(params=["in one operator", "one by one"])
+def way(request, monkeypatch):
+    """Both ways to do steps; with the operator, one round a call."""
+    if request.param == "one by one":
+        monkeypatch.setattr(train, "products_of", lambda *_: None)
+    else:
+        monkeypatch.setattr(train, "rounds_per_call", lambda *_: 1)
+    return request.param
+
+
 # -- case 7: the trajectory ------------------------------------------------------------------------
 
 
@@ -93,11 +104,11 @@ def naive_loss(task, rows, weight, bias, boosting, pen):
 
 @pytest.mark.parametrize("centered", [False, True], ids=["plain", "centered"])
 @pytest.mark.parametrize("boosting", ["supervised", "entropy"])
-def test_twelve_rounds_match_a_naive_loop_with_autograd(boosting, centered):
+def test_twelve_rounds_match_a_naive_loop_with_autograd(boosting, centered, way):
     """Golden case 7's subject: the steps of Adam over three data sets, in float64."""
     data, pen = tasks(), penalty(centered)
     trainer = Trainer(data, pen, settings(boosting=boosting))
-    assert trainer.rounds == 3
+    assert trainer.rounds == 3 and (trainer.cached is None) == (way == "one by one")
     portland, history = trainer.run()
 
     start = Portland(N, D, seed=3, dtype=torch.float64)
@@ -239,7 +250,7 @@ def same(one, other):
 
 
 @pytest.mark.parametrize("plan", PLANS)
-def test_an_interrupted_fit_resumes_to_the_same_bits(plan, tmp_path):
+def test_an_interrupted_fit_resumes_to_the_same_bits(plan, tmp_path, way):
     """Interrupted after every single epoch, each time by a new trainer, until it gets through."""
     whole = trainer_of(plan).run()
     path, calls = tmp_path / "fit.safetensors", 0
@@ -260,23 +271,43 @@ def test_an_interrupted_fit_resumes_to_the_same_bits(plan, tmp_path):
     same(whole, trainer_of(plan, path).run(interrupt))  # finished: nothing left to do
 
 
-def test_an_interrupt_in_the_middle_of_an_epoch_loses_only_that_epoch(tmp_path, monkeypatch):
+def test_an_interrupt_in_the_middle_of_an_epoch_loses_only_that_epoch(tmp_path, monkeypatch, way):
     whole = trainer_of("validated").run()
-    path, steps = tmp_path / "fit.safetensors", 0
-    original = Trainer._step
+    path, calls = tmp_path / "fit.safetensors", 0
+    name, each = ("_step", 9) if way == "one by one" else ("_run_rounds", 3)  # calls an epoch
+    original = getattr(Trainer, name)
 
-    def step(self, *args):
-        nonlocal steps
-        steps += 1
-        if steps == 9 * 3 + 5:
+    def counted(self, *args):
+        nonlocal calls
+        calls += 1
+        if calls == 3 * each + 2:
             raise KeyboardInterrupt
         original(self, *args)
 
-    monkeypatch.setattr(Trainer, "_step", step)
+    monkeypatch.setattr(Trainer, name, counted)
     with pytest.raises(KeyboardInterrupt):
         trainer_of("validated", path).run()
     assert Checkpoint(path, {"plan": "validated"}).read()[1]["epoch"] == 3
     same(whole, trainer_of("validated", path).run())
+
+
+def test_a_fit_begun_one_by_one_is_finished_in_one_operator(tmp_path, monkeypatch):
+    """A checkpoint says nothing of how steps were done; older ones hold the same tensors."""
+
+    def interrupt(report):
+        if report.epoch == 3:
+            raise KeyboardInterrupt
+
+    path = tmp_path / "fit.safetensors"
+    with monkeypatch.context() as one_by_one:
+        one_by_one.setattr(train, "products_of", lambda *_: None)
+        whole, history = trainer_of("plain").run()
+        with pytest.raises(KeyboardInterrupt):
+            trainer_of("plain", path).run(interrupt)
+    resumed, other = trainer_of("plain", path).run()
+    assert torch.equal(other.boosting[:9], history.boosting[:9])
+    assert not torch.equal(resumed.weight, whole.weight)  # the other way has other bits
+    testing.assert_within_rule(resumed.weight, whole.weight, whole.weight.double(), 63 * N * D)
 
 
 KILLED = """
@@ -343,16 +374,15 @@ def test_a_full_disk_does_not_hide_an_interrupt(tmp_path, monkeypatch):
 # -- what is not finite ----------------------------------------------------------------------------
 
 
-def test_a_loss_that_is_not_finite_names_task_and_epoch_and_keeps_the_epochs_before(
-    tmp_path, monkeypatch
-):
-    """The features of the second task turn into zeros in the third epoch."""
+def test_a_loss_that_is_not_finite_names_task_and_epoch_and_keeps_the_epochs_before(tmp_path, way):
+    """The features of the second task are spoilt in the third epoch: zeros have no direction, and
+    NaN is one also to who has their products with the head already."""
     data, checkpoint = tasks(torch.float32), Checkpoint(tmp_path / "fit.safetensors", {})
     trainer = Trainer(data, penalty(), settings(), checkpoint=checkpoint)
 
     def spoil(report):
         if report.epoch == 2:
-            data[1].features.zero_()
+            data[1].features.fill_(0.0 if way == "one by one" else torch.nan)
 
     with pytest.raises(
         ValueError, match="epoch 3, lr 0\\.001, the loss of task 'task1' is not finite"
@@ -362,19 +392,87 @@ def test_a_loss_that_is_not_finite_names_task_and_epoch_and_keeps_the_epochs_bef
     assert progress["epoch"] == 2 and tensors["weight"].isfinite().all()
 
 
-def test_weights_that_are_not_finite_are_found_although_the_losses_are(monkeypatch):
-    """After the last step: no loss has seen them."""
-    steps, original = [], Trainer._step
+@pytest.mark.parametrize("value", [0.0, torch.nan])
+def test_features_that_are_wrong_from_the_start_are_an_error(value, way):
+    data = tasks(torch.float32)
+    data[2].features[:] = value
+    with pytest.raises(ValueError, match=r"epoch 1, lr 0\.001, the loss of task 'task2'"):
+        Trainer(data, penalty(), settings()).run()
 
-    def step(self, *args):
-        original(self, *args)
-        steps.append(args)
-        if len(steps) == 3 * self.rounds:
+
+def test_weights_that_are_not_finite_are_found_although_the_losses_are(monkeypatch, way):
+    """After the last step: no loss has seen them."""
+    rounds, original = 0, Trainer._run_rounds
+
+    def spoil_the_last(self, rows, terms):
+        nonlocal rounds
+        original(self, rows, terms)
+        rounds += len(terms)
+        if rounds == self.rounds:
             self.portland.weight.data[0, 0] = torch.inf
 
-    monkeypatch.setattr(Trainer, "_step", step)
+    monkeypatch.setattr(Trainer, "_run_rounds", spoil_the_last)
     with pytest.raises(ValueError, match=r"in epoch 1, .* weights are not finite"):
         Trainer(tasks(), penalty(), settings(epochs=1)).run()
+
+
+# -- two ways to do steps --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
+@pytest.mark.parametrize("views", [1, 2])
+def test_both_ways_go_the_same_way(dtype, views, monkeypatch):
+    """The steps one by one are the working arithmetic, on features of every type."""
+    acc = torch.float64 if dtype == torch.float64 else torch.float32
+    data = tasks(acc, views=views)
+    data = [task._replace(features=task.features.to(dtype)) for task in data]
+    exact_data = [
+        task._replace(features=task.features.double(), head=task.head.to("cpu", torch.float64))
+        for task in data
+    ]
+    together, history = Trainer(data, penalty(), settings()).run()
+    monkeypatch.setattr(train, "products_of", lambda *_: None)
+    apart, other = Trainer(data, penalty(), settings()).run()
+    exact, oracle = Trainer(exact_data, penalty(), settings()).run()
+    count = 36 * N * D
+    testing.assert_within_rule(together.weight, apart.weight, exact.weight, count)
+    testing.assert_within_rule(together.bias, apart.bias, exact.bias, count)
+    testing.assert_within_rule(history.boosting, other.boosting, oracle.boosting, count)
+    testing.assert_within_rule(history.alignment, other.alignment, oracle.alignment, count)
+
+
+def test_chunks_of_an_epoch_give_the_bits_of_the_whole(monkeypatch):
+    whole = trainer_of("validated").run()
+    for rounds in (1, 2):
+        monkeypatch.setattr(train, "rounds_per_call", lambda *_, rounds=rounds: rounds)
+        same(whole, trainer_of("validated").run())
+
+
+def test_heads_of_many_classes_are_used_themselves(monkeypatch):
+    """Products are kept up to four times the features' bytes, and a quarter of the free memory."""
+    data = tasks(torch.float32)
+    assert Trainer(data, penalty(), settings()).cached is not None
+    wide = [task._replace(head=Head(torch.randn(4 * D, D))) for task in data]
+    trainer = Trainer(wide, penalty(), settings())
+    assert trainer.cached is None
+    trainer.run()
+    monkeypatch.setattr(steps, "free_bytes", lambda: 4000)
+    assert Trainer(data, penalty(), settings()).cached is None
+
+
+def test_a_call_is_short():
+    """Rounds per call shrink with the size of a step, to one at least."""
+    z, head = torch.empty(1, 5, 512), Head(torch.ones(100, 512))
+    task = TaskData("task", z, None, head)
+    assert 100 < steps.rounds_per_call([task], 128) < 2000
+    assert steps.rounds_per_call([task] * 4, 128) < steps.rounds_per_call([task], 128) / 3
+    assert steps.rounds_per_call([task], 1 << 30) == 1
+
+
+def test_the_fitted_portland_owns_its_memory():
+    portland, _ = trainer_of("plain").run()
+    for parameter in portland.parameters():
+        assert parameter.untyped_storage().nbytes() == parameter.nbytes
 
 
 # -- files that are none ---------------------------------------------------------------------------

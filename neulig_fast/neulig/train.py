@@ -25,6 +25,7 @@ from .heads import Head
 from .history import Callback, EpochReport, History
 from .penalty import Penalty
 from .portland import Portland, ensemble_features
+from .steps import AdamState, products_of, rounds_per_call, run_rounds
 
 _NAMES = ("weight", "bias")  # of the Portland, in the order of its parameters
 _NEEDS = [False, True, True, False, False, False]  # the gradients of these two
@@ -89,6 +90,7 @@ class Trainer:
         dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
         self.matrix = penalty.matrix.to(features.device, dtype)
         self.one = self.matrix.new_ones(())
+        self.cached = products_of(self.tasks, dtype)
         sizes = [len(task.features) // task.views for task in self.tasks]
         self.rounds = min(-(-size // settings.batch_size) for size in sizes)
         count, epochs, starts = len(self.tasks), settings.epochs, settings.starts
@@ -103,9 +105,7 @@ class Trainer:
         _, n, d = self.tasks[0].features.shape
         portland = Portland(n, d, self.settings.seed + self.start, self.matrix.dtype)
         self.portland = portland.to(self.matrix.device)
-        self.optimizer = torch.optim.Adam(
-            self.portland.parameters(), lr=self.settings.lr, fused=True
-        )
+        self.adam = AdamState(self.portland, self.settings.lr)
 
     # -- the loop ------------------------------------------------------------------------------
 
@@ -150,11 +150,12 @@ class Trainer:
 
     def _run_epoch(self) -> None:
         size, first = self.settings.batch_size, self.epoch * self.rounds
-        orders = [self._order(t).split(size) for t in range(len(self.tasks))]
-        for k in range(self.rounds):
-            for t, task in enumerate(self.tasks):
-                terms = self.terms[self.start, first + k, t]
-                self._step(task, orders[t][k], terms)
+        orders = [self._order(t) for t in range(len(self.tasks))]
+        chunk = rounds_per_call(self.tasks, size)
+        for k in range(0, self.rounds, chunk):
+            stop = min(k + chunk, self.rounds)
+            rows = [order[k * size : stop * size] for order in orders]
+            self._run_rounds(rows, self.terms[self.start, first + k : first + stop])
         self._check_finite(self.terms[self.start, first : first + self.rounds])
         mean = 0.0
         if self.validation:
@@ -182,6 +183,17 @@ class Trainer:
         order = torch.randperm(size, generator=generator)
         return (order + self.epoch % task.views * size).to(task.features.device)
 
+    def _run_rounds(self, rows: list[Tensor], terms: Tensor) -> None:
+        """Rounds on these rows of every task; ``terms`` (R, T, 2) receives their loss terms."""
+        if self.cached is not None:
+            data = (self.tasks, self.cached, rows, self.matrix, self.centered)
+            terms.copy_(run_rounds(self.adam, *data, self.settings))
+            return
+        batches = [order.split(self.settings.batch_size) for order in rows]
+        for k in range(len(terms)):
+            for t, task in enumerate(self.tasks):
+                self._step(task, batches[t][k], terms[k, t])
+
     @torch.no_grad()
     def _step(self, task: TaskData, rows: Tensor, terms: Tensor) -> None:
         """One step of Adam on some rows of a task; ``terms`` (2,) receives its loss terms."""
@@ -204,7 +216,7 @@ class Trainer:
             *(head.weight, head.bias, targets, self.matrix),
             *(settings.boosting, settings.scaling, head.normalize, self.centered, _NEEDS),
         )
-        self.optimizer.step()
+        self.adam.optimizer.step()
         # No .item(): it would wait for a GPU in every step.
         torch.stack((out.boosting, out.alignment), out=terms)
 
@@ -228,12 +240,11 @@ class Trainer:
         """Copies of all that the next epoch depends on. Loss terms and accuracies are no copies:
         an interrupted epoch may have touched its own rows, and will write them again."""
         tensors = {"terms": self.terms, "accuracy": self.accuracy}
-        for name, parameter, kept in zip(
-            _NAMES, self.portland.parameters(), self.kept, strict=True
-        ):
+        trained = zip(_NAMES, self.portland.parameters(), self.kept, strict=True)
+        for name, parameter, kept in trained:
             tensors[name] = parameter.detach().clone()
             tensors[f"best.{name}"] = kept
-            for key, value in self.optimizer.state[parameter].items():
+            for key, value in self.adam.optimizer.state[parameter].items():
                 tensors[f"adam.{name}.{key}"] = value.detach().clone()
         progress = {
             "start": self.start,
@@ -253,16 +264,11 @@ class Trainer:
         self.accuracy.copy_(tensors["accuracy"])
         device = self.matrix.device
         self.kept = [tensors[f"best.{name}"].to(device) for name in _NAMES]
-        moments = {}
         with torch.no_grad():
-            for k, (name, parameter) in enumerate(
-                zip(_NAMES, self.portland.parameters(), strict=True)
-            ):
+            for name, parameter in zip(_NAMES, self.portland.parameters(), strict=True):
                 parameter.copy_(tensors[name])
-                keys = ("step", "exp_avg", "exp_avg_sq")
-                moments[k] = {key: tensors[f"adam.{name}.{key}"] for key in keys}
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+                for key, value in self.adam.optimizer.state[parameter].items():
+                    value.copy_(tensors[f"adam.{name}.{key}"])
 
     def _report(self) -> EpochReport:
         stop = self.epoch * self.rounds
@@ -273,9 +279,8 @@ class Trainer:
         return EpochReport(self.start, self.epoch, float(terms[0]), float(terms[1]), accuracy)
 
     def _result(self) -> tuple[Portland, History]:
-        with torch.no_grad():
-            self.portland.weight.copy_(self.kept[0])
-            self.portland.bias.copy_(self.kept[1])
+        for parameter, kept in zip(self.portland.parameters(), self.kept, strict=True):
+            parameter.data = kept  # no longer a part of Adam's state
         accuracy = self.accuracy[self.best_start]
         ran = self.settings.epochs
         if self.validation:
