@@ -274,7 +274,7 @@ def changed(**changes):
         ({"rows": {0: torch.full((11,), 20)}}, r"rows\[0\] must be in \[0, 20\), got \[20\]"),
         ({"rows": {1: torch.full((11,), -2)}}, r"rows\[1\] must be in \[0, 30\), got \[-2\]"),
         ({"rows": {1: torch.zeros(8).long()}}, "as many batches of 4 in every task, got 11, 8"),
-        ({"rows": {0: torch.tensor(3)}}, r"rows\[0\] must be \(1,\) torch.int64 on cpu, got \(\)"),
+        ({"rows": {0: torch.zeros(11, 1).long()}}, r"rows\[0\] must be \(11,\) torch.int64"),
         ({"alignment": torch.eye(2).double()}, r"alignment must be \(3, 3\)"),
         ({"batch": 0}, "batch must be positive, got 0"),
         ({"step": -1}, "step must not be negative, got -1"),

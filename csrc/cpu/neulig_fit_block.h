@@ -34,16 +34,27 @@ struct FitSettings {
   bool centered;
 };
 
-// Where things are in a row of parameters or gradients: W (N, stride), then c; zero-padded.
+// Where things are in a row of parameters or gradients: W (N, stride), then c; zero-padded. Rows of
+// W are an odd number of steps apart: with powers of two, all would compete for a few cache lines.
 struct FitLayout {
   explicit FitLayout(int64_t n, int64_t width)
       : experts(n),
         inputs(n * width),
         whole(inputs / kStep * kStep),
-        stride(whole_steps(inputs)),
+        stride((whole_steps(inputs) / kStep | 1) * kStep),
         bias(n * stride),
         size(bias + whole_steps(n)) {}
   int64_t experts, inputs, whole, stride, bias, size;
+
+  // Calls body(i, rows) for the rows of W in as few and as equal groups as kernels take.
+  template <typename Body>
+  void for_row_groups(const Body& body) const {
+    const int64_t groups = (experts + kMaxRows - 1) / kMaxRows;
+    for (int64_t k = 0; k < groups; ++k) {
+      const int64_t begin = k * experts / groups;
+      body(begin, (k + 1) * experts / groups - begin);
+    }
+  }
 };
 
 // Zeros that start at a cache line.
@@ -142,18 +153,15 @@ template <typename T>
 void FitBlock<T>::take(const FitTask<T>& task, const int64_t* rows, int64_t count) {
   task_ = &task;
   count_ = static_cast<int>(count);
-  for (int k = 0; k < kBlock; ++k) {
-    if (k >= count_) {
-      x_[k] = x_[k - 1];
-      tail_[k] = tail_[k - 1];
-      continue;
-    }
+  for (int k = 0; k < count_; ++k) {
     row_[k] = rows[k];
     x_[k] = task.features + rows[k] * at_.inputs;
     T* tail = tails_.data() + k * kStep;
     std::memcpy(tail, x_[k] + at_.whole, (at_.inputs - at_.whole) * sizeof(T));
     tail_[k] = tail;
   }
+  std::fill(x_ + count_, x_ + kBlock, x_[count_ - 1]);
+  std::fill(tail_ + count_, tail_ + kBlock, tail_[count_ - 1]);
 }
 
 // W u, before the sums over lanes.
@@ -163,10 +171,10 @@ void FitBlock<T>::sum_lanes_of(const A* parameters) {
   A* lanes = lanes_.data();
   std::fill(lanes, lanes + kBlock * n_ * kStep, A(0));
   const auto add = [&](const T* const* x, int64_t column, int64_t columns) {
-    for (int64_t i = 0; i < n_; i += kMaxRows)
-      kernels_.dots[std::min<int64_t>(kMaxRows, n_ - i) - 1](
-          {x, parameters + i * at_.stride + column, at_.stride, columns, lanes + i * kStep,
-           n_ * kStep, count_});
+    at_.for_row_groups([&](int64_t i, int64_t rows) {
+      kernels_.dots[rows - 1]({x, parameters + i * at_.stride + column, at_.stride, columns,
+                               lanes + i * kStep, n_ * kStep, count_});
+    });
   };
   for (int64_t p = 0; p < at_.whole; p += kColumns) {
     const T* x[kBlock];
@@ -272,10 +280,10 @@ void FitBlock<T>::boost(int k, A* q, double* loss) {
 template <typename T>
 void FitBlock<T>::add_outer(A* gradient, bool begin) {
   const auto add = [&](const T* const* x, int64_t column, int64_t columns) {
-    for (int64_t i = 0; i < n_; i += kMaxRows)
-      kernels_.outer[std::min<int64_t>(kMaxRows, n_ - i) - 1]({x, da_.data() + i, n_, count_,
-                                                               gradient + i * at_.stride + column,
-                                                               at_.stride, columns, begin});
+    at_.for_row_groups([&](int64_t i, int64_t rows) {
+      kernels_.outer[rows - 1]({x, da_.data() + i, n_, count_, gradient + i * at_.stride + column,
+                                at_.stride, columns, begin});
+    });
   };
   if (at_.whole > 0) add(x_, 0, at_.whole);
   if (at_.whole < at_.inputs) add(tail_, at_.whole, kStep);

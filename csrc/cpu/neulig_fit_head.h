@@ -72,7 +72,7 @@ struct Head {
       for (int64_t c = part.begin; c < part.end; c += kStep) {
         V sum[kVectors] = {};
         for (int64_t i = 0; i < h.experts; ++i) {
-          const V w = V{} + h.w[i];
+          const V w = broadcast<kLanes>(h.w + i);
 #pragma GCC unroll 8
           for (int v = 0; v < kVectors; ++v)
             sum[v] = multiply_add<kLanes>(load<kLanes>(part.at(i, c + v * kLanes)), w, sum[v]);
@@ -80,7 +80,7 @@ struct Head {
 #pragma GCC unroll 8
         for (int v = 0; v < kVectors; ++v) {
           const V bias = load<kLanes>(h.bias + c + v * kLanes);
-          const V y = multiply_add<kLanes>(sum[v], V{} + h.inverse, bias);
+          const V y = multiply_add<kLanes>(sum[v], broadcast<kLanes>(&h.inverse), bias);
           store<kLanes>(h.y + c + v * kLanes, y);
           top[v] = select((Vec<Bits<A>, kLanes>)(y > top[v]), y, top[v]);
         }

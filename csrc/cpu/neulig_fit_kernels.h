@@ -14,10 +14,25 @@ namespace neulig_fast {
 constexpr int kStep = 16;   // columns of a step, and lanes of a sum
 constexpr int kBlock = 16;  // samples whose rows stay in the cache from their logits to dW
 constexpr int kMaxExperts = 64;
-constexpr int kMaxRows = 8;  // the Portland's outputs that one kernel handles side by side
+constexpr int kMaxRows = 6;  // the Portland's outputs that one kernel handles side by side
 
 inline int64_t whole_steps(int64_t columns) {
   return (columns + kStep - 1) / kStep * kStep;
+}
+
+// The value at p in all lanes. In assembly: gcc 12 puts `V{*p, *p, ...}` together lane by lane.
+template <int kLanes, typename A>
+NF_INLINE Vec<A, kLanes> broadcast(const A* p) {
+  Vec<A, kLanes> v;
+#ifdef NF_HAVE_LEVELS
+  if constexpr (sizeof v >= 32) {
+    if constexpr (sizeof(A) == 4) asm("vbroadcastss %1, %0" : "=v"(v) : "m"(*p));
+    else asm("vbroadcastsd %1, %0" : "=v"(v) : "m"(*p));
+    return v;
+  }
+#endif
+  for (int k = 0; k < kLanes; ++k) v[k] = *p;
+  return v;
 }
 
 // By halves: lanes k and k + 8, then k and k + 4, …
@@ -30,14 +45,14 @@ NF_INLINE A sum_lanes(const A* lanes) {
   return sum[0];
 }
 
-// Samples side by side, a divisor of kBlock: their sums fit the 16 or 32 vector registers and are
-// enough to hide latencies.
-constexpr int samples_together(int rows, int bytes) {
-  if (rows <= 2) return 8 / rows;
-  return rows <= 6 || bytes == 64 ? 2 : 1;
+// Samples side by side, a divisor of kBlock: with up to 6 rows their sums fit 16 registers, and
+// with fewer they still are enough to hide latencies.
+constexpr int samples_together(int rows) {
+  return rows <= 2 ? 8 / rows : 2;
 }
 
-// lanes[s, i] += x_s * w_i over columns, lane by lane.
+// lanes[s, i] += x_s * w_i over columns, lane by lane. Rows come from memory in pieces that are too
+// short for the hardware's own prefetching: the next samples' piece is fetched meanwhile.
 template <typename T>
 struct RowDots {
   const T* const* x;   // kBlock rows, readable also beyond `count`
@@ -55,15 +70,16 @@ struct Dots {
   static NF_INLINE void run(const RowDots<T>& d) {
     using A = Acc<T>;
     constexpr int kLanes = kBytes / sizeof(A);
-    constexpr int kSamples = samples_together(kRows, kBytes);
+    constexpr int kSamples = samples_together(kRows);
     for (int part = 0; part < kStep; part += kLanes) {
       for (int64_t s = 0; s < d.count; s += kSamples) {
         A* lanes = d.lanes + s * d.lanes_step + part;
         Vec<A, kLanes> sum[kSamples][kRows];
-        const T* x[kSamples];
+        const T *x[kSamples], *ahead[kSamples];
 #pragma GCC unroll 8
         for (int j = 0; j < kSamples; ++j) {
           x[j] = d.x[s + j];
+          ahead[j] = s + kSamples < d.count ? d.x[s + kSamples + j] : d.x[j] + d.columns;
 #pragma GCC unroll 8
           for (int i = 0; i < kRows; ++i)
             sum[j][i] = load<kLanes>(lanes + j * d.lanes_step + i * kStep);
@@ -71,7 +87,10 @@ struct Dots {
         for (int64_t p = part; p < d.columns; p += kStep) {
           Vec<A, kLanes> z[kSamples];
 #pragma GCC unroll 8
-          for (int j = 0; j < kSamples; ++j) z[j] = load<kLanes>(x[j] + p);
+          for (int j = 0; j < kSamples; ++j) {
+            if (part == 0) __builtin_prefetch(ahead[j] + p);
+            z[j] = load<kLanes>(x[j] + p);
+          }
 #pragma GCC unroll 8
           for (int i = 0; i < kRows; ++i) {
             const auto w = load<kLanes>(d.w + i * d.stride + p);
@@ -108,7 +127,7 @@ struct Outer {
   static NF_INLINE void run(const OuterSums<T>& o) {
     using A = Acc<T>;
     constexpr int kLanes = kBytes / sizeof(A);
-    constexpr int kVectors = kLanes == kStep || (kRows > 6 && kBytes < 64) ? 1 : 2;
+    constexpr int kVectors = kLanes == kStep ? 1 : 2;  // whole cache lines of fp32, 12 sums at most
     for (int64_t p = 0; p < o.columns; p += kVectors * kLanes) {
       Vec<A, kLanes> sum[kRows][kVectors] = {};
       if (!o.first)
@@ -123,7 +142,7 @@ struct Outer {
         for (int v = 0; v < kVectors; ++v) z[v] = load<kLanes>(o.x[s] + p + v * kLanes);
 #pragma GCC unroll 8
         for (int i = 0; i < kRows; ++i) {
-          const Vec<A, kLanes> da = Vec<A, kLanes>{} + o.da[s * o.da_step + i];
+          const auto da = broadcast<kLanes>(o.da + s * o.da_step + i);
 #pragma GCC unroll 2
           for (int v = 0; v < kVectors; ++v) sum[i][v] = multiply_add<kLanes>(z[v], da, sum[i][v]);
         }
