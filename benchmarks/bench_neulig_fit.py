@@ -1,10 +1,15 @@
 """Training the Portland: steps over cached features against running all experts in every step.
 
-Five experts, one batch of 128 images of one task, so that a step is an epoch. Times are per step;
-1000 / ms_q50 is steps/s. The published way encodes the batch with every expert, evaluates the
-formula under autograd and asks for the loss's value. ``cache filled in the run`` counts the one
-pass of every image through every expert that the cache needs, here spread over ``_STEPS`` epochs
-only: end to end, caching gains at most as many times as there are epochs.
+``steps`` compares the ways to train once the features are there: the operator of many steps against
+the formula in eager PyTorch and in torch.compile, with autograd and PyTorch's fused Adam. One task,
+one epoch of ``_STEPS`` batches. ``products made in the run`` counts what the operator needs of the
+head once per fit, over one epoch only.
+
+The rest is of whole fits: five experts, one batch of 128 images of one task, so that a step is an
+epoch. Times are per step; 1000 / ms_q50 is steps/s. The published way encodes the batch with every
+expert, evaluates the formula under autograd and asks for the loss's value. ``cache filled in the
+run`` counts the one pass of every image through every expert that the cache needs, here spread over
+``_STEPS`` epochs only: end to end, caching gains at most as many times as there are epochs.
 
 ViT-B/32 encodes too slowly on a CPU to be run in full: a part of the batch is encoded, by one
 model five times over, and its time is scaled up; the row's mode says so.
@@ -12,8 +17,10 @@ model five times over, and its time is scaled up; the row's mode says so.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +30,9 @@ from neulig_fast.neulig.features import FeatureCache
 from neulig_fast.neulig.heads import Head
 from neulig_fast.neulig.penalty import Penalty
 from neulig_fast.neulig.portland import Portland
+from neulig_fast.neulig.steps import products_of
 from neulig_fast.neulig.train import FitSettings, TaskData, Trainer
+from neulig_fast.ops.neulig_fit import OP
 from neulig_fast.pool import ExpertPool
 
 from . import harness, machine
@@ -88,6 +97,88 @@ def recomputed(
 
 def encode(towers: list[nn.Module], images: Tensor) -> Tensor:
     return torch.stack([tower(images) for tower in towers], 1)
+
+
+# -- steps: the Portland's parameters, and the loss of every step ---------------------------------
+
+
+def trained(
+    features: Tensor, labels: Tensor, head: Head, penalty: Penalty, loss: Callable[..., Any]
+) -> tuple[Tensor, Tensor]:
+    """One epoch with autograd and PyTorch's fused Adam."""
+    _, n, d = features.shape
+    portland = Portland(n, d, 0, features.dtype).to(features.device)
+    optimizer = torch.optim.Adam(portland.parameters(), lr=_LR, fused=True)
+    weight, matrix = head.weight.to(features.dtype), penalty.matrix.to(features)
+    settings, losses = ("supervised", _SCALING, True, False), []
+    for z, t in zip(features.split(_BATCH), labels.split(_BATCH), strict=True):
+        out = loss(z, portland.weight, portland.bias, weight, None, t, matrix, *settings)[0]
+        optimizer.zero_grad()
+        out.backward()
+        optimizer.step()
+        losses.append(out.detach())
+    parameters = torch.cat([p.detach().flatten() for p in portland.parameters()])
+    return parameters, torch.stack(losses)
+
+
+def steps_case(experts: int, embed: int, classes: int, device: str) -> Case:
+    """``_STEPS`` steps over random features."""
+    g = torch.Generator().manual_seed(8)
+    rows = _STEPS * _BATCH
+    features = torch.randn(rows, experts, embed, generator=g).to(device)
+    weight = 100 * nn.functional.normalize(torch.randn(classes, embed, generator=g), dim=1)
+    labels, head = torch.randint(classes, (rows,), generator=g).to(device), Head(weight.to(device))
+    matrix = ((1 - torch.eye(experts)) / 2).to(device)
+    penalty, task = Penalty(matrix, False, _SCALING), TaskData("task", features, labels, head)
+    data = (features, labels, head, penalty)
+    fit = FitSettings(batch_size=_BATCH)
+    products = products_of([task], torch.float32, fit, _STEPS)
+    providers = [
+        Provider("eager formula", lambda: trained(*data, eager), steps=_STEPS),
+        Provider("torch.compile", lambda: trained(*data, compiled), steps=_STEPS),
+    ]
+    compiled = harness.compiled(eager)
+    if products is not None:
+        start = Portland(experts, embed, 0)
+        state = torch.zeros(3, experts * experts * embed + experts, device=device)
+        state[0] = torch.cat([p.detach().flatten() for p in start.parameters()])
+        order = torch.arange(rows, device=device)
+        args = (state, [features], *products, [labels], [order], matrix, 0, _BATCH, _LR, _SCALING,
+                False)  # fmt: skip
+
+        def run(arguments: tuple[Any, ...] = args) -> tuple[Tensor, Tensor]:
+            after, terms = OP(*arguments)
+            return after[0], terms.sum(2)[:, 0]
+
+        def run_from_heads() -> tuple[Tensor, Tensor]:
+            made = products_of([task], torch.float32, fit, _STEPS)
+            return run((*args[:2], *(made or products), *args[5:]))
+
+        ours = harness.ours(OP, device, run, args)
+        providers += [dataclasses.replace(provider, steps=_STEPS) for provider in ours]
+        name, note = "neulig_fast, products made in the run", f"one epoch of {_STEPS} steps"
+        providers.append(Provider(name, run_from_heads, "ours", steps=_STEPS, note=note))
+
+    def check(result: tuple[Tensor, Tensor]) -> None:
+        working = trained(*data, eager)
+        exact = trained(features.double(), labels, head, penalty, eager)
+        for got, at_dtype, oracle in zip(result, working, exact, strict=True):
+            testing.assert_within_rule(got, at_dtype, oracle, _STEPS * experts * embed)
+
+    head_flops = embed * (experts + classes)
+    return Case(
+        op="neulig_fit",
+        mode="steps",
+        shape=f"B{_BATCH} N{experts} D{embed} C{classes}",
+        dtype=torch.float32,
+        device=device,
+        threads=machine.cores(),
+        providers=providers,
+        check=check,
+        traffic=features.nbytes // _STEPS,
+        flops=4 * _BATCH * (experts**2 * embed + head_flops),
+        numbers={"N": experts},
+    )
 
 
 # -- the cases ------------------------------------------------------------------------------------
@@ -180,7 +271,10 @@ def large_case(device: str) -> Case:
 def cases(device: str, quick: bool) -> Iterator[Case]:
     if quick:
         yield small_case("toy", 16, _TOY, 7, device)
+        yield steps_case(3, 16, 7, device)
         return
+    for sizes in ((5, 128, 26), (5, 512, 43), (5, 512, 100), (5, 512, 1000), (7, 768, 100)):
+        yield steps_case(*sizes, device)
     yield small_case("demo ViT", 128, _DEMO, 26, device)
     yield large_case(device)
 

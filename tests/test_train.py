@@ -430,11 +430,13 @@ def test_both_ways_go_the_same_way(dtype, views, monkeypatch):
         task._replace(features=task.features.double(), head=task.head.to("cpu", torch.float64))
         for task in data
     ]
-    together, history = Trainer(data, penalty(), settings()).run()
+    trainer = Trainer(data, penalty(), settings(epochs=8))
+    assert trainer.cached is not None
+    together, history = trainer.run()
     monkeypatch.setattr(train, "products_of", lambda *_: None)
-    apart, other = Trainer(data, penalty(), settings()).run()
-    exact, oracle = Trainer(exact_data, penalty(), settings()).run()
-    count = 36 * N * D
+    apart, other = Trainer(data, penalty(), settings(epochs=8)).run()
+    exact, oracle = Trainer(exact_data, penalty(), settings(epochs=8)).run()
+    count = 72 * N * D
     testing.assert_within_rule(together.weight, apart.weight, exact.weight, count)
     testing.assert_within_rule(together.bias, apart.bias, exact.bias, count)
     testing.assert_within_rule(history.boosting, other.boosting, oracle.boosting, count)
@@ -458,6 +460,14 @@ def test_heads_of_many_classes_are_used_themselves(monkeypatch):
     trainer.run()
     monkeypatch.setattr(steps, "free_bytes", lambda: 4000)
     assert Trainer(data, penalty(), settings()).cached is None
+
+
+def test_products_are_made_only_if_rows_are_read_often_enough():
+    """An epoch reads 45 rows of 77; three read less than twice 77, and four more."""
+    assert Trainer(tasks(), penalty(), settings(epochs=3)).cached is None
+    assert Trainer(tasks(), penalty(), settings(epochs=4)).cached is not None
+    assert Trainer(tasks(), penalty(), settings(epochs=2, starts=2)).cached is not None
+    assert Trainer(tasks(views=3), penalty(), settings(epochs=4)).cached is None
 
 
 def test_a_call_is_short():

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 _ROWS = 1 << 12  # at a time, in the dtype of the sums
 _MOST = 4  # times the features' bytes that products may take: C = 1000 beside D = 512 in fp16
+# Times a row is read, on average, so that products repay themselves: they cost N D C multiplications
+# a row, and a use saves 2 D C and a share of many small calls.
+_LEAST_USES = 2
 # Multiplications per call, so that it ends well within a second and Ctrl-C is heard.
 _WORK = 1 << 31
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -51,11 +54,14 @@ class Products(NamedTuple):
     biases: list[Tensor]
 
 
-def products_of(tasks: Sequence[TaskData], dtype: torch.dtype) -> Products | None:
+def products_of(
+    tasks: Sequence[TaskData], dtype: torch.dtype, settings: FitSettings, rounds: int
+) -> Products | None:
     """The products of all rows, or None where each step had better use the heads themselves.
 
-    That is on a GPU, whose operator of many steps is not written yet, and where products (few
-    classes are cheap, many are not) would take too much memory beside the features.
+    That is on a GPU, whose operator of many steps is not written yet; where products (few classes
+    are cheap, many are not) would take too much memory beside the features; and where the epochs,
+    of so many rounds, read rows too few times to repay them.
     """
     features = [task.features for task in tasks]
     first = features[0]
@@ -64,6 +70,9 @@ def products_of(tasks: Sequence[TaskData], dtype: torch.dtype) -> Products | Non
         return None
     size = sum(len(z) * z.shape[1] * (task.head.num_classes + z.shape[1])
                for z, task in zip(features, tasks, strict=True)) * dtype.itemsize  # fmt: skip
+    uses = settings.starts * settings.epochs * rounds * settings.batch_size * len(tasks)
+    if uses < _LEAST_USES * sum(map(len, features)):
+        return None
     if size > _MOST * sum(z.nbytes for z in features) or size > free_bytes() // 4:
         return None
     made = Products([], [], [])

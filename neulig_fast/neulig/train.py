@@ -90,9 +90,9 @@ class Trainer:
         dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
         self.matrix = penalty.matrix.to(features.device, dtype)
         self.one = self.matrix.new_ones(())
-        self.cached = products_of(self.tasks, dtype)
         sizes = [len(task.features) // task.views for task in self.tasks]
         self.rounds = min(-(-size // settings.batch_size) for size in sizes)
+        self.cached = products_of(self.tasks, dtype, settings, self.rounds)
         count, epochs, starts = len(self.tasks), settings.epochs, settings.starts
         self.terms = features.new_zeros((starts, epochs * self.rounds, count, 2), dtype=dtype)
         self.accuracy = torch.full((starts, epochs, count), torch.nan, dtype=torch.float64)
