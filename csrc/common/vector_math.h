@@ -31,10 +31,10 @@ NF_INLINE V polynomial(V x, const A (&coefficients)[kCount]) {
 }
 
 template <typename A>
-struct Format64Or32;  // what exp and log know of a type
+struct RealFormat;  // what exp and log know of a type
 
 template <>
-struct Format64Or32<float> {
+struct RealFormat<float> {
   static constexpr int kMantissa = 23;
   static constexpr uint32_t kOne = 0x3F800000u, kRootHalf = 0x3F3504F3u;
   static constexpr float kMagic = 0x1.8p+23f;       // its last place is 1
@@ -42,7 +42,7 @@ struct Format64Or32<float> {
   static constexpr float kLn2Low = 2.12194440e-4f;  // ln 2 = 0.693359375 - kLn2Low
 };
 template <>
-struct Format64Or32<double> {
+struct RealFormat<double> {
   static constexpr int kMantissa = 52;
   static constexpr uint64_t kOne = 0x3FF0000000000000u, kRootHalf = 0x3FE6A09E667F3BCDu;
   static constexpr double kMagic = 0x1.8p+52;
@@ -72,7 +72,7 @@ NF_INLINE Vec<double, kLanes> exp_reduced(Vec<double, kLanes> r) {
 template <int kLanes, typename V>
 NF_INLINE V exp_nonpositive(V x) {
   using A = std::decay_t<decltype(x[0])>;
-  using F = Format64Or32<A>;
+  using F = RealFormat<A>;
   using U = Vec<Bits<A>, kLanes>;
   const V shifted = multiply_add<kLanes>(x, V{} + A(1.44269504088896340736), V{} + F::kMagic);
   const V n = shifted - F::kMagic;
@@ -109,7 +109,7 @@ NF_INLINE Vec<double, kLanes> log_reduced(Vec<double, kLanes> f) {
 template <int kLanes, typename V>
 NF_INLINE V log_positive(V x) {
   using A = std::decay_t<decltype(x[0])>;
-  using F = Format64Or32<A>;
+  using F = RealFormat<A>;
   using U = Vec<Bits<A>, kLanes>;
   using S = Vec<SignedBits<A>, kLanes>;
   const U offset = (U)x - F::kRootHalf;

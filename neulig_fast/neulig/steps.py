@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 _ROWS = 1 << 12  # at a time, in the dtype of the sums
 _MOST = 4  # times the features' bytes that products may take: C = 1000 beside D = 512 in fp16
-# Times a row is read, on average, so that products repay themselves: they cost N D C multiplications
-# a row, and a use saves 2 D C and a share of many small calls.
+# Times a row is read, on average, so that products repay themselves: they cost N D C
+# multiplications a row, and a use saves 2 D C and a share of many small calls.
 _LEAST_USES = 2
 # Multiplications per call, so that it ends well within a second and Ctrl-C is heard.
 _WORK = 1 << 31
