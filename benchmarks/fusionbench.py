@@ -1,4 +1,4 @@
-"""FusionBench's two ways to blend, where it is installed (``pip install neulig-fast[bench]``).
+"""FusionBench's two ways to blend, where it is installed (the extra ``bench``).
 
 ``state_dict_weighted_sum`` takes one weight per model. ``LayerWiseMergedModel.merge_weights`` adds
 weighted task vectors, one weight per model and tensor, to a pretrained model: here expert 0, which
@@ -29,7 +29,7 @@ def _module(name: str) -> Any:
     try:
         return importlib.import_module(f"fusion_bench.{name}")
     except ImportError as error:
-        say(f"no FusionBench: {error}; pip install 'neulig-fast[bench]' adds it")
+        say(f"no FusionBench: {error}; pip install 'fusion-bench>=0.2.33' adds it")
         return None
 
 

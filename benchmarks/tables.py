@@ -25,6 +25,7 @@ PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md")
 FIGURES = ROOT / "docs" / "figures"
 _BLOCK = re.compile(r"(<!-- rows: ([\w-]+) -->\n).*?(<!-- end of rows -->)", flags=re.S)
 _CASE = ("op", "shape", "N", "K", "S", "dtype", "threads")
+_LEVEL = 0.03  # medians of shared machines differ by that much from run to run
 _OTHERS = ("torch.compile", "torch._foreach", "flat matmul", "python loop")
 
 
@@ -103,7 +104,7 @@ def _readme_table(folder: Path) -> str:
     wanted = {"op": "blend", "mode": "fwd", "shape": "ViT-B-32", "K": "1", "S": "1"}
     chosen = [row for row in rows_of(folder) if wanted.items() <= row.items()]
     most = max((row["threads"] for row in chosen), key=lambda count: int(count or 0), default="")
-    lines, ahead, published = [], 0, ""
+    lines, leads, published = [], [], ""
     for case in cases_of(row for row in chosen if row["threads"] == most):
         ours, other = _sides(case)
         if ours is None:
@@ -111,7 +112,8 @@ def _readme_table(folder: Path) -> str:
         by_name = {row["provider"]: row["ms_q50"] for row in case}
         cells = [ours["ms_q50"], ours["pct_copy"], *(by_name.get(p, "") for p in _OTHERS)]
         lines.append([ours["N"], ours["dtype"], *cells])
-        ahead += other is not None and float(ours["ms_q50"]) < float(other["ms_q50"])
+        if other is not None:
+            leads.append(float(other["ms_q50"]) / float(ours["ms_q50"]))
         if (ours["N"], ours["dtype"]) == ("5", "float32"):
             published = by_name.get("published: flatten and loop", "")
     if not lines:
@@ -119,10 +121,15 @@ def _readme_table(folder: Path) -> str:
     header = ["experts", "dtype", "`blend` ms", "% of copy bandwidth", "torch.compile ms"]
     header += ["`torch._foreach` ms", "flat matmul ms", "Python loop ms"]
     lines.sort(key=lambda line: (line[1] != "float32", int(line[0])))
-    text = f"Ahead of every other way in {ahead} of these {len(lines)} rows."
+    ahead = sum(lead > 1 + _LEVEL for lead in leads)
+    level = sum(abs(lead - 1) <= _LEVEL for lead in leads)
+    text = (
+        f"Of {len(leads)} rows, ahead of every other way in {ahead}, and level with the best of "
+        f"them, within {_LEVEL:.0%}, in {level}.\n"
+    )
     if published:
-        text += f" The published flatten-and-loop takes {published} ms for five experts in fp32."
-    return f"{_table(header, lines)}\n{text}\n"
+        text += f"The published flatten-and-loop takes {published} ms for five experts in fp32.\n"
+    return f"{_table(header, lines)}\n{text}"
 
 
 def training() -> str:
@@ -135,9 +142,12 @@ def training() -> str:
         }
         if found:
             ours, published = found["neulig_fast"], found["published: experts in every step"]
+            filled = found["neulig_fast, cache filled in the run"]
             return (
                 f"Portland training on cached features takes {ours} ms a step for the demo's five "
-                f"experts, against\n{published} ms when every step runs the experts as published.\n"
+                f"experts, against\n{published} ms when every step runs the experts as published. "
+                f"The one pass that fills the cache, spread over\n20 epochs of one step, makes it "
+                f"{filled} ms.\n"
             )
     return ""
 

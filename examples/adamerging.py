@@ -1,7 +1,7 @@
 """AdaMerging: learn how much of each expert goes into each layer, from unlabelled test images.
 
     python examples/adamerging.py          # makes the demo's experts first, in minutes
-    python examples/adamerging.py --toy    # the same in seconds; it learns little
+    python examples/adamerging.py --toy    # small experts and few steps, in a minute
 
 Layer-wise AdaMerging (Yang et al., "AdaMerging: Adaptive Model Merging for Multi-Task Learning",
 arXiv 2310.02575) merges the pre-trained model theta_0 and the experts theta_k into
@@ -41,7 +41,8 @@ from neulig_fast.demo import tasks
 from neulig_fast.demo.pipeline import Stages, make_experts
 from neulig_fast.demo.settings import DemoSettings, derived_seed
 
-STEPS, BATCH, RATE = 200, 16, 1e-3  # images per task and step; batch and rate are AdaMerging's
+STEPS, TOY_STEPS = 200, 10
+BATCH, RATE = 16, 1e-3  # images per task and step; batch and rate are AdaMerging's
 GRANULARITIES = ("layer", "tensor")  # its code has coefficients per tensor and says "layer-wise"
 Accuracy = dict[str, float]
 
@@ -144,6 +145,7 @@ def table(title: str, rows: Mapping[str, Accuracy], digits: int = 1) -> Table:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--toy", action="store_true", help="small experts in seconds, for a look")
+    parser.add_argument("--toy", action="store_true", help="small experts and few steps")
     toy = parser.parse_args().toy
-    run(DemoSettings.toy() if toy else DemoSettings(), STEPS, Console())
+    settings, steps = (DemoSettings.toy(), TOY_STEPS) if toy else (DemoSettings(), STEPS)
+    run(settings, steps, Console())
