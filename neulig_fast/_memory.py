@@ -1,4 +1,4 @@
-"""The CPU's memory: how much is free, and large pages for large results.
+"""Large pages for large results on the CPU.
 
 A result of hundreds of megabytes is fresh memory, which the system hands out and zeroes page by
 page as it is first written; in 4 KiB pages that takes far longer than a blend.
@@ -8,23 +8,14 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import re
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
 LEAST_BYTES = 1 << 25  # below, a few page faults are not worth a system call
 _LARGE_PAGE = 1 << 21
 _MADV_HUGEPAGE = 14
-
-
-def free_bytes() -> int:
-    """What Linux says it could hand out; elsewhere a guess of 8 GiB."""
-    path = Path("/proc/meminfo")
-    found = re.search(r"MemAvailable:\s*(\d+)", path.read_text() if path.is_file() else "")
-    return int(found[1]) * 1024 if found else 8 * 2**30
 
 
 @functools.cache

@@ -451,14 +451,14 @@ def test_chunks_of_an_epoch_give_the_bits_of_the_whole(monkeypatch):
 
 
 def test_heads_of_many_classes_are_used_themselves(monkeypatch):
-    """Products are kept up to four times the features' bytes, and a quarter of the free memory."""
+    """Products are kept up to four times the features' bytes, and up to a number of them."""
     data = tasks(torch.float32)
     assert Trainer(data, penalty(), settings()).cached is not None
     wide = [task._replace(head=Head(torch.randn(4 * D, D))) for task in data]
     trainer = Trainer(wide, penalty(), settings())
     assert trainer.cached is None
     trainer.run()
-    monkeypatch.setattr(steps, "free_bytes", lambda: 4000)
+    monkeypatch.setattr(steps, "_MOST_BYTES", 1000)
     assert Trainer(data, penalty(), settings()).cached is None
 
 

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from .._memory import free_bytes
 from ..ops.neulig_fit import neulig_fit
 from .portland import Portland
 
@@ -16,7 +15,9 @@ if TYPE_CHECKING:
     from .train import FitSettings, TaskData
 
 _ROWS = 1 << 12  # at a time, in the dtype of the sums
-_MOST = 4  # times the features' bytes that products may take: C = 1000 beside D = 512 in fp16
+# What products may take: times the features' bytes (C = 1000 beside D = 512 in fp16), and bytes. By
+# sizes alone, not by what is free: the two ways differ in the last bits, and a fit has one result.
+_MOST, _MOST_BYTES = 4, 1 << 32
 # Times a row is read, on average, so that products repay themselves: they cost N D C
 # multiplications a row, and a use saves 2 D C and a share of many small calls.
 _LEAST_USES = 2
@@ -73,7 +74,7 @@ def products_of(
     uses = settings.starts * settings.epochs * rounds * settings.batch_size * len(tasks)
     if uses < _LEAST_USES * sum(map(len, features)):
         return None
-    if size > _MOST * sum(z.nbytes for z in features) or size > free_bytes() // 4:
+    if size > min(_MOST * sum(z.nbytes for z in features), _MOST_BYTES):
         return None
     made = Products([], [], [])
     for task in tasks:
