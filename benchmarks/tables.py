@@ -25,7 +25,7 @@ PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md")
 FIGURES = ROOT / "docs" / "figures"
 _BLOCK = re.compile(r"(<!-- rows: ([\w-]+) -->\n).*?(<!-- end of rows -->)", flags=re.S)
 _CASE = ("op", "shape", "N", "K", "S", "dtype", "threads")
-_LEVEL = 0.03  # medians of shared machines differ by that much from run to run
+_LEVEL = 0.03  # less of a difference is no lead: medians move from run to run
 _OTHERS = ("torch.compile", "torch._foreach", "flat matmul", "python loop")
 
 

@@ -27,10 +27,9 @@
 namespace neulig_fast {
 namespace {
 
-// Chosen on a 2-core AMD EPYC (Zen 5, AVX-512), N = 5 in fp32, 2026-11-22.
 // Experts one kernel reads side by side. Their number is a template argument, so each expert's load
 // is an instruction of its own, by which the hardware prefetchers follow it; one load instruction
-// for all experts, or expert after expert over a tile in L1, ran at about half the speed. Beyond
+// for all experts, or expert after expert over a tile in L1, is slower. Beyond
 // 16, groups of 16 over one tile beat all at once.
 constexpr int kMaxExperts = 16;
 constexpr int64_t kItemTiles = 16;  // tiles a thread takes at a time

@@ -26,8 +26,8 @@ namespace neulig_fast {
 namespace {
 
 constexpr int kLaneCount = 16;  // columns of one step, and partial sums of one block
-// Experts one kernel reads side by side, each with a load instruction and lanes of its own. 16 are
-// as fast in fp32 and would double the code (2-core AMD EPYC, Zen 5, 2026-11-22).
+// Experts one kernel reads side by side, each with a load instruction and lanes of its own. 16
+// would double the code.
 constexpr int kMaxExperts = 8;
 constexpr int64_t kBlock = 4096;
 constexpr int64_t kItem = 16 * kBlock;  // columns a thread takes at a time
@@ -40,7 +40,7 @@ struct Dots {
   const T* grad;
   double* sums;     // one per expert, added to
   int64_t columns;  // a multiple of kLaneCount
-  const T* ahead;   // gradients to fetch into the cache meanwhile (K = 8: 1.17x)
+  const T* ahead;   // gradients to fetch into the cache meanwhile
 };
 
 template <typename T, int kExperts>
@@ -110,7 +110,7 @@ struct WeightGrad {
   }
 
   // sums (K, N). Each block is read once and serves all gradient rows from cache. With one row,
-  // groups of experts take longer strides (N = 16, bf16: 31 GB/s instead of 25; fp32 alike).
+  // groups of experts take longer strides, which the hardware's prefetching likes better.
   void item(const Item& item, double* sums) const {
     const int64_t stretch = shape.outputs == 1 ? 4 * kBlock : kBlock;
     for (int64_t begin = item.begin; begin < item.end; begin += stretch)

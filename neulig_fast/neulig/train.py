@@ -209,8 +209,8 @@ class Trainer:
             normalize=head.normalize,
             centered=self.centered,
         )
-        # The gradient's op by itself: autograd's way to it was a third of a step's time with
-        # N = 5, D = 128, B = 128 on one CPU core.
+        # The gradient's op by itself: of a small step, autograd's way to it takes a large
+        # share.
         _, weight.grad, bias.grad, *_ = torch.ops.neulig_fast.neulig_loss_backward.default(
             *(self.one, None, None, None, out.coopvec, features, weight),
             *(head.weight, head.bias, targets, self.matrix),
