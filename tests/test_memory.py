@@ -1,5 +1,6 @@
 """Large pages: asked for where they help, and only there."""
 
+import mmap
 import sys
 from pathlib import Path
 
@@ -31,7 +32,8 @@ def asked_for_large_pages(address):
 
 @needs_large_pages
 def test_a_large_fresh_tensor_gets_large_pages():
-    tensor = torch.empty(_memory.LEAST_BYTES + 12345, dtype=torch.uint8)
+    # A mapping of its own: an allocator may hand out pages that an earlier tensor asked for.
+    tensor = torch.frombuffer(mmap.mmap(-1, _memory.LEAST_BYTES + 12345), dtype=torch.uint8)
     middle = tensor.data_ptr() + tensor.nbytes // 2
     assert not asked_for_large_pages(middle)
     assert _memory.large_pages(tensor) is tensor
