@@ -6,6 +6,10 @@ from .blend_ import blend_
 from .blend_lists import blend_lists
 from .blend_telemetry import BlendTelemetry, blend_telemetry
 from .blend_weight_grad import blend_weight_grad
+from .expert_layer_norm import expert_layer_norm
+from .expert_linear import expert_linear
+from .mixture_layer_norm import mixture_layer_norm
+from .mixture_linear import mixture_linear
 from .neulig_fit import neulig_fit
 from .neulig_loss import NeuLigLoss, neulig_loss
 from .offset_gram import offset_gram
@@ -19,6 +23,10 @@ __all__ = [
     "blend_lists_",
     "blend_telemetry",
     "blend_weight_grad",
+    "expert_layer_norm",
+    "expert_linear",
+    "mixture_layer_norm",
+    "mixture_linear",
     "neulig_fit",
     "neulig_loss",
     "offset_gram",

@@ -1,0 +1,63 @@
+"""What the layers of N experts share: checks of weight (N, ...), bias and coefficients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from .. import _checks
+
+
+def weight_faults(x: Tensor, weight: Tensor, bias: Tensor | None, rank: int) -> list[str]:
+    """What is wrong with a layer's tensors beside their sizes.
+
+    Args:
+        rank: of ``weight``, (N, O, I) or (N, D); ``bias`` is (N, O) or (N, D).
+    """
+    found = []
+    if x.dtype not in _checks.FLOAT_DTYPES:
+        found.append(f"x must be fp32, bf16, fp16 or fp64, got {x.dtype}")
+    form, out = ("(N, O, I)", "(N, O)") if rank == 3 else ("(N, D)", "(N, D)")
+    if weight.ndim != rank or weight.shape[0] < 1:
+        found.append(f"weight must be {form} with N >= 1, got {_checks.shape(weight)}")
+    elif bias is not None and bias.shape != weight.shape[:2]:
+        wanted = _checks.shape(weight.shape[:2])
+        found.append(f"bias must be {out} = {wanted}, got {_checks.shape(bias)}")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is None:
+            continue
+        if tensor.dtype != x.dtype:
+            found.append(f"{name} must be {x.dtype} like x, got {tensor.dtype}")
+        if tensor.device != x.device:
+            found.append(f"{name} must be on {x.device} like x, got {tensor.device}")
+    for name, tensor in (("x", x), ("weight", weight), ("bias", bias)):
+        if tensor is not None:
+            found += _checks.layout_faults(name, tensor)
+    return found
+
+
+def coef_faults(x: Tensor, weight: Tensor, coef: Tensor) -> list[str]:
+    """What is wrong with coefficients (B, N) of inputs (B, T, I)."""
+    found = _checks.layout_faults("coef", coef)
+    if not coef.is_floating_point():
+        found.append(f"coef must be floating point, got {coef.dtype}")
+    if coef.device != x.device:
+        found.append(f"coef must be on {x.device} like x, got {coef.device}")
+    if x.ndim and weight.ndim and tuple(coef.shape) != (x.shape[0], weight.shape[0]):
+        wanted = f"(B, N) = ({x.shape[0]}, {weight.shape[0]})"
+        found.append(f"coef must be {wanted}, got {_checks.shape(coef)}")
+    return found
+
+
+def like(tensor: Tensor, name: str, x: Tensor) -> Iterator[str]:
+    """What is wrong with a tensor that has to be of x's shape, dtype and device."""
+    if tensor.shape != x.shape:
+        yield f"{name} must be {_checks.shape(x)} like x, got {_checks.shape(tensor)}"
+    if tensor.dtype != x.dtype or tensor.device != x.device:
+        yield f"{name} must be {x.dtype} on {x.device} like x, got {tensor.dtype}, {tensor.device}"
+
+
+def weighted(w: Tensor, term: Tensor) -> Tensor:
+    """``w * term``, and zero where w is zero: such an expert takes no part, not even its NaN."""
+    return w * term.masked_fill((w == 0) & ~term.isfinite(), 0)
