@@ -39,7 +39,7 @@ def _gelu(approximate: str) -> Activation:
     )
 
 
-# By the names the kernels know; the order is that of csrc/common/activation.h.
+# The order is that of csrc/cpu/activation.h.
 ACTIVATIONS: dict[str | None, Activation] = {
     None: Activation(lambda pre: pre, lambda grad, pre: grad, 1.0),
     "relu": Activation(F.relu, lambda grad, pre: grad * (pre > 0), 1.0),
@@ -47,6 +47,11 @@ ACTIVATIONS: dict[str | None, Activation] = {
     "gelu_tanh": _gelu("tanh"),
     "quick_gelu": Activation(_quick_gelu, _quick_gelu_backward, 1.1),
 }
+
+
+def index(activation: str | None) -> int:
+    """The number by which kernels know an activation."""
+    return list(ACTIVATIONS).index(activation)
 
 
 def faults(activation: str | None) -> list[str]:

@@ -50,6 +50,14 @@ def coef_faults(x: Tensor, weight: Tensor, coef: Tensor) -> list[str]:
     return found
 
 
+def why_not(x: Tensor, weight: Tensor, bias: Tensor | None = None, *_: object) -> str | None:
+    """What fast backends ask of a layer's tensors: rows without gaps."""
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+            return f"{name}: rows are not contiguous (stride {tensor.stride(-1)})"
+    return None
+
+
 def like(tensor: Tensor, name: str, x: Tensor) -> Iterator[str]:
     """What is wrong with a tensor that has to be of x's shape, dtype and device."""
     if tensor.shape != x.shape:

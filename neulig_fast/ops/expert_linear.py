@@ -121,16 +121,26 @@ def _samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[tuple[A
     yield draw.normal(0, 3), draw.normal(2, 4, 3), draw.normal(2, 4), None
 
 
+def _prepare_cpu(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None
+) -> tuple[Any, ...]:
+    """The twin's arguments: x contiguous in the accumulation type."""
+    rows = x.to(_checks.accumulation_dtype(x.dtype)).contiguous()
+    return _fake(x, weight, bias), rows, weight, bias, _activation.index(activation)
+
+
 OP = Op(
     "expert_linear",
     "(Tensor x, Tensor weight, Tensor? bias=None, str? activation=None) -> Tensor",
+    native="(Tensor(a!) y, Tensor x, Tensor weight, Tensor? bias, int activation) -> ()",
     reference=expert_linear_reference,
     fake=_fake,
     faults=_faults,
-    order={"cpu": ("torch",), "cuda": ("torch",)},
+    order={"cpu": ("cpu", "torch"), "cuda": ("torch",)},
     samples=_samples,
     autograd=(_setup_context, _backward),
     differentiable=("x", "weight", "bias"),
     terms=lambda x, *_: x.shape[-1],
-    not_offered=dict.fromkeys(("cpu", "triton", "cuda"), "not written yet"),
+    not_offered=dict.fromkeys(("triton", "cuda"), "not written yet"),
 )
+OP.add_native("cpu", prepare=_prepare_cpu, why_not=_layers.why_not)

@@ -147,16 +147,28 @@ def _samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[tuple[A
     yield draw.normal(0, 2, 3), draw.normal(2, 4, 3), draw.normal(2, 4), draw.normal(0, 2), None
 
 
+def _prepare_cpu(
+    x: Tensor, weight: Tensor, bias: Tensor | None, coef: Tensor, activation: str | None = None
+) -> tuple[Any, ...]:
+    """The twin's arguments: x and coefficients contiguous in the accumulation type."""
+    acc = _checks.accumulation_dtype(x.dtype)
+    rows, w = x.to(acc).contiguous(), coef.to(acc).contiguous()
+    return _fake(x, weight, bias, coef), rows, weight, bias, w, _activation.index(activation)
+
+
 OP = Op(
     "mixture_linear",
     "(Tensor x, Tensor weight, Tensor? bias, Tensor coef, str? activation=None) -> Tensor",
+    native="(Tensor(a!) y, Tensor x, Tensor weight, Tensor? bias, Tensor coef, int activation) "
+    "-> ()",
     reference=mixture_linear_reference,
     fake=_fake,
     faults=_faults,
-    order={"cpu": ("torch",), "cuda": ("torch",)},
+    order={"cpu": ("cpu", "torch"), "cuda": ("torch",)},
     samples=_samples,
     autograd=(_setup_context, _backward),
     differentiable=("x", "weight", "bias", "coef"),
     terms=lambda x, weight, *_: weight.shape[0] * x.shape[2],
-    not_offered=dict.fromkeys(("cpu", "triton", "cuda"), "not written yet"),
+    not_offered=dict.fromkeys(("triton", "cuda"), "not written yet"),
 )
+OP.add_native("cpu", prepare=_prepare_cpu, why_not=_layers.why_not)
