@@ -34,7 +34,8 @@ def mixture_linear(
     coef: Tensor,
     *,
     activation: str | None = None,
-) -> Tensor:
+    skip_below: float | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
     """The layer above for a batch.
 
     Args:
@@ -43,9 +44,11 @@ def mixture_linear(
         bias: (N, O) or None.
         coef: (B, N), or (N,) for one merged model for the whole batch; any float dtype.
         activation: None, "relu", "gelu", "gelu_tanh" or "quick_gelu".
+        skip_below: take coefficients of smaller magnitude for zero, and say what that may cost.
 
     Returns:
-        (B, ..., O) in x's dtype. Differentiable in all tensors.
+        y (B, ..., O) in x's dtype. Differentiable in all tensors. With ``skip_below`` (y, bound):
+        no result of sample b is further than bound[b] from the exact one, roundings apart.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, all of them named.
@@ -56,8 +59,31 @@ def mixture_linear(
     one = coef.ndim == 1
     B, T, width = x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1]
     rows = x.reshape(1, B * T, width) if one else x.reshape(B, T, width)
-    y = OP(rows, weight, bias, coef[None] if one else coef, activation)
-    return y.view(*x.shape[:-1], y.shape[-1])
+    coef = coef[None] if one else coef
+    if skip_below is None:
+        y = OP(rows, weight, bias, coef, activation)
+        return y.view(*x.shape[:-1], y.shape[-1])
+    _checks.raise_all("mixture_linear", _faults(rows, weight, bias, coef, activation))
+    small = coef.abs() < skip_below
+    y = OP(rows, weight, bias, coef.masked_fill(small, 0), activation)
+    bound = _skip_bound(rows, weight, bias, coef.where(small, 0), activation)
+    return y.view(*x.shape[:-1], y.shape[-1]), bound.expand(B) if one else bound
+
+
+@torch.no_grad()
+def _skip_bound(
+    x: Tensor, weight: Tensor, bias: Tensor | None, skipped: Tensor, activation: str | None
+) -> Tensor:
+    """(B,): sum_i |skipped_bi| (max_t |x_bt| max_o |W_io| + max_o |b_io|) times the most that the
+    activation stretches, with Euclidean lengths of rows."""
+    acc = _checks.accumulation_dtype(x.dtype)
+    if 0 in (*x.shape, *weight.shape):
+        return x.new_zeros(x.shape[0], dtype=acc)
+    longest = torch.linalg.vector_norm(x, dim=2, dtype=acc).amax(1, keepdim=True)  # (B, 1)
+    most = longest * torch.linalg.vector_norm(weight, dim=2, dtype=acc).amax(1)  # (B, N)
+    if bias is not None:
+        most = most + bias.abs().amax(1).to(acc)
+    return (skipped.to(acc).abs() * most).sum(1) * _activation.ACTIVATIONS[activation].steepest
 
 
 def _faults(
