@@ -42,6 +42,8 @@ def faults(
 def normal(s: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """(s - mean) / deviation and deviation = sqrt(var + eps), row by row."""
     centred = s - s.mean(-1, keepdim=True)
+    # The mean of large values is rounded like them; that of what is left of them is not.
+    centred = centred - centred.mean(-1, keepdim=True)
     deviation = (centred.square().mean(-1, keepdim=True) + eps).sqrt()
     return centred / deviation, deviation
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .. import _checks
 from .._registry import Op
-from . import _layer_norm
+from . import _layer_norm, _layers
 from ._arena import Draw
 
 
@@ -106,16 +106,30 @@ def _samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[tuple[A
     yield draw.normal(4, 0, 8), draw.normal(4, 8), draw.normal(4, 8), 1e-5, None
 
 
+def _run_cpu(
+    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float,
+    residual: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The twin's arguments: rows contiguous."""
+    x, residual = x.contiguous(), None if residual is None else residual.contiguous()
+    y, s = torch.empty_like(x), x.new_empty(0 if residual is None else x.shape)
+    torch.ops.neulig_fast_C.expert_layer_norm.default(y, s, x, weight, bias, eps, residual)
+    return y, s
+
+
 OP = Op(
     "expert_layer_norm",
     "(Tensor x, Tensor weight, Tensor? bias, float eps, Tensor? residual=None) -> (Tensor, Tensor)",
+    native="(Tensor(a!) y, Tensor(b!) s, Tensor x, Tensor weight, Tensor? bias, float eps, "
+    "Tensor? residual=None) -> ()",
     reference=expert_layer_norm_reference,
     fake=_fake,
     faults=_faults,
-    order={"cpu": ("torch",), "cuda": ("torch",)},
+    order={"cpu": ("cpu", "torch"), "cuda": ("torch",)},
     samples=_samples,
     autograd=(_setup_context, _backward),
     differentiable=("x", "weight", "bias", "residual"),
     terms=lambda x, *_: x.shape[-1],
-    not_offered=dict.fromkeys(("cpu", "triton", "cuda"), "not written yet"),
+    not_offered=dict.fromkeys(("triton", "cuda"), "not written yet"),
 )
+OP.add_native("cpu", run=_run_cpu, why_not=_layers.why_not)

@@ -134,17 +134,32 @@ def _samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[tuple[A
     yield draw.normal(0, 4, 8), draw.normal(4, 8), draw.normal(4, 8), draw.normal(0, 4), 1e-5, None
 
 
+def _run_cpu(
+    x: Tensor, weight: Tensor, bias: Tensor | None, coef: Tensor, eps: float,
+    residual: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The twin's arguments: rows contiguous, coefficients in the accumulation type."""
+    x, residual = x.contiguous(), None if residual is None else residual.contiguous()
+    y, s = torch.empty_like(x), x.new_empty(0 if residual is None else x.shape)
+    w = coef.to(_checks.accumulation_dtype(x.dtype)).contiguous()
+    torch.ops.neulig_fast_C.mixture_layer_norm.default(y, s, x, weight, bias, w, eps, residual)
+    return y, s
+
+
 OP = Op(
     "mixture_layer_norm",
     "(Tensor x, Tensor weight, Tensor? bias, Tensor coef, float eps, Tensor? residual=None) "
     "-> (Tensor, Tensor)",
+    native="(Tensor(a!) y, Tensor(b!) s, Tensor x, Tensor weight, Tensor? bias, Tensor coef, "
+    "float eps, Tensor? residual=None) -> ()",
     reference=mixture_layer_norm_reference,
     fake=_fake,
     faults=_faults,
-    order={"cpu": ("torch",), "cuda": ("torch",)},
+    order={"cpu": ("cpu", "torch"), "cuda": ("torch",)},
     samples=_samples,
     autograd=(_setup_context, _backward),
     differentiable=("x", "weight", "bias", "coef", "residual"),
     terms=lambda x, weight, *_: x.shape[-1] * weight.shape[0],
-    not_offered=dict.fromkeys(("cpu", "triton", "cuda"), "not written yet"),
+    not_offered=dict.fromkeys(("triton", "cuda"), "not written yet"),
 )
+OP.add_native("cpu", run=_run_cpu, why_not=_layers.why_not)
