@@ -17,7 +17,7 @@
 
 namespace neulig_fast {
 
-constexpr int64_t kNormRows = 16;  // rows a thread takes at a time
+constexpr int64_t kNormRows = 64;  // rows a thread takes at a time: mixing costs as much as a few
 constexpr int kNormStep = 16;      // columns of one step, and partial sums of a row
 
 template <typename T>
