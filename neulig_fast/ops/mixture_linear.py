@@ -153,10 +153,11 @@ OP = Op(
     reference=mixture_linear_reference,
     fake=_fake,
     faults=_faults,
-    order={"cpu": ("torch",), "cuda": ("torch",)},
+    order={"cpu": ("torch",), "cuda": ("triton", "torch")},
     samples=_samples,
     autograd=(_setup_context, _backward),
     differentiable=("x", "weight", "bias", "coef"),
     terms=lambda x, weight, *_: weight.shape[0] * x.shape[2],
-    not_offered=dict.fromkeys(("cpu", "triton", "cuda"), "not written yet"),
+    not_offered=dict.fromkeys(("cpu", "cuda"), "not written yet"),
 )
+OP.add_triton()
