@@ -33,14 +33,17 @@ class Tile:
     group: int = 8
 
 
-def product_tile(dtype: torch.dtype, rows: int, columns: int, *, tf32: bool, sums: int = 1) -> Tile:
+def product_tile(
+    dtype: torch.dtype, rows: int, columns: int, unit: int, *, tf32: bool, sums: int = 1
+) -> Tile:
     """The tile for a product (rows, I) x (I, columns): a pure function of its arguments.
 
-    ``tf32``: whether fp32 is multiplied by tensor cores. Without, and in fp64, tiles are smaller:
-    factors and sums take more registers. ``sums``: how many of a tile are kept at once.
+    ``unit``: values that one access may take. ``tf32``: whether fp32 is multiplied by tensor cores.
+    Without, in fp64, and of rows that 16-byte accesses cut, tiles are smaller: factors, sums and
+    addresses take more registers. ``sums``: how many of a tile are kept at once.
     """
     heavy = dtype == torch.float64 or (dtype == torch.float32 and not tf32)
-    most = 64 if heavy else 128
+    most = 64 if heavy or unit * dtype.itemsize < 16 else 128
     tall = 16 if rows <= 16 else min(64 if rows <= 64 else 128, most)
     wide = 64 if tall == 16 or columns <= 64 else most
     registers = sums * tall * wide * (2 if heavy else 1)

@@ -100,7 +100,6 @@ def launches(
     """What :func:`expert_linear` launches for this call."""
     (N, height, width), R = weight.shape, x.shape[-2]
     multiply = precision(x.dtype)
-    tile = tile or product_tile(x.dtype, R, height, tf32=multiply == "tf32")
     strides = (
         stride(x, 0) if x.ndim == 3 else 0,
         stride(x, -2),
@@ -108,6 +107,7 @@ def launches(
         stride(weight, 1),
     )
     unit = alignment(math.gcd(*strides))
+    tile = tile or product_tile(x.dtype, R, height, unit, tf32=multiply == "tf32")
     options = {
         "HEIGHT": height,
         "WIDTH": width,

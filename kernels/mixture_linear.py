@@ -152,9 +152,9 @@ def launches(
     """What :func:`mixture_linear` launches for this call, samples with models of their own."""
     (N, height, width), (_, T, _) = weight.shape, x.shape
     R, multiply = out.numel() // height, precision(x.dtype)
-    tile = tile or product_tile(x.dtype, R, height, tf32=multiply == "tf32", sums=2)
     strides = stride(x, 0), stride(x, 1), stride(weight, 0), stride(weight, 1)
     unit = alignment(math.gcd(*strides))
+    tile = tile or product_tile(x.dtype, R, height, unit, tf32=multiply == "tf32", sums=2)
     options = {
         "N": N,
         "HEIGHT": height,

@@ -62,12 +62,12 @@ def _faults(
 def expert_layer_norm_reference(
     x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, residual: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The formula. Without a residual the second result is empty."""
+    """The formula, contiguous. Without a residual the second result is empty."""
     acc = _checks.accumulation_dtype(x.dtype)
     s = x if residual is None else x + residual
     shift = None if bias is None else bias[:, None].to(acc)
     y = _layer_norm.normalise(s.to(acc), weight[:, None].to(acc), shift, eps)
-    return y.to(x.dtype), x.new_empty(0) if residual is None else s
+    return y.to(x.dtype).contiguous(), x.new_empty(0) if residual is None else s.contiguous()
 
 
 def _fake(

@@ -67,14 +67,14 @@ def mixture_layer_norm_reference(
     x: Tensor, weight: Tensor, bias: Tensor | None, coef: Tensor, eps: float,
     residual: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The formula. Without a residual the second result is empty."""
+    """The formula, contiguous. Without a residual the second result is empty."""
     acc = _checks.accumulation_dtype(x.dtype)
     s = x if residual is None else x + residual
     w = coef.to(acc)
     gain = mixed(w, weight.to(acc))[:, None]
     shift = None if bias is None else mixed(w, bias.to(acc))[:, None]
     y = _layer_norm.normalise(s.to(acc), gain, shift, eps)
-    return y.to(x.dtype), x.new_empty(0) if residual is None else s
+    return y.to(x.dtype).contiguous(), x.new_empty(0) if residual is None else s.contiguous()
 
 
 def mixed(w: Tensor, values: Tensor) -> Tensor:
