@@ -46,7 +46,7 @@ def product_tile(
     most = 64 if heavy or unit * dtype.itemsize < 16 else 128
     tall = 16 if rows <= 16 else min(64 if rows <= 64 else 128, most)
     wide = 64 if tall == 16 or columns <= 64 else most
-    registers = sums * tall * wide * (2 if heavy else 1)
+    registers = sums * tall * wide * (dtype.itemsize // 2 if heavy else 1)
     depth = 128 // dtype.itemsize  # a cache line of every row
     return Tile(tall, wide, depth, num_warps=8 if registers > 64 * 128 else 4, stages=3)
 

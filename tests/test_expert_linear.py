@@ -126,6 +126,16 @@ def test_a_row_knows_nothing_of_the_others(device, backend):
     assert torch.equal(run(backend, x, weight)[:, 3, 2], run(backend, other, weight)[:, 3, 2])
 
 
+@pytest.mark.parametrize("sizes", [(1, 2, 16), (17, 40, 64), (65, 70, 150)], ids=str)
+def test_triton_gives_a_row_the_same_bits_in_batches_of_one_class(sizes):
+    if (reason := OP.why_not("triton", "cuda")) is not None:
+        pytest.skip(reason)  # products of the interpreter, NumPy's, depend on a row's place
+    x, weight = torch.randn(1, 150, 40).cuda(), torch.randn(1, 70, 40).cuda()
+    whole = run("triton", x[:, -sizes[-1] :], weight)
+    for rows in sizes:  # the last ones, at other places in their tiles
+        assert torch.equal(run("triton", x[:, -rows:], weight), whole[..., -rows:, :])
+
+
 @on_every_backend
 def test_an_expert_knows_nothing_of_the_others(device, backend):
     x, weight = torch.randn(1, 20, 6).to(device), torch.randn(3, 5, 6).to(device)

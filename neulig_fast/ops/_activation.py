@@ -39,7 +39,7 @@ def _gelu(approximate: str) -> Activation:
     )
 
 
-# By the names the kernels know; the order is that of csrc/common/activation.h.
+# By the names that kernels/_gemm.py knows too.
 ACTIVATIONS: dict[str | None, Activation] = {
     None: Activation(lambda pre: pre, lambda grad, pre: grad, 1.0),
     "relu": Activation(F.relu, lambda grad, pre: grad * (pre > 0), 1.0),
