@@ -187,6 +187,25 @@ def why_not_arena(
     return None
 
 
+def why_not_layer(
+    x: torch.Tensor, weight: torch.Tensor, **others: torch.Tensor | None
+) -> str | None:
+    """Why a kernel cannot read the tensors of a layer, weight (N, ...); None when it can."""
+    if (reason := missing(x.device.type)) is not None:
+        return reason
+    if weight.shape[0] > MAX_EXPERTS:
+        return f"{weight.shape[0]} experts, more than {MAX_EXPERTS}"
+    for name, tensor in {"x": x, "weight": weight, **others}.items():
+        if tensor is not None and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+            return f"{name}'s columns are not contiguous (stride {tensor.stride(-1)})"
+    return None
+
+
+def stride(tensor: torch.Tensor, dim: int) -> int:
+    """Its stride, and zero where there is nothing to stride to."""
+    return tensor.stride(dim) if tensor.shape[dim] > 1 else 0
+
+
 def require(op: str, reason: str | None) -> None:
     """ValueError if there is a reason why ``op`` cannot run."""
     if reason is not None:

@@ -39,6 +39,7 @@ def test_triton_kernels_compile_without_spills_and_with_wide_accesses():
     assert done.returncode == 0, done.stdout + done.stderr
     assert "skipped: nvcc kernels" in done.stdout and ", 0 with faults" in done.stdout
     assert "blend bfloat16 N8 K4 S302" in done.stdout
+    assert "mixture_linear bfloat16 1600x768x3072" in done.stdout
 
 
 @pytest.mark.slow
@@ -111,6 +112,37 @@ def test_stores_of_another_type_may_be_narrow_and_loads_may_not():
     found = kernel(loads={64: 10})
     found.check_blend(5, narrow_stores=True)
     assert found.faults == ["narrow accesses on the main path of 5 experts"]
+
+
+@pytest.mark.parametrize(
+    "arch, rows, products, fault",
+    [
+        (80, 128, {"HMMA": 8}, None),
+        (90, 128, {"HGMMA": 8}, None),
+        (100, 64, {"UTCHMMA": 8}, None),
+        (90, 16, {"HMMA": 8}, None),
+        (90, 64, {"HMMA": 8}, "no HGMMA in tiles of 64 rows"),
+        (80, 16, {}, "no HMMA in tiles of 16 rows"),
+    ],
+)
+def test_products_without_tensor_cores_are_found(arch, rows, products, fault):
+    found = kernel(arch=arch, products=products)
+    found.check_tensor_cores(rows)
+    assert found.faults == ([fault] if fault else [])
+
+
+@pytest.mark.parametrize(
+    "changes, fault",
+    [
+        ({"registers": 255, "shared": 232448}, None),
+        ({"registers": 257}, "67584 registers in 8 warps, of 65536"),
+        ({"shared": 232449}, "232449 bytes of shared memory, of 232448"),
+    ],
+)
+def test_kernels_that_no_multiprocessor_holds_are_found(changes, fault):
+    found = kernel(**changes)
+    found.check_fits(num_warps=8)
+    assert found.faults == ([fault] if fault else [])
 
 
 SASS = """

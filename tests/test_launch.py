@@ -1,5 +1,6 @@
 """How Triton kernels are launched, and what is left of them where Triton is not installed."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from neulig_fast import testing
-from neulig_fast.kernels import _launch
+from neulig_fast.kernels import _launch, _tiles
 from neulig_fast.kernels._launch import config
 from neulig_fast.kernels._segments import search_steps
 
@@ -36,6 +37,37 @@ def test_configurations_are_possible(op, dtype):
                 assert c.block % c.lanes == 0 and 1 <= c.experts <= 8 and 1 <= c.held <= 8
     with pytest.raises(ValueError, match="'blond' has no kernel"):
         config("blond", dtype, 1, 1)
+
+
+def power_of_2(n):
+    return n > 0 and n & (n - 1) == 0
+
+
+@pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
+@pytest.mark.parametrize("tf32", [False, True])
+def test_tiles_of_layers_are_possible(dtype, tf32):
+    for rows, columns in itertools.product((1, 16, 17, 64, 65, 5000), (1, 64, 65, 4096)):
+        for unit, sums in itertools.product((1, 4, 16), (1, 2)):
+            t = _tiles.product_tile(dtype, rows, columns, unit, tf32=tf32, sums=sums)
+            assert all(map(power_of_2, (t.rows, t.columns, t.depth, t.num_warps)))
+            assert 16 <= t.rows <= 128 and t.depth >= 16  # what tensor cores multiply
+            sum_registers = sums * t.rows * t.columns * max(dtype.itemsize, 4) // 4
+            assert sum_registers <= 128 * 32 * t.num_warps  # half of what a thread has
+            staged = t.stages * (t.rows + t.columns) * t.depth * dtype.itemsize
+            assert staged <= 100_000  # of an A100's 163 KiB
+    for width in (2**k for k in range(15)):
+        for rows in (1, 2, 50, 257):
+            held, num_warps = _tiles.norm_rows(dtype, width, rows)
+            assert power_of_2(held) and power_of_2(num_warps) and num_warps <= 16
+            assert held < 2 * rows and (held == 1 or held * width <= 4096)
+
+
+def test_merging_first_pays_for_many_rows_of_many_experts():
+    for dtype in testing.DTYPES:
+        for tf32 in (False, True):
+            pays = [_tiles.merges_first(dtype, rows, 5, tf32=tf32) for rows in range(200)]
+            assert pays == sorted(pays) and not pays[1] and pays[-1]  # once it pays, it does
+            assert not _tiles.merges_first(dtype, 10**6, 1, tf32=tf32)  # one expert is merged
 
 
 def test_alignment_and_search_steps():

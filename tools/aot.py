@@ -2,9 +2,11 @@
 
 Triton kernels exactly as their launchers launch them, and csrc/cuda/*.cu with nvcc, for sm_80,
 sm_90 and sm_100: one line per kernel with its registers, spills, stack and global accesses
-by width in bits. Exit status 1 if a kernel spills or has a stack frame, if `blend` reads or writes
-its main path in less than 128 bits or contracts a multiplication and an addition, or if a jitted
-function is reached by no kernel. What cannot be done here (no triton, no nvcc) is said, not hidden.
+by width in bits. Exit status 1 if a kernel spills, has a stack frame or, by Triton, more registers
+or shared memory than a multiprocessor, if `blend` reads or writes its main path in less than 128
+bits or contracts a multiplication and an addition, if a linear layer does not multiply by its
+architecture's tensor cores, or if a jitted function is reached by no kernel. What cannot be done
+here (no triton, no nvcc) is said, not hidden.
 """
 
 from __future__ import annotations

@@ -11,6 +11,9 @@ import subprocess
 from pathlib import Path
 
 HEADER = f"{'kernel':52} {'arch':>4} {'regs':>4} {'stack':>5} {'spills':>6} {'shared':>6}  accesses"
+# What multiplies matrices in a tile of 64 rows or more; smaller ones take HMMA everywhere.
+TENSOR_CORES = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
+REGISTERS, SHARED = 65536, {80: 166912, 90: 232448, 100: 232448}  # of a program, at most
 WIDTHS = {".128": 128, ".64": 64, ".U16": 16, ".S16": 16, ".U8": 8, ".S8": 8}
 
 
@@ -18,8 +21,9 @@ WIDTHS = {".128": 128, ".64": 64, ".U16": 16, ".S16": 16, ".U8": 8, ".S8": 8}
 class CompiledKernel:
     """One kernel of a cubin.
 
-    ``spills`` counts accesses to local memory and ``fused`` fused multiply-adds; ``loads``, to
-    registers or to shared memory, and ``stores`` are those of global memory by their width in bits.
+    ``spills`` counts accesses to local memory, ``fused`` fused multiply-adds and ``products`` those
+    of matrices, by instruction; ``loads``, to registers or to shared memory, and ``stores`` are
+    those of global memory by their width in bits.
     """
 
     name: str
@@ -31,6 +35,7 @@ class CompiledKernel:
     fused: int
     loads: dict[int, int]
     stores: dict[int, int]
+    products: dict[str, int] = dataclasses.field(default_factory=dict)
     faults: list[str] = dataclasses.field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -54,6 +59,20 @@ class CompiledKernel:
         """Fault a kernel that does not load ``experts`` rows in 128 bits."""
         if self.loads.get(128, 0) < experts:
             self.faults.append(f"narrow loads on the main path of {experts} experts")
+
+    def check_tensor_cores(self, rows: int) -> None:
+        """Fault a kernel whose tiles of ``rows`` rows are not multiplied as fast as can be."""
+        wanted = TENSOR_CORES[self.arch] if rows >= 64 else "HMMA"
+        if not self.products.get(wanted):
+            self.faults.append(f"no {wanted} in tiles of {rows} rows")
+
+    def check_fits(self, num_warps: int) -> None:
+        """Fault a kernel that no multiprocessor has room for: its launch would fail."""
+        registers = 32 * num_warps * -(-self.registers // 8) * 8
+        if registers > REGISTERS:
+            self.faults.append(f"{registers} registers in {num_warps} warps, of {REGISTERS}")
+        if self.shared > SHARED[self.arch]:
+            self.faults.append(f"{self.shared} bytes of shared memory, of {SHARED[self.arch]}")
 
     def line(self) -> str:
         return (
@@ -109,6 +128,7 @@ def inspect(binary: Path, arch: int) -> list[CompiledKernel]:
                 fused=len(re.findall(r"\b(?:FFMA|DFMA)\b", sass)),
                 loads=accesses(sass, "LDG(?:STS)?"),
                 stores=accesses(sass, "STG"),
+                products=dict(collections.Counter(re.findall(r"\b(?:HMMA|HGMMA|UTCHMMA)\b", sass))),
             )
         )
     return kernels

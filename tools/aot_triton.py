@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import aot_layers
 import torch
 from aot_sass import CompiledKernel, find_cuobjdump, inspect
 
@@ -174,7 +175,29 @@ def compile_all(arch: int, dtypes: Sequence[str], few: bool = False) -> list[Com
     for (dtype, out, seed), case in itertools.product(CONVERSIONS, cases):
         conversion = getattr(torch, out), seed
         kernels += compile_case("blend", modules["blend"], dtype, case, arch, *conversion)
+    for case_name, launch, check in aot_layers.cases(modules, dtypes, few):
+        if (kernel := compile_launch(launch, arch)) is not None:
+            kernel.name += f" {case_name}"
+            check(kernel)
+            kernels.append(kernel)
     return kernels
+
+
+def compile_launch(launch: Any, arch: int) -> CompiledKernel | None:
+    """What a launch is compiled to, under its kernel's name; None if that was looked at before."""
+    compiled = launch.kernel.warmup(*launch.arguments, grid=(launch.programs,), **launch.options)
+    if compiled.hash in hashes:
+        return None
+    hashes.add(compiled.hash)
+    compiled_kernels.append(launch.kernel)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        (kernel,) = inspect(Path(file.name), arch)
+    kernel.name = launch.kernel.__name__.removesuffix("_kernel")
+    kernel.shared = compiled.metadata.shared  # the cubin knows only what is not dynamic
+    kernel.check_fits(compiled.metadata.num_warps)
+    return kernel
 
 
 def compile_case(
@@ -182,18 +205,9 @@ def compile_case(
 ) -> Iterator[CompiledKernel]:
     n, k, s, p = case
     for launch in CALLS[name](module, getattr(torch, dtype), *case, *conversion):
-        compiled = launch.kernel.warmup(
-            *launch.arguments, grid=(launch.programs,), **launch.options
-        )
-        if compiled.hash in hashes:
+        if (kernel := compile_launch(launch, arch)) is None:
             continue
-        hashes.add(compiled.hash)
-        compiled_kernels.append(launch.kernel)
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            file.write(compiled.asm["cubin"])
-            file.flush()
-            (kernel,) = inspect(Path(file.name), arch)
-        title = launch.kernel.__name__.removesuffix("_kernel")
+        title = kernel.name
         kernel.name = f"{title} {dtype} N{n} K{k} S{s}" + ("" if p == P else f" P+{p - P}")
         if conversion:
             kernel.name += f" to {conversion[0]}".replace("torch.", "") + " seeded" * bool(
@@ -213,7 +227,7 @@ def complaints() -> list[str]:
 
     modules = kernel_modules()
     found = [f"kernels/{m}.py has no case in {Path(__file__).name}" for m in modules
-             if m[0] != "_" and m not in CALLS]  # fmt: skip
+             if m[0] != "_" and m not in CALLS and m not in aot_layers.CALLED]  # fmt: skip
     jitted = {
         value
         for module in modules.values()

@@ -39,7 +39,7 @@ def _gelu(approximate: str) -> Activation:
     )
 
 
-# The order is that of csrc/cpu/activation.h.
+# The order is that of csrc/cpu/activation.h; kernels/_gemm.py knows the names.
 ACTIVATIONS: dict[str | None, Activation] = {
     None: Activation(lambda pre: pre, lambda grad, pre: grad, 1.0),
     "relu": Activation(F.relu, lambda grad, pre: grad * (pre > 0), 1.0),

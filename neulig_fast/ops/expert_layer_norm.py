@@ -62,18 +62,18 @@ def _faults(
 def expert_layer_norm_reference(
     x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, residual: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The formula. Without a residual the second result is empty."""
+    """The formula, contiguous. Without a residual the second result is empty."""
     acc = _checks.accumulation_dtype(x.dtype)
     s = x if residual is None else x + residual
     shift = None if bias is None else bias[:, None].to(acc)
     y = _layer_norm.normalise(s.to(acc), weight[:, None].to(acc), shift, eps)
-    return y.to(x.dtype), x.new_empty(0) if residual is None else s
+    return y.to(x.dtype).contiguous(), x.new_empty(0) if residual is None else s.contiguous()
 
 
 def _fake(
     x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, residual: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), x.new_empty(0 if residual is None else x.shape)
+    return x.new_empty(x.shape), x.new_empty(0 if residual is None else x.shape)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -125,11 +125,12 @@ OP = Op(
     reference=expert_layer_norm_reference,
     fake=_fake,
     faults=_faults,
-    order={"cpu": ("cpu", "torch"), "cuda": ("torch",)},
+    order={"cpu": ("cpu", "torch"), "cuda": ("triton", "torch")},
     samples=_samples,
     autograd=(_setup_context, _backward),
     differentiable=("x", "weight", "bias", "residual"),
     terms=lambda x, *_: x.shape[-1],
-    not_offered=dict.fromkeys(("triton", "cuda"), "not written yet"),
+    not_offered={"cuda": "not written yet"},
 )
 OP.add_native("cpu", run=_run_cpu, why_not=_layers.why_not)
+OP.add_triton(run=_layers.triton("expert_layer_norm"))

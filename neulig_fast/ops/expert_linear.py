@@ -46,7 +46,7 @@ def expert_linear(
         )
     B, T, width = x.shape[-3:]
     y = OP(x.reshape(*x.shape[:-3], B * T, width), weight, bias, activation)
-    return y.view(-1, B, T, y.shape[-1])
+    return y.view(y.shape[0], B, T, y.shape[-1])
 
 
 def _faults(
@@ -136,11 +136,12 @@ OP = Op(
     reference=expert_linear_reference,
     fake=_fake,
     faults=_faults,
-    order={"cpu": ("cpu", "torch"), "cuda": ("torch",)},
+    order={"cpu": ("cpu", "torch"), "cuda": ("triton", "torch")},
     samples=_samples,
     autograd=(_setup_context, _backward),
     differentiable=("x", "weight", "bias"),
     terms=lambda x, *_: x.shape[-1],
-    not_offered=dict.fromkeys(("triton", "cuda"), "not written yet"),
+    not_offered={"cuda": "not written yet"},
 )
 OP.add_native("cpu", prepare=_prepare_cpu, why_not=_layers.why_not)
+OP.add_triton(run=_layers.triton("expert_linear"))

@@ -67,14 +67,14 @@ def mixture_layer_norm_reference(
     x: Tensor, weight: Tensor, bias: Tensor | None, coef: Tensor, eps: float,
     residual: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The formula. Without a residual the second result is empty."""
+    """The formula, contiguous. Without a residual the second result is empty."""
     acc = _checks.accumulation_dtype(x.dtype)
     s = x if residual is None else x + residual
     w = coef.to(acc)
     gain = mixed(w, weight.to(acc))[:, None]
     shift = None if bias is None else mixed(w, bias.to(acc))[:, None]
     y = _layer_norm.normalise(s.to(acc), gain, shift, eps)
-    return y.to(x.dtype), x.new_empty(0) if residual is None else s
+    return y.to(x.dtype).contiguous(), x.new_empty(0) if residual is None else s.contiguous()
 
 
 def mixed(w: Tensor, values: Tensor) -> Tensor:
@@ -89,7 +89,7 @@ def _fake(
     x: Tensor, weight: Tensor, bias: Tensor | None, coef: Tensor, eps: float,
     residual: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return torch.empty_like(x), x.new_empty(0 if residual is None else x.shape)
+    return x.new_empty(x.shape), x.new_empty(0 if residual is None else x.shape)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -155,11 +155,12 @@ OP = Op(
     reference=mixture_layer_norm_reference,
     fake=_fake,
     faults=_faults,
-    order={"cpu": ("cpu", "torch"), "cuda": ("torch",)},
+    order={"cpu": ("cpu", "torch"), "cuda": ("triton", "torch")},
     samples=_samples,
     autograd=(_setup_context, _backward),
     differentiable=("x", "weight", "bias", "coef", "residual"),
     terms=lambda x, weight, *_: x.shape[-1] * weight.shape[0],
-    not_offered=dict.fromkeys(("triton", "cuda"), "not written yet"),
+    not_offered={"cuda": "not written yet"},
 )
 OP.add_native("cpu", run=_run_cpu, why_not=_layers.why_not)
+OP.add_triton(run=_layers.triton("mixture_layer_norm"))

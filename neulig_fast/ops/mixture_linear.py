@@ -190,11 +190,12 @@ OP = Op(
     reference=mixture_linear_reference,
     fake=_fake,
     faults=_faults,
-    order={"cpu": ("cpu", "torch"), "cuda": ("torch",)},
+    order={"cpu": ("cpu", "torch"), "cuda": ("triton", "torch")},
     samples=_samples,
     autograd=(_setup_context, _backward),
     differentiable=("x", "weight", "bias", "coef"),
     terms=lambda x, weight, *_: weight.shape[0] * x.shape[2],
-    not_offered=dict.fromkeys(("triton", "cuda"), "not written yet"),
+    not_offered={"cuda": "not written yet"},
 )
 OP.add_native("cpu", prepare=_prepare_cpu, why_not=_layers.why_not)
+OP.add_triton(run=_layers.triton("mixture_linear"))

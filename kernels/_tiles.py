@@ -1,0 +1,75 @@
+"""How the kernels of layers are cut into programs: the one place that chooses their tiles.
+
+No choice here is measured: tiles are the largest that AOT compiling shows free of spills on every
+architecture, and smaller ones where there are few rows or columns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ._launch import triton
+
+# Bytes of a row, in the type of sums, that a program of a layer norm holds in registers; where it
+# mixes gains, which takes as many again, half of that.
+WIDEST_NORM = 65536
+
+
+@dataclass(frozen=True)
+class Tile:
+    """``rows`` x ``columns`` of a product are a program's, summed ``depth`` terms at a time.
+
+    ``group`` tiles of rows go over the columns side by side, so that the weights they share stay in
+    cache. Loads run ``stages`` steps ahead.
+    """
+
+    rows: int
+    columns: int
+    depth: int
+    num_warps: int
+    stages: int
+    group: int = 8
+
+
+def product_tile(
+    dtype: torch.dtype, rows: int, columns: int, unit: int, *, tf32: bool, sums: int = 1
+) -> Tile:
+    """The tile for a product (rows, I) x (I, columns): a pure function of its arguments.
+
+    ``unit``: values that one access may take. ``tf32``: whether fp32 is multiplied by tensor cores.
+    Without, in fp64, and of rows that 16-byte accesses cut, tiles are smaller: factors, sums and
+    addresses take more registers. ``sums``: how many of a tile are kept at once.
+    """
+    heavy = dtype == torch.float64 or (dtype == torch.float32 and not tf32)
+    most = 64 if heavy or unit * dtype.itemsize < 16 else 128
+    tall = 16 if rows <= 16 else min(64 if rows <= 64 else 128, most)
+    wide = 64 if tall == 16 or columns <= 64 else most
+    registers = sums * tall * wide * (dtype.itemsize // 2 if heavy else 1)
+    depth = 128 // dtype.itemsize  # a cache line of every row
+    return Tile(tall, wide, depth, num_warps=8 if registers > 64 * 128 else 4, stages=3)
+
+
+# Rows times (N - 1) from which merging the weights of one sample before its product pays. It moves
+# two more values of memory for every weight, and saves 2 (N - 1) flops a row: the flops that a GPU
+# of the H200's data sheet does while it moves them. Derived, not measured.
+_MERGING_PAYS = {"tensor cores": 400, "fp32": 60, "fp64": 60}
+
+
+def merges_first(dtype: torch.dtype, rows: int, experts: int, *, tf32: bool) -> bool:
+    """Whether a product of ``rows`` rows, all with the same coefficients, is better done with
+    merged weights than by every expert."""
+    slow = {torch.float64: "fp64", torch.float32: "tensor cores" if tf32 else "fp32"}
+    return rows * (experts - 1) >= _MERGING_PAYS[slow.get(dtype, "tensor cores")]
+
+
+def norm_rows(dtype: torch.dtype, width: int, rows: int) -> tuple[int, int]:
+    """How many rows of ``width`` values, a power of 2, a program normalises, and its warps.
+
+    ``rows``: how many there are with the same gain. 16 values a thread, half as many of fp64, by 8
+    warps or, of one wide row, by 16, which may hold up to 128 registers a thread.
+    """
+    size = 2 if dtype == torch.float64 else 1  # registers of a value
+    held = min(max(4096 // size // width, 1), triton.next_power_of_2(rows))
+    return held, min(max(held * width * size // 512, 1), 16)
