@@ -19,11 +19,12 @@ from rich.progress import track
 from torch import Tensor
 
 from .. import _checks
+from ..encoders.torch_func import default_chunk
 from . import _evaluate_checks as checks
 from . import batchnorm as bn
 from ._evaluate_checks import Loader
 from .batches import Peeked, unpack
-from .merged import chunk_faults, default_chunk, per_sample_features, state_features
+from .merged import chunk_faults, per_sample_features, state_features
 from .modes import BATCH_MODES, mean_coopvec, merge_vector, task_arithmetic
 from .portland import ensemble_features
 from .report import Report

@@ -46,7 +46,7 @@ def expert_linear(
         )
     B, T, width = x.shape[-3:]
     y = OP(x.reshape(*x.shape[:-3], B * T, width), weight, bias, activation)
-    return y.view(-1, B, T, y.shape[-1])
+    return y.view(y.shape[0], B, T, y.shape[-1])
 
 
 def _faults(
