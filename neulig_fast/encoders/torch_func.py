@@ -86,7 +86,7 @@ def _side_by_side(pool: ExpertPool, template: nn.Module, rows: Tensor, images: T
         return run(template, pool.row_state_dict(row), image[None])[0]
 
     try:
-        with _batchable_attention():
+        with batchable_attention():
             return vmap(one)(rows, images)
     except torch.OutOfMemoryError:
         raise
@@ -99,7 +99,7 @@ def _side_by_side(pool: ExpertPool, template: nn.Module, rows: Tensor, images: T
 
 
 @contextlib.contextmanager
-def _batchable_attention() -> Iterator[None]:
+def batchable_attention() -> Iterator[None]:
     """Attention by plain matrix products: the fused kernels have no batching rule under vmap.
 
     Without this torch runs them sample by sample and warns.
