@@ -273,8 +273,11 @@ def test_narrow_pools_obey_the_tolerance_rule(name, dtype):
     testing.assert_within_rule(mixture, working, nf.mixture_forward(exact, images, coef), terms)
 
 
-def test_autocast_changes_nothing():
-    pool, images, coef = pool_of("clip"), images_for("clip", 2), coefficients(2)
+@pytest.mark.parametrize("name", ["clip", "clip-resnet"])
+def test_autocast_changes_nothing(name):
+    states = [pool_of(name).state_dict(i) for i in range(N)]
+    pool = nf.ExpertPool(states, expert(name), dtype=torch.float32)  # autocast leaves fp64 alone
+    images, coef = images_for(name, 2).float(), coefficients(2)
     calls = (
         lambda: nf.expert_forward(pool, images),
         lambda: nf.mixture_forward(pool, images, coef),

@@ -2,7 +2,10 @@
 
 import copy
 import logging
+import re
+import subprocess
 import sys
+from pathlib import Path
 
 import open_clip.modified_resnet as clip_resnet
 import open_clip.transformer as clip
@@ -321,3 +324,11 @@ def test_names_in_the_table_are_classes_of_the_installed_libraries():
         module, _, name = kind.rpartition(".")
         __import__(module)
         assert issubclass(getattr(sys.modules[module], name), nn.Module), kind
+
+
+def test_the_examples_of_the_docs_run_as_printed():
+    page = (Path(__file__).resolve().parents[1] / "docs/encoders.md").read_text()
+    examples = re.findall(r"```python\n(.*?)```", page, flags=re.S)
+    assert len(examples) == 2
+    done = subprocess.run([sys.executable, "-c", "".join(examples)], capture_output=True, text=True)
+    assert done.stdout.splitlines() == ["(2, 4, 512) (4, 512)", "(3, 5, 12)"], done.stderr

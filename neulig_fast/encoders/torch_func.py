@@ -94,7 +94,8 @@ def _side_by_side(pool: ExpertPool, template: nn.Module, rows: Tensor, images: T
         run(template, pool.row_state_dict(rows[0]), images[:1])  # may fail by itself: then that
         raise ValueError(
             "per_sample: torch.func.vmap cannot run this encoder for several merged models at "
-            f"once; pass chunk=1 to run them one at a time ({error})"
+            "once; pass chunk=1 to run them one at a time (merged_forward, evaluate), or write a "
+            f"rule for it (neulig_fast.encoders.register) ({error})"
         ) from error
 
 
