@@ -274,16 +274,22 @@ def devices(asked: str | None) -> list[str]:
     return [asked] if asked else ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
 
-def main(name: str, cases: Callable[[str, bool], Iterator[Case]]) -> None:
+def main(
+    name: str,
+    cases: Callable[..., Iterator[Case]],
+    parser: argparse.ArgumentParser | None = None,
+) -> None:
     """The command line of one benchmark, for the committed rows: its whole grid.
 
     ``cases(device, quick)`` yields what it measures. The file is written anew after every case.
+    What a ``parser`` of the benchmark's own adds is handed to ``cases`` by name.
     """
-    parser = argparse.ArgumentParser(description=f"Benchmark {name}.")
+    parser = parser or argparse.ArgumentParser(description=f"Benchmark {name}.")
     parser.add_argument("--quick", action="store_true", help="toy sizes; nothing is committed")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: all there are")
     parser.add_argument("--out", type=Path, help="CSV (default: results/<device>/<op>.csv)")
     options = parser.parse_args()
+    own = {k: v for k, v in vars(options).items() if k not in ("quick", "device", "out")}
     start_over_with_warm_malloc()
     files: dict[Path, list[Row]] = {}
     for device in devices(options.device):
@@ -292,7 +298,7 @@ def main(name: str, cases: Callable[[str, bool], Iterator[Case]]) -> None:
         keep = rows.extend
         if options.out or not options.quick:
             keep = functools.partial(report.append, path, rows)
-        run(cases(device, options.quick), Selection(quick=options.quick), keep)
+        run(cases(device, options.quick, **own), Selection(quick=options.quick), keep)
         keep([])  # a file, also where there was no case
     failures = [row for rows in files.values() for row in rows if report.is_failure_of_ours(row)]
     if failures:

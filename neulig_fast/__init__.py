@@ -6,6 +6,7 @@ from pathlib import Path
 from ._backends import read_environment, show_backends, use_backend
 from ._registry import NeuligFastWarning
 from .coefficients import CoefficientModule
+from .encoders import expert_forward, mixture_forward
 from .neulig import Head, NeuLig, Report, zero_shot_head
 from .offsets import OffsetStats
 from .ops import (
@@ -56,8 +57,10 @@ __all__ = [
     "blend_lists_",
     "blend_telemetry",
     "blend_weight_grad",
+    "expert_forward",
     "expert_layer_norm",
     "expert_linear",
+    "mixture_forward",
     "mixture_layer_norm",
     "mixture_linear",
     "neulig_loss",

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _checks
-from .neulig.encoder import call, evaluating
+from .encoders.template import call, evaluating
 from .pool import ExpertPool
 
 Granularity = Literal["model", "layer", "tensor"]

@@ -316,17 +316,17 @@ def test_a_killed_run_resumes_by_python_m_with_the_same_bits(project, finished):
 def test_a_repeated_run_encodes_nothing(project, finished, monkeypatch):
     folder, config = project
     shutil.copytree(finished[0] / "out", folder / "out")
-    seen, original = [], features.expert_features
+    seen, original = [], features.expert_forward
 
-    def counting(template, state, images):
+    def counting(pool, images, **options):
         seen.append(len(images))
-        return original(template, state, images)
+        return original(pool, images, **options)
 
-    monkeypatch.setattr(features, "expert_features", counting)
+    monkeypatch.setattr(features, "expert_forward", counting)
     result = train(folder, config)
     assert result.exit_code == 0, (result.output, result.exception)
     files = len(list(folder.glob("out/cache/*/*.safetensors")))
-    assert sum(seen) <= 3 * files  # one image of every file by 3 experts, to prove the files
+    assert 0 < sum(seen) <= files  # one image of every file, to prove the files
 
 
 def test_other_settings_in_the_same_folder_start_anew(project, finished):
@@ -557,7 +557,7 @@ def test_an_output_that_cannot_be_written_is_found_before_encoding(project, monk
         raise PermissionError(errno.EACCES, "Permission denied")
 
     monkeypatch.setattr("tempfile.TemporaryFile", refused)
-    monkeypatch.setattr(features, "expert_features", None)  # cannot be called
+    monkeypatch.setattr(features, "expert_forward", None)  # cannot be called
     result = train(folder, config)
     assert result.exit_code == 2
     assert f"error: cannot write to {folder}/out/cache: Permission denied" in result.stderr

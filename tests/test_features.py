@@ -94,6 +94,22 @@ def test_open_clip_towers_run_as_they_are(make):
     assert torch.allclose(got, direct(pool, images), atol=1e-5)
 
 
+def test_experts_at_once_hold_no_more_rows_than_the_batch(monkeypatch):
+    pool, images, sizes = ExpertPool([vit() for _ in range(3)]), torch.randn(7, 3, 32, 32), []
+    original = features_module.expert_forward
+
+    def counting(pool, images, **options):
+        sizes.append(len(images))
+        return original(pool, images, **options)
+
+    monkeypatch.setattr(features_module, "expert_forward", counting)
+    cache = FeatureCache(pool)
+    got = cache.features(torch.cat([images, images[:2]]))
+    assert sizes == [3, 3, 1] and cache.computed == 7
+    assert torch.allclose(got, direct(pool, torch.cat([images, images[:2]])), atol=1e-5)
+    assert torch.equal(cache.features(images.flip(0)), got[:7].flip(0)) and sum(sizes) == 7
+
+
 def test_each_expert_sees_each_image_once(pool, images):
     cache = FeatureCache(pool)
     Encoder.seen = 0

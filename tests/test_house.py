@@ -382,7 +382,8 @@ SOURCES = sorted([*(ROOT / "neulig_fast").rglob("*.py"), *(ROOT / "kernels").rgl
 def test_import_is_lean():
     code = (
         "import sys, torch, neulig_fast\n"
-        "heavy = {'triton', 'open_clip', 'matplotlib', 'sklearn', 'pydantic', 'typer', 'scipy'}\n"
+        "heavy = {'triton', 'open_clip', 'timm', 'torchvision', 'matplotlib', 'sklearn', 'typer',"
+        " 'pydantic', 'scipy'}\n"
         "print(sorted(heavy & set(sys.modules)), torch.cuda.is_initialized())"
     )
     result = run_python(code)

@@ -30,26 +30,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import _checks
-from ..ops.blend import blend
-from .encoder import evaluating, run
+from ..encoders.merged_rows import as_input, batchnorms, blended_rows
+from ..encoders.template import evaluating, run
 
 if TYPE_CHECKING:
     from ..pool import ExpertPool
 
 POLICIES = ("blend", "mixture_moments", "re_estimate", "batch_statistics")
-
-
-def batchnorms(template: nn.Module | None) -> dict[str, _BatchNorm]:
-    """The BatchNorm modules with running statistics, by their name in ``template``."""
-    modules = template.named_modules() if template is not None else ()
-    return {
-        name: module
-        for name, module in modules
-        if isinstance(module, _BatchNorm) and module.running_mean is not None
-    }
 
 
 def policy_faults(
@@ -98,36 +87,6 @@ def merged_state_dict(
     if policy == "re_estimate" and batchnorms(pool.template):
         _re_estimate(pool, state, calibration or ())
     return state
-
-
-def blended_rows(pool: ExpertPool, weights: Tensor, policy: str = "blend") -> Tensor:
-    """(K, P) rows, one merged model per row of ``weights`` (K, N). Differentiable in weights."""
-    accumulate = _checks.accumulation_dtype(pool.params.dtype)
-    weights = weights.to(pool.params.device, accumulate)
-    rows = blend(weights, pool.params)
-    if policy == "mixture_moments":
-        _add_spread(pool, weights, rows)
-    return rows
-
-
-def _add_spread(pool: ExpertPool, weights: Tensor, rows: Tensor) -> None:
-    """Turn blended variances into mixture variances, in place.
-
-    sum w (var_i + mu_i^2) - mu^2 = sum w var_i + sum w (mu_i - mu)^2 when sum w = 1; the second
-    form cannot cancel.
-    """
-    for name in batchnorms(pool.template):
-        means, variances = (
-            slice(segment.start, segment.start + segment.length)
-            for segment in (
-                pool.segments[pool.segments.index(f"{name}.{kind}")]
-                for kind in ("running_mean", "running_var")
-            )
-        )
-        experts = pool.params[:, means].to(weights.dtype)
-        offsets = experts - (weights @ experts)[:, None]
-        spread = (weights[..., None] * offsets.square()).sum(1)
-        rows[:, variances] += spread.to(rows.dtype)
 
 
 @torch.no_grad()
@@ -181,9 +140,3 @@ def _attributes(modules: Iterable[nn.Module], **values: Any) -> Iterator[None]:
 def images_of(batch: Any) -> Tensor:
     """The images of a loader's batch: the batch itself, or its first item."""
     return batch if isinstance(batch, Tensor) else batch[0]
-
-
-def as_input(pool: ExpertPool, images: Tensor) -> Tensor:
-    """``images`` on the pool's device, in its dtype when they are floating point."""
-    dtype = pool.params.dtype if images.is_floating_point() else images.dtype
-    return images.to(pool.params.device, dtype)

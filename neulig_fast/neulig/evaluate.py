@@ -19,11 +19,12 @@ from rich.progress import track
 from torch import Tensor
 
 from .. import _checks
+from ..encoders.torch_func import default_chunk
 from . import _evaluate_checks as checks
 from . import batchnorm as bn
 from ._evaluate_checks import Loader
 from .batches import Peeked, unpack
-from .merged import chunk_faults, default_chunk, per_sample_features, state_features
+from .merged import chunk_faults, per_sample_features, state_features
 from .modes import BATCH_MODES, mean_coopvec, merge_vector, task_arithmetic
 from .portland import ensemble_features
 from .report import Report
@@ -90,7 +91,7 @@ def evaluate(
         batchnorm: a policy of :mod:`~neulig_fast.neulig.batchnorm` for the merged models; ``hard``
             and ``pretrained``, models as they are, keep their own statistics. (So does
             ``task_arithmetic`` under ``re_estimate``: the experts' mean.)
-        chunk: images that ``per_sample`` merges at a time; see
+        chunk: merged models that ``per_sample`` holds at a time, if any; see
             :func:`~neulig_fast.neulig.modes.merged_forward`.
         task_arithmetic_scale: coefficient of the summed task vectors.
         calibration: task -> loader whose mean CoopVec is the task's merge vector, instead of the
@@ -104,8 +105,8 @@ def evaluate(
 
     Raises:
         ValueError: everything that is wrong with the arguments and with the first batch of every
-            loader, listed at once, before any image meets a model; then an encoder that vmap
-            cannot batch (``chunk=1`` runs it); later, labels out of range.
+            loader, listed at once, before any image meets a model; then an encoder without rules
+            that vmap cannot batch (``chunk=1`` runs it); later, labels out of range.
         TypeError: ``loaders``, ``own`` or ``calibration`` is no mapping from tasks.
     """
     started = time.perf_counter()

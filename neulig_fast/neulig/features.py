@@ -18,13 +18,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .._checks import raise_all, shape
+from ..encoders import expert_forward, faults
 from .batches import unpack
-from .batchnorm import as_input
 from .content import KEY_BYTES, image_keys, pool_identity
-from .encoder import evaluating, run
 from .feature_files import read_shards, stale_faults, write_shard
 
 if TYPE_CHECKING:
@@ -44,18 +43,6 @@ class Collected(NamedTuple):
     labels: Tensor | None
     keys: Tensor
     views: int = 1
-
-
-def expert_features(template: nn.Module, state: Mapping[str, Tensor], images: Tensor) -> Tensor:
-    """(B, D) of one expert: ``template`` run in eval mode with the tensors of ``state``.
-
-    Where the encoder returns a tuple (pooled, tokens), the first entry counts.
-
-    Raises:
-        ValueError: the encoder does not map the batch to (B, D).
-    """
-    with evaluating(template):
-        return run(template, state, images)
 
 
 class FeatureCache:
@@ -210,14 +197,15 @@ class FeatureCache:
                 "features: the experts are whole CLIP models, whose forward returns normalised "
                 "image features and text features; make experts of the image tower (.visual)"
             )
-        images = as_input(self.pool, images)
-        features = torch.stack(
-            [
-                expert_features(template, self.pool.state_dict(i), images)
-                for i in range(self.pool.num_experts)
-            ],
-            dim=1,
-        )
+        size = len(images)
+        if not faults(template):
+            # All experts run at once: on so many images that they hold as many activations together
+            # as one of them would on the whole batch.
+            size = -(-size // self.pool.num_experts)
+        pieces = [
+            expert_forward(self.pool, some, fallback="torch.func") for some in images.split(size)
+        ]
+        features = torch.cat(pieces, 1).transpose(0, 1)
         finite = features.isfinite().all(2)
         raise_all("features", _finite_faults(finite, self.pool.names))
         raise_all("features", _width_faults(self.widths, features.shape[2]))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import raise_all, shape
-from .encoder import evaluating
+from ..encoders.template import evaluating
 
 _TEXTS_PER_CALL = 256
 

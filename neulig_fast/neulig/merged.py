@@ -1,29 +1,22 @@
 """Running merged models: one for a whole batch, or exactly one per image.
 
-A merged model is a row of the pool's layout, theta_w = sum_i w_i theta_i. ``torch.func`` runs the
-template with that row's tensors in place of its own, so nothing is copied into a module.
+A merged model is a row of the pool's layout, theta_w = sum_i w_i theta_i.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
-from torch.func import vmap
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ..encoders import faults, mixture_forward, torch_func
+from ..encoders.merged_rows import as_input
+from ..encoders.template import run
 from . import batchnorm as bn
-from .encoder import evaluating, run
 
 if TYPE_CHECKING:
     from ..pool import ExpertPool
-
-# Bytes of merged parameters that per_sample holds at a time; on the CPU they should stay in cache.
-CHUNK_BYTES = {"cpu": 32 * 2**20}
-CHUNK_BYTES_DEVICE = 2**30
 
 
 def state_features(
@@ -32,7 +25,7 @@ def state_features(
     """(B, D) features of one merged model."""
     template = runnable(pool)
     with bn.inference(pool, batchnorm):
-        return run(template, state, bn.as_input(pool, images))
+        return run(template, state, as_input(pool, images))
 
 
 def runnable(pool: ExpertPool) -> nn.Module:
@@ -54,30 +47,19 @@ def per_sample_features(
 ) -> Tensor:
     """(B, D): image b through its own merged model sum_i coopvec[b, i] theta_i. Exact.
 
-    ``chunk`` merged models at a time are blended and run side by side with ``torch.func.vmap``;
-    a chunk of one runs without it, for encoders that vmap cannot batch.
+    ``chunk``: merged models that are held at a time where no rule of :mod:`neulig_fast.encoders`
+    covers the encoder; where rules do, none is.
 
     Raises:
-        ValueError: an encoder that vmap cannot batch.
+        ValueError: an encoder that neither rules nor vmap can run.
     """
-    chunk = chunk or default_chunk(pool)
-    images = bn.as_input(pool, images)
-    pieces = []
     template = runnable(pool)
-    with evaluating(template):
-        for some, weights in zip(images.split(chunk), coopvec.split(chunk), strict=True):
-            rows = bn.blended_rows(pool, weights, batchnorm)
-            if chunk == 1:
-                pieces.append(run(template, pool.row_state_dict(rows[0]), some))
-            else:
-                pieces.append(_side_by_side(pool, rows, some))
-    return torch.cat(pieces)
-
-
-def default_chunk(pool: ExpertPool) -> int:
-    """Merged models to hold at a time: as many as fit :data:`CHUNK_BYTES`, at least one."""
-    limit = CHUNK_BYTES.get(pool.params.device.type, CHUNK_BYTES_DEVICE)
-    return max(1, limit // (pool.params.shape[1] * pool.params.element_size()))
+    if not bn.batchnorms(template):
+        batchnorm = "blend"  # all policies are the same then, also those impossible per sample
+    if not faults(template):
+        return mixture_forward(pool, images, coopvec, batchnorm=batchnorm)
+    images = as_input(pool, images)
+    return torch_func.mixture_features(pool, template, images, coopvec, batchnorm, chunk)
 
 
 def chunk_faults(chunk: Any) -> list[str]:
@@ -85,38 +67,3 @@ def chunk_faults(chunk: Any) -> list[str]:
     if chunk is None or (isinstance(chunk, int) and chunk >= 1):
         return []
     return [f"chunk must be a positive integer or None, got {chunk!r}"]
-
-
-def _side_by_side(pool: ExpertPool, rows: Tensor, images: Tensor) -> Tensor:
-    """Features of image k under the model in ``rows[k]``, for all k at once."""
-    template = runnable(pool)
-
-    def one(row: Tensor, image: Tensor) -> Tensor:
-        return run(template, pool.row_state_dict(row), image[None])[0]
-
-    try:
-        with _batchable_attention():
-            return vmap(one)(rows, images)
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:
-        run(template, pool.row_state_dict(rows[0]), images[:1])  # may fail by itself: then that
-        raise ValueError(
-            "per_sample: torch.func.vmap cannot run this encoder for several merged models at "
-            f"once; pass chunk=1 to run them one at a time ({error})"
-        ) from error
-
-
-@contextlib.contextmanager
-def _batchable_attention() -> Iterator[None]:
-    """Attention by plain matrix products: the fused kernels have no batching rule under vmap.
-
-    Without this torch runs them sample by sample and warns.
-    """
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)

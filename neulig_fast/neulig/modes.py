@@ -77,8 +77,9 @@ def merged_forward(
             ``first_sample``; (N,), the data set's vector, for ``dataset``, ``global`` and ``hard``.
         batchnorm: one of :data:`~neulig_fast.neulig.batchnorm.POLICIES`; ``hard``, an expert as it
             is, has the expert's own statistics under every one.
-        chunk: images merged at a time in ``per_sample``; by default as many as fit 32 MiB of
-            merged parameters on the CPU and 1 GiB elsewhere, and at least one.
+        chunk: merged models held at a time in ``per_sample``, for encoders that no rule of
+            :mod:`neulig_fast.encoders` covers; by default as many as fit 32 MiB of parameters on
+            the CPU and 1 GiB elsewhere, and at least one. Where rules do, none is held.
         calibration: batches of images for ``batchnorm="re_estimate"``.
 
     Returns:
@@ -88,7 +89,7 @@ def merged_forward(
     Raises:
         ValueError: an unknown mode or policy; a policy that the mode cannot have; weights of the
             wrong shape; a mode that needs a data set's vector where there is none, or a head of
-            several tasks; an encoder that vmap cannot batch (``chunk=1`` runs it).
+            several tasks; an encoder without rules that vmap cannot batch (``chunk=1`` runs it).
         TypeError: ``head`` is neither a head nor a name.
     """
     check_mode(mode)

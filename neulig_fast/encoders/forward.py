@@ -1,0 +1,155 @@
+"""expert_forward and mixture_forward: a batch through N experts, or through merged models."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import _checks
+from . import rules, torch_func
+from .merged_rows import as_input, as_weights, blended_rows
+from .runs import ExpertRun, MixtureRun, Run
+
+if TYPE_CHECKING:
+    from ..pool import ExpertPool
+
+POLICIES = ("blend", "mixture_moments")
+FALLBACKS = (None, "torch.func")
+
+log = logging.getLogger("neulig_fast.dispatch")
+
+
+def expert_forward(pool: ExpertPool, images: Tensor, *, fallback: str | None = None) -> Tensor:
+    """Features of a batch under every expert, in one pass over the template.
+
+    Always in eval mode, whatever mode the template is in, and without autocast: the pool's dtype is
+    the type of the arithmetic. The template is read, not changed, except that ``fallback`` sets the
+    modes of its submodules for the time it runs.
+
+    Args:
+        pool: an :class:`ExpertPool` with a template.
+        images: (B, ...), whatever the template takes; floating point is cast to the pool's dtype.
+        fallback: None, or ``"torch.func"`` to run templates that no rule covers as before: one
+            expert after the other.
+
+    Returns:
+        (N, B, D) in the pool's dtype, on its device. Where the template returns a tuple (pooled,
+        tokens), the first entry counts. It takes the activations of N * B images at a time.
+
+    Raises:
+        ValueError: a pool without template; a module that no rule covers, each named with its path
+            and type; images that do not fit; a template that does not map them to (B, D).
+        TypeError: images that are no tensor.
+    """
+    template = _template("expert_forward", pool, images, fallback)
+    images = as_input(pool, images)
+    with torch.autocast(images.device.type, enabled=False):
+        if not _covered("expert_forward", template, fallback):
+            return torch_func.expert_features(pool, template, images)
+        features = _features(ExpertRun(pool, len(images)), template, images)
+    return features.view(pool.num_experts, len(images), features.shape[1])
+
+
+def mixture_forward(
+    pool: ExpertPool,
+    images: Tensor,
+    coef: Tensor,
+    *,
+    batchnorm: str = "blend",
+    fallback: str | None = None,
+) -> Tensor:
+    """Features of a batch under merged models theta_b = sum_i coef[b, i] theta_i, one per image.
+
+    No merged model is held as a whole; an image's features do not depend on the other images.
+    Modes, autocast and the template are as in :func:`expert_forward`.
+
+    Args:
+        pool, images, fallback: as in :func:`expert_forward`; ``"torch.func"`` blends merged models
+            a few at a time and runs them by ``vmap``.
+        coef: (B, N), any float dtype; they need not sum to one. Or (N,), one merged model for all
+            images: it is blended once and the template runs on it, whatever its modules.
+        batchnorm: ``"blend"``: statistics are blended like any tensor. ``"mixture_moments"``: the
+            variance is that of the experts pooled with these weights.
+
+    Returns:
+        (B, D) in the pool's dtype, on its device. Differentiable in ``coef`` (and ``images``).
+
+    Raises:
+        ValueError: as :func:`expert_forward`; coefficients of another shape; an unknown policy.
+        TypeError: images or coefficients that are no tensor.
+    """
+    _checks.check_tensors("mixture_forward", coef=coef)
+    template = _template(
+        "mixture_forward", pool, images, fallback, _mixture_faults(pool, images, coef, batchnorm)
+    )
+    images = as_input(pool, images)
+    with torch.autocast(images.device.type, enabled=False):
+        if coef.ndim == 1:
+            (row,) = blended_rows(pool, coef[None], batchnorm)
+            return torch_func.state_features(template, pool.row_state_dict(row), images)
+        if not _covered("mixture_forward", template, fallback):
+            return torch_func.mixture_features(pool, template, images, coef, batchnorm)
+        return _features(MixtureRun(pool, as_weights(pool, coef), batchnorm), template, images)
+
+
+def _template(
+    subject: str,
+    pool: ExpertPool,
+    images: Any,
+    fallback: str | None,
+    more: list[str] | None = None,
+) -> nn.Module:
+    """The pool's template, all arguments being right."""
+    _checks.check_tensors(subject, images=images)
+    found = more or []
+    if not images.ndim:
+        found.append("images must be a batch (B, ...), got ()")
+    if fallback not in FALLBACKS:
+        found.append(f"fallback must be None or 'torch.func', got {fallback!r}")
+    if pool.template is None:
+        found.append("the pool has no template module to run; give ExpertPool a template=")
+    _checks.raise_all(subject, found)
+    return pool.template
+
+
+def _mixture_faults(pool: ExpertPool, images: Any, coef: Tensor, batchnorm: str) -> list[str]:
+    found = []
+    N = pool.num_experts
+    B = len(images) if isinstance(images, Tensor) and images.ndim else 0
+    if tuple(coef.shape) not in ((B, N), (N,)) or not coef.is_floating_point():
+        found.append(
+            f"coef must be a float tensor (B, N) = ({B}, {N}) or (N,) = ({N},), "
+            f"got {_checks.shape(coef)} {coef.dtype}"
+        )
+    if batchnorm not in POLICIES:
+        hint = _checks.did_you_mean(str(batchnorm), POLICIES)
+        found.append(f"batchnorm must be one of {', '.join(POLICIES)}; got {batchnorm!r}{hint}")
+    return found
+
+
+def _covered(subject: str, template: nn.Module, fallback: str | None) -> bool:
+    """Whether the rules cover the template; ValueError when they do not and nothing else may."""
+    found = rules.faults(template)
+    if found and fallback is None:
+        advice = (
+            f"{subject}: no rule covers this template (write one with neulig_fast.encoders."
+            "register, or pass fallback='torch.func' for the slow way)"
+        )
+        _checks.raise_all(advice, found)
+    for fault in found:
+        log.debug("%s: torch.func, because %s", subject, fault)
+    return not found
+
+
+def _features(run: Run, template: nn.Module, images: Tensor) -> Tensor:
+    """(rows, D) of the template."""
+    features = run.to_rows(run.apply(template, "", images))
+    if features.ndim != 2 or features.shape[0] != run.rows:
+        raise ValueError(
+            f"features: the encoder must map {_checks.shape(images)} to ({len(images)}, D), "
+            f"got {_checks.shape((len(images), *features.shape[1:]))}"
+        )
+    return features
