@@ -75,7 +75,9 @@ def layer_norm_kernel(
         total = (s + tl.load(beside, mask=inside[None, :], other=0.0).to(ACC)).to(STORED)
         tl.store(s_ptr + out, total, mask=kept)
         s = total.to(ACC)
+    # The mean of large values is rounded like them; that of what is left of them is not.
     centred = tl.where(inside[None, :], s - (tl.sum(s, 1) / D)[:, None], 0.0)
+    centred = tl.where(inside[None, :], centred - (tl.sum(centred, 1) / D)[:, None], 0.0)
     scale = 1.0 / tl.sqrt(tl.sum(centred * centred, 1) / D + EPS)
     coefs = None
     if coef_ptr is not None:

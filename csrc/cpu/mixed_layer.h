@@ -199,7 +199,8 @@ struct MixedLayer {
     const int64_t count = static_cast<int64_t>(groups.size()) - 1;
     const int64_t output = index / count * kTileOutputs, group = index % count;
     const Piece *begin = &pieces[groups[group]], *end = &pieces[groups[group + 1] - 1] + 1;
-    if (by_weights) mix_weights(begin, end, output, room);
+    if (shape.inputs == 0) std::fill(room.totals.begin(), room.totals.end(), A(0));
+    else if (by_weights) mix_weights(begin, end, output, room);
     else mix_results(begin, end, output, room);
     int64_t row = 0;
     for (const Piece* p = begin; p < end; row += p++->rows) {
