@@ -28,6 +28,10 @@ LAYERS = {
     "ViT-B-32 proj": (768, 512, 1),
     "ViT-L-14 c_fc": (1024, 4096, 257),
 }
+GRID = {  # (B, N)
+    "cpu": [(1, 5), (8, 2), (8, 5), (8, 8), (32, 5)],
+    "cuda": [(1, 5), (8, 2), (8, 5), (8, 8), (32, 5), (128, 5)],
+}
 TOY = {"toy": (24, 40, 7), "toy, one row": (24, 40, 1)}
 
 
@@ -106,9 +110,8 @@ def cases(device: str, quick: bool) -> Iterator[Case]:
         return
     for dtype in dtypes if device == "cpu" else (torch.bfloat16, torch.float16):
         for name, sizes in LAYERS.items():
-            for B in (1, 8, 32) if device == "cpu" else (1, 8, 32, 128):
-                for N in (2, 5, 8):
-                    yield make_case(name, sizes, B, N, dtype, device)
+            for B, N in GRID[device]:
+                yield make_case(name, sizes, B, N, dtype, device)
 
 
 if __name__ == "__main__":
