@@ -8,110 +8,105 @@ under torch.compile. The ceiling is the layer of one model for the whole batch: 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 import neulig_fast
-from neulig_fast import testing
+from neulig_fast.ops._activation import ACTIVATIONS
 from neulig_fast.ops.mixture_linear import OP, mixture_linear_reference
 
-from . import harness, machine
+from . import harness, machine, selection
 from .harness import Case, Provider
+from .layers import Layer, check, draw, layers, size, views
 
-# (B, T, I, O) of layers of ViT-B/32 and ViT-L/14, and of a projection after pooling
-LAYERS = {
-    "ViT-B-32 c_fc": (768, 3072, 50),
-    "ViT-B-32 c_proj": (3072, 768, 50),
-    "ViT-B-32 proj": (768, 512, 1),
-    "ViT-L-14 c_fc": (1024, 4096, 257),
-}
-GRID = {  # (B, N)
-    "cpu": [(1, 5), (8, 2), (8, 5), (8, 8), (32, 5)],
-    "cuda": [(1, 5), (8, 2), (8, 5), (8, 8), (32, 5), (128, 5)],
-}
-TOY = {"toy": (24, 40, 7), "toy, one row": (24, 40, 1)}
+# -- other people's ways, before the activation --------------------------------------------------
 
 
-def blend_then_bmm(x: Tensor, weight: Tensor, bias: Tensor, coef: Tensor) -> Tensor:
-    W = neulig_fast.blend(coef, weight.flatten(1)).view(-1, *weight.shape[1:])
-    return torch.baddbmm((coef @ bias)[:, None], x, W.mT)
+def blend_then_bmm(x: Tensor, weight: Tensor, bias: Tensor, w: Tensor) -> Tensor:
+    merged = neulig_fast.blend(w, weight.flatten(1)).view(-1, *weight.shape[1:])
+    return torch.baddbmm((w @ bias)[:, None], x, merged.mT)
 
 
-def sample_by_sample(x: Tensor, weight: Tensor, bias: Tensor, coef: Tensor) -> Tensor:
-    flat = weight.flatten(1)
-    rows = [
-        F.linear(x[b], neulig_fast.blend(w, flat).view(weight.shape[1:]), w @ bias)
-        for b, w in enumerate(coef)
-    ]
-    return torch.stack(rows)
+def sample_by_sample(x: Tensor, weight: Tensor, bias: Tensor, w: Tensor) -> Tensor:
+    merged = (neulig_fast.blend(row, weight.flatten(1)).view(weight.shape[1:]) for row in w)
+    return torch.stack([F.linear(x[b], W, w[b] @ bias) for b, W in enumerate(merged)])
 
 
-def all_experts(x: Tensor, weight: Tensor, bias: Tensor, coef: Tensor) -> Tensor:
-    y = torch.zeros(*x.shape[:2], weight.shape[1], dtype=x.dtype, device=x.device)
-    for i, w in enumerate(coef.unbind(1)):
-        y += w[:, None, None] * F.linear(x, weight[i], bias[i])
-    return y
+def all_experts(x: Tensor, weight: Tensor, bias: Tensor, w: Tensor) -> Tensor:
+    parts = zip(w.T, weight, bias, strict=True)
+    return sum(row[:, None, None] * F.linear(x, W, b) for row, W, b in parts)
 
 
-def concatenated(x: Tensor, across: Tensor, bias: Tensor, coef: Tensor) -> Tensor:
+def concatenated(x: Tensor, across: Tensor, bias: Tensor, w: Tensor) -> Tensor:
     """``across`` (O, N * I) holds the experts' weights side by side."""
-    scaled = (coef[:, None, :, None] * x[:, :, None]).flatten(2)
-    return scaled @ across.T + (coef @ bias)[:, None]
+    scaled = (w[:, None, :, None] * x[:, :, None]).flatten(2)
+    return scaled @ across.T + (w @ bias)[:, None]
 
 
-def make_case(
-    name: str, sizes: tuple[int, int, int], B: int, N: int, dtype: torch.dtype, device: str
-) -> Case:
-    width, outputs, T = sizes
-    g = torch.Generator().manual_seed(12)
+# -- the case -------------------------------------------------------------------------------------
 
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=g).to(device, dtype)
 
-    x, bias, coef = draw(B, T, width), draw(N, outputs), torch.softmax(draw(B, N).float(), 1)
-    arena = draw(N, outputs * width + 96)  # rows with something before and behind the layer
-    weight = arena[:, 64:-32].view(N, outputs, width)
-    across, w = weight.permute(1, 0, 2).flatten(1), coef.to(dtype)
-    args, others = (x, weight, bias, coef, None), (x, weight, bias, w)
+def make_case(layer: Layer, dtype: torch.dtype, device: str) -> Case:
+    B, T, N, ins, outs = layer.B, layer.T, layer.N, layer.ins, layer.outs
+    x = draw(B, T, ins, seed=4, dtype=dtype, device=device)
+    coef = torch.softmax(draw(B, N, seed=5, dtype=torch.float32, device=device), 1)
+    weight, bias = views(N, (outs, ins), (outs,), dtype=dtype, device=device)
+    across, w = weight.transpose(0, 1).flatten(1), coef.to(dtype)
+    args = x, weight, bias, coef, layer.activation
+    f = ACTIVATIONS[layer.activation].function
+    result, flops = B * T * outs * dtype.itemsize, 2 * B * T * ins * outs
+    wide = 4 * result + 2 * size(x, weight) * 4 // dtype.itemsize  # the reference's copies
+
+    def other(name: str, run: Callable[..., Tensor], laid_out: Tensor, needs: int = 0) -> Provider:
+        return Provider(name, lambda: f(run(x, laid_out, bias, w)), needs=3 * result + needs)
+
     compiled = harness.compiled(mixture_linear_reference)
-    merged = B * outputs * width * dtype.itemsize
     return Case(
         op="mixture_linear",
         mode="fwd",
-        shape=f"{name} B{B} T{T}",
+        shape=layer.shape,
         dtype=dtype,
         device=device,
         threads=machine.cores(),
         providers=[
-            *harness.ours(OP, device, lambda: OP.overload(*args), args),
-            Provider("blend, then bmm", lambda: blend_then_bmm(*others), needs=merged),
-            Provider("blend, then linear, per sample", lambda: sample_by_sample(*others)),
-            Provider("experts' products, added", lambda: all_experts(*others)),
-            Provider("concatenated, x scaled", lambda: concatenated(x, across, bias, w)),
-            Provider("torch.compile", lambda: compiled(*args)),
-            Provider("ceiling/one model", lambda: F.linear(x, weight[0], bias[0]), "ceiling",
-                     flops=2 * B * T * outputs * width),
+            *harness.ours(OP, device, lambda: OP(*args), args, reference_needs=wide, needs=result),
+            other("blend, then bmm", blend_then_bmm, weight, B * size(weight[0])),
+            other("blend, then linear, per sample", sample_by_sample, weight, size(weight[0])),
+            other("experts' results, added up", all_experts, weight),
+            other("concatenated, x scaled", concatenated, across, N * size(x)),
+            Provider("torch.compile", lambda: compiled(*args), needs=wide),
+            Provider(
+                "ceiling/one model", lambda: f(F.linear(x, weight[0], bias[0])), "ceiling",
+                traffic=size(x, weight[0]) + result, flops=flops,
+            ),
         ],
-        check=lambda result: testing.assert_op_close(OP, result, args),
-        traffic=weight.nbytes + x.nbytes + B * T * outputs * dtype.itemsize,
-        flops=2 * B * T * outputs * width,
-        numbers={"N": N},
+        check=check(OP, args),
+        traffic=size(x, weight, bias) + result,
+        flops=flops,
+        resident=2 * size(x, weight) + size(across),
+        numbers={"N": N, "P": outs * (ins + 1)},
     )  # fmt: skip
 
 
+def grid(quick: bool, device: str) -> Iterator[Layer]:
+    """Every layer at N = 5; one of them at other numbers of experts and batches."""
+    for layer in layers(quick, device):
+        yield layer
+        if layer.name == "ViT-B-32 mlp in":
+            yield from (dataclasses.replace(layer, N=N) for N in (2, 8))
+            yield from (dataclasses.replace(layer, B=B) for B in (1, 32))
+            yield from (dataclasses.replace(layer, T=T) for T in (2, 4, 8))
+
+
 def cases(device: str, quick: bool) -> Iterator[Case]:
-    dtypes = (torch.float32, torch.bfloat16)
-    if quick:
-        for name, sizes in TOY.items():
-            yield make_case(name, sizes, 3, 2, torch.float32, device)
-        return
-    for dtype in dtypes if device == "cpu" else (torch.bfloat16, torch.float16):
-        for name, sizes in LAYERS.items():
-            for B, N in GRID[device]:
-                yield make_case(name, sizes, B, N, dtype, device)
+    for dtype in (torch.float32, torch.bfloat16):
+        for layer in grid(quick, device):
+            if selection.wanted(layer.shape, dtype, N=layer.N):
+                yield make_case(layer, dtype, device)
 
 
 if __name__ == "__main__":

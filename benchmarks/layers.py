@@ -30,7 +30,7 @@ class Layer:
 
     @property
     def shape(self) -> str:
-        return f"{self.name} B{self.B}"
+        return f"{self.name} B{self.B} T{self.T}"
 
 
 def layers(quick: bool, device: str) -> Iterator[Layer]:
