@@ -45,10 +45,11 @@ aot: $(INSTALLED)
 
 test-gpu:
 	$(GPU_PYTHON) setup.py build_ext --inplace
-	$(GPU_PYTHON) -m pytest $(GPU_WORKERS) -k "cuda or kernels" tests/test_house.py tests/test_kernels.py \
+	$(GPU_PYTHON) -m pytest $(GPU_WORKERS) -k "cuda or kernels or triton" tests/test_house.py tests/test_kernels.py \
 	    tests/test_blend.py tests/test_blend_storage.py tests/test_blend_weight_grad.py \
 	    tests/test_blend_lists.py tests/test_blend_lists_weight_grad.py tests/test_blend_telemetry.py \
-	    tests/test_offset_gram.py
+	    tests/test_offset_gram.py tests/test_expert_linear.py tests/test_expert_layer_norm.py \
+	    tests/test_mixture_linear.py tests/test_mixture_layer_norm.py
 
 test-sanitize: $(INSTALLED)
 	PYTHON=$(PY) tools/sanitize.sh

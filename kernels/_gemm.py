@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
-from ._launch import INTERPRETED, tl, triton
+from ._launch import INTERPRETED, REGISTERS, tl, triton
+from ._tiles import Tile
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
 
@@ -13,6 +16,26 @@ def precision(dtype: torch.dtype) -> str:
     """How fp32 is multiplied, as torch's own products on a GPU are told to; of others "ieee"."""
     tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "tf32" if tf32 and dtype == torch.float32 else "ieee"
+
+
+def options(
+    weight: torch.Tensor, activation: str | None, multiply: str, unit: int, tile: Tile
+) -> dict[str, Any]:
+    """The constants of both kernels and how they are compiled."""
+    return {
+        "HEIGHT": weight.shape[1],
+        "WIDTH": weight.shape[2],
+        "ACTIVATION": activation or "",
+        "PRECISION": multiply,
+        "UNIT": unit,
+        "ROWS": tile.rows,
+        "COLUMNS": tile.columns,
+        "DEPTH": tile.depth,
+        "GROUP": tile.group,
+        "STAGES": tile.stages,
+        "num_warps": tile.num_warps,
+        "maxnreg": REGISTERS,
+    }
 
 
 @triton.jit

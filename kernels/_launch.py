@@ -1,4 +1,5 @@
-"""Triton or its absence, and how kernels are launched: the one place that chooses block sizes."""
+"""Triton or its absence, and how kernels are launched: the one place that chooses block sizes
+of kernels over an arena (_tiles.py chooses those of layers)."""
 
 from __future__ import annotations
 

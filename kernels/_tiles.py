@@ -45,23 +45,25 @@ def product_tile(
     heavy = dtype == torch.float64 or (dtype == torch.float32 and not tf32)
     most = 64 if heavy or unit * dtype.itemsize < 16 else 128
     tall = 16 if rows <= 16 else min(64 if rows <= 64 else 128, most)
-    wide = 64 if tall == 16 or columns <= 64 else most
+    wide = 64 if tall == 16 or columns <= 64 or (tf32 and sums > 1) else most
     registers = sums * tall * wide * (dtype.itemsize // 2 if heavy else 1)
     depth = 128 // dtype.itemsize  # a cache line of every row
-    return Tile(tall, wide, depth, num_warps=8 if registers > 64 * 128 else 4, stages=3)
+    return Tile(tall, wide, depth, num_warps=8 if registers > 64 * 64 else 4, stages=3)
 
 
-# Rows times (N - 1) from which merging the weights of one sample before its product pays. It moves
-# two more values of memory for every weight, and saves 2 (N - 1) flops a row: the flops that a GPU
-# of the H200's data sheet does while it moves them. Derived, not measured.
-_MERGING_PAYS = {"tensor cores": 400, "fp32": 60, "fp64": 60}
+# What a GPU multiplies while it moves a byte, in flops: the H200's data sheet, not a measurement.
+_FLOPS_A_BYTE = {torch.bfloat16: 206, torch.float16: 206, torch.float32: 14, torch.float64: 14}
+_FLOPS_A_BYTE_TF32 = 103
 
 
 def merges_first(dtype: torch.dtype, rows: int, experts: int, *, tf32: bool) -> bool:
-    """Whether a product of ``rows`` rows, all with the same coefficients, is better done with
-    merged weights than by every expert."""
-    slow = {torch.float64: "fp64", torch.float32: "tensor cores" if tf32 else "fp32"}
-    return rows * (experts - 1) >= _MERGING_PAYS[slow.get(dtype, "tensor cores")]
+    """Whether ``rows`` rows, all with the same coefficients, are better multiplied with merged
+    weights than by every expert.
+
+    Merging writes every merged weight and reads it again, and saves 2 (N - 1) flops a row of it.
+    """
+    ratio = _FLOPS_A_BYTE_TF32 if tf32 and dtype == torch.float32 else _FLOPS_A_BYTE[dtype]
+    return rows * (experts - 1) >= ratio * dtype.itemsize
 
 
 def norm_rows(dtype: torch.dtype, width: int, rows: int) -> tuple[int, int]:

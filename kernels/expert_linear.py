@@ -6,9 +6,8 @@ import math
 
 import torch
 
-from ._gemm import activate, load_bias, place_of, precision, product, store_tile
+from ._gemm import activate, load_bias, options, place_of, precision, product, store_tile
 from ._launch import (
-    REGISTERS,
     Launch,
     alignment,
     require,
@@ -98,7 +97,7 @@ def launches(
     tile: Tile | None = None,
 ) -> list[Launch]:
     """What :func:`expert_linear` launches for this call."""
-    (N, height, width), R = weight.shape, x.shape[-2]
+    (N, height, _), R = weight.shape, x.shape[-2]
     multiply = precision(x.dtype)
     strides = (
         stride(x, 0) if x.ndim == 3 else 0,
@@ -108,21 +107,8 @@ def launches(
     )
     unit = alignment(math.gcd(*strides))
     tile = tile or product_tile(x.dtype, R, height, unit, tf32=multiply == "tf32")
-    options = {
-        "HEIGHT": height,
-        "WIDTH": width,
-        "ACTIVATION": activation or "",
-        "PRECISION": multiply,
-        "UNIT": unit,
-        "ROWS": tile.rows,
-        "COLUMNS": tile.columns,
-        "DEPTH": tile.depth,
-        "GROUP": tile.group,
-        "STAGES": tile.stages,
-        "num_warps": tile.num_warps,
-        "maxnreg": REGISTERS,
-    }
     bias_stride = 0 if bias is None else stride(bias, 0)
     arguments = (x, weight, bias, out, R, *(s // unit for s in strides), bias_stride)
     programs = N * -(-R // tile.rows) * -(-height // tile.columns)
-    return [Launch(expert_linear_kernel, programs, arguments, options)]
+    constants = options(weight, activation, multiply, unit, tile)
+    return [Launch(expert_linear_kernel, programs, arguments, constants)]

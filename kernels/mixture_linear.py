@@ -7,7 +7,7 @@ import math
 import torch
 
 from . import expert_linear
-from ._gemm import activate, load_bias, place_of, precision, product, store_tile
+from ._gemm import activate, load_bias, options, place_of, precision, product, store_tile
 from ._launch import (
     REGISTERS,
     Launch,
@@ -150,31 +150,17 @@ def launches(
     tile: Tile | None = None,
 ) -> list[Launch]:
     """What :func:`mixture_linear` launches for this call, samples with models of their own."""
-    (N, height, width), (_, T, _) = weight.shape, x.shape
+    (N, height, _), (_, T, _) = weight.shape, x.shape
     R, multiply = out.numel() // height, precision(x.dtype)
     strides = stride(x, 0), stride(x, 1), stride(weight, 0), stride(weight, 1)
     unit = alignment(math.gcd(*strides))
     tile = tile or product_tile(x.dtype, R, height, unit, tf32=multiply == "tf32", sums=2)
-    options = {
-        "N": N,
-        "HEIGHT": height,
-        "WIDTH": width,
-        "ACTIVATION": activation or "",
-        "PRECISION": multiply,
-        "UNIT": unit,
-        "ROWS": tile.rows,
-        "COLUMNS": tile.columns,
-        "DEPTH": tile.depth,
-        "GROUP": tile.group,
-        "STAGES": tile.stages,
-        "num_warps": tile.num_warps,
-        "maxnreg": REGISTERS,
-    }
     bias_stride = 0 if bias is None else stride(bias, 0)
     units = (s // unit for s in strides)
     arguments = (x, weight, bias, coef, out, R, T, *units, bias_stride, *coef.stride())
     programs = -(-R // tile.rows) * -(-height // tile.columns)
-    return [Launch(mixture_linear_kernel, programs, arguments, options)]
+    constants = {"N": N, **options(weight, activation, multiply, unit, tile)}
+    return [Launch(mixture_linear_kernel, programs, arguments, constants)]
 
 
 def merged_launches(
@@ -199,14 +185,15 @@ def merged_launches(
     strides = stride(weight, 0) // unit, bias_stride, coef.stride(1)
     arguments = (weight, bias, coef, merged, shift, N, *strides)
     programs = -(-height * width // block) + (0 if bias is None else -(-height // block))
-    options = {
+    constants = {
         "HEIGHT": height,
         "WIDTH": width,
         "UNIT": unit,
         "BLOCK": block,
         "num_warps": 4,
+        "maxnreg": REGISTERS,
     }
     return [
-        Launch(mixture_linear_merge_kernel, programs, arguments, {**options, "maxnreg": REGISTERS}),
+        Launch(mixture_linear_merge_kernel, programs, arguments, constants),
         *expert_linear.launches(x[0], merged, shift, activation, out, tile),
     ]

@@ -98,6 +98,18 @@ def test_reads_views_of_an_arena_and_strided_inputs_as_they_are(device, backend,
 
 
 @on_every_backend
+def test_experts_further_apart_than_two_to_the_31_values(device, backend):
+    stride = 2**31 + 48  # 4.3 GB of addresses, two pages of memory
+    buffer = torch.empty(stride + 64, dtype=torch.bfloat16, device=device)
+    weight = buffer.as_strided((2, 5, 9), (stride, 9, 1))
+    bias = buffer[50:].as_strided((2, 5), (stride, 1))
+    for view in (weight, bias):
+        view.copy_(signs(*view.shape, device=device))
+    x = signs(1, 3, 9, device=device, dtype=torch.bfloat16)
+    assert torch.equal(run(backend, x, weight, bias)[:, 0], exact(x[0], weight, bias))
+
+
+@on_every_backend
 def test_inputs_of_their_own_or_one_for_all(device, backend):
     x, weight = torch.randn(2, 3, 21).to(device), torch.randn(4, 9, 21).to(device)
     shared = run(backend, x, weight)

@@ -153,6 +153,17 @@ def test_strided_rows_arenas_and_coefficients(device, backend, dtype):
 
 
 @on_every_backend
+def test_experts_further_apart_than_two_to_the_31_values(device, backend):
+    stride = 2**31 + 48  # 4.3 GB of addresses, two pages of memory
+    weight = torch.empty(stride + 64, dtype=torch.bfloat16, device=device).as_strided(
+        (2, 9), (stride, 1)
+    )
+    weight.copy_(torch.randn(2, 9))
+    x, _, _, coef = layer(2, 3, 2, 9, device, torch.bfloat16)
+    assert_close(backend, x, weight, weight, coef, 1e-5, None)
+
+
+@on_every_backend
 def test_empty_inputs(device, backend):
     for B, T in ((0, 3), (3, 0)):
         x, weight, bias, coef = layer(B, T, 2, 5, device)
