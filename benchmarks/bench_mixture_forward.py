@@ -29,7 +29,7 @@ class Concatenated(MixtureRun):
     """sum_i w_i W_i x as one product: [W_1 ... W_N] [w_1 x; ...; w_N x]."""
 
     def linear(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None = None
+        self, x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None
     ) -> Tensor:
         wide = weight.transpose(0, 1).flatten(1)  # (O, N * I)
         y = self._side_by_side(x, -1) @ wide.T
@@ -79,6 +79,8 @@ def providers(given: Inputs) -> dict[str, Any]:
 def cases(device: str, quick: bool, **sizes: Any) -> Iterator[Case]:
     for setting in encoders.settings(device, quick, **sizes):
         given = encoders.inputs(setting, device)
+        if given is None:
+            continue
 
         def expected(dtype: torch.dtype, count: int, given: Inputs = given) -> Tensor:
             pool, images = given.pool, given.images[:count].to(dtype)

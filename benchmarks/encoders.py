@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -19,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from neulig_fast import ExpertPool, testing
 
-from . import harness, machine, selection
+from . import harness, machine, selection, timing
 from .bench_neulig_fit import image_tower
 from .harness import Case, Provider
 from .session import DTYPES
@@ -61,8 +62,11 @@ class Inputs:
         return [self.pool.state_dict(i) for i in range(self.pool.num_experts)]
 
 
-def inputs(setting: Setting, device: str) -> Inputs:
-    """Experts that differ slightly from a randomly initialised tower, in the pool's memory."""
+def inputs(setting: Setting, device: str) -> Inputs | None:
+    """Experts that differ slightly from a randomly initialised tower, in the pool's memory.
+
+    None, and a sentence, where they would not fit.
+    """
     embed, vision = 8, _TOYS.get(setting.shape)
     if vision is None:
         import open_clip
@@ -70,6 +74,10 @@ def inputs(setting: Setting, device: str) -> Inputs:
         config = open_clip.get_model_config(setting.shape)
         embed, vision = config["embed_dim"], config["vision_cfg"]
     template = image_tower(embed, vision, 0, "cpu")
+    size = sum(t.numel() for t in template.state_dict().values()) * setting.dtype.itemsize
+    if setting.experts * size > machine.memory(device):
+        harness.say(f"{setting.shape} N={setting.experts} skipped: not enough memory for experts")
+        return None
     g = torch.Generator().manual_seed(9)
 
     def near(tensor: Tensor) -> Tensor:
@@ -153,18 +161,23 @@ def case(
         working, oracle = expected(setting.dtype, count), expected(torch.float64, count)
         testing.assert_within_rule(result[..., :count, :], working, oracle, _products(given.pool))
 
+    device = given.images.device.type
+    one = functools.partial(given.run, given.pool.state_dict(0), given.images[:1])
+    with torch.no_grad():
+        _, peak = timing.with_peak(one, device)
+        with FlopCounterMode(display=False) as counted:
+            one()
+    needs = round(1e6 * peak) * B * models
     found = [
-        Provider(label, torch.no_grad()(run), "theirs" if k else "ours", steps=B)
+        Provider(label, torch.no_grad()(run), "theirs" if k else "ours", steps=B, needs=needs)
         for k, (label, run) in enumerate(providers.items())
     ]
-    with FlopCounterMode(display=False) as counted, torch.no_grad():
-        given.run(given.pool.state_dict(0), given.images[:1])
     return Case(
         op=op,
         mode=f"batch {B}",
         shape=setting.shape,
         dtype=setting.dtype,
-        device=given.images.device.type,
+        device=device,
         threads=machine.cores(),
         providers=found,
         check=check,

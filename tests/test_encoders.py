@@ -14,6 +14,7 @@ from torchvision.models import resnet as vision
 import neulig_fast as nf
 from neulig_fast import testing
 from neulig_fast.encoders import faults
+from neulig_fast.encoders.convolution import Geometry, windows
 
 EXACT = {"rtol": 1e-9, "atol": 1e-9}  # float64 against float64, another order of operations
 D, N = 8, 3
@@ -33,14 +34,14 @@ def plain_cnn():
     act = nn.ReLU(inplace=True)  # the same module in several places
     return nn.Sequential(
         act,  # in place, on the caller's images
-        nn.Conv2d(3, 6, (3, 5), stride=(2, 1), padding=(1, 2), dilation=(1, 1)),
+        nn.Conv2d(3, 6, (3, 5), stride=(2, 1), padding=(1, 2)),
         nn.BatchNorm2d(6),
         act,
         nn.Conv2d(6, 8, 3, padding="same", dilation=2, groups=2, bias=False),
         nn.MaxPool2d(2),
         nn.Conv2d(8, 12, 3, padding=1, padding_mode="circular"),
         nn.Sequential(nn.SiLU(inplace=True), nn.Dropout2d(0.5)),
-        nn.Conv2d(12, 40, 3, padding=(1, 0), stride=2),
+        nn.Conv2d(12, 40, 3, padding=(1, 0), stride=2, dilation=(1, 2)),
         nn.BatchNorm2d(40, affine=False),
         nn.AdaptiveAvgPool2d(2),
         nn.Flatten(),
@@ -96,7 +97,7 @@ BLOCKS = {"basic": vision.BasicBlock, "bottleneck": vision.Bottleneck}
 ARCHITECTURES = {
     **{name: lambda s=s: tower(**s) for name, s in CLIP.items()},
     **{name: lambda s=s: timm_tower(**s) for name, s in TIMM.items()},
-    "clip-resnet": lambda: clip_resnet.ModifiedResNet([2, 1, 1, 1], D, 4, 32, 8),
+    "clip-resnet": lambda: clip_resnet.ModifiedResNet([2, 1, 1, 1], D, 4, 64, 8),
     "resnet-basic": lambda: vision.ResNet(vision.BasicBlock, [1, 2, 1, 1], D),
     "resnext": lambda: vision.ResNet(
         vision.Bottleneck, [1, 1, 1, 1], D, groups=4, width_per_group=8
@@ -104,7 +105,7 @@ ARCHITECTURES = {
     "cnn": plain_cnn,
     "mlp": plain_mlp,
 }
-SIZES = {"clip-resnet": (3, 32, 32), "resnet-basic": (3, 32, 32)}
+SIZES = {"clip-resnet": (3, 64, 64), "resnet-basic": (3, 32, 32)}
 every_architecture = pytest.mark.parametrize("name", ARCHITECTURES)
 
 
@@ -177,6 +178,29 @@ def test_a_mixture_is_the_separately_blended_models(name):
     torch.testing.assert_close(torch.cat(alone), expected, **EXACT)
     one = nf.mixture_forward(pool, images, coef[0])
     torch.testing.assert_close(one, one_by_one(pool, images, [pool.blend(coef[0])])[0], **EXACT)
+
+
+@pytest.mark.parametrize(
+    "kernel, geometry",
+    [
+        ((1, 1), Geometry()),
+        ((1, 1), Geometry(stride=(2, 3))),
+        ((2, 2), Geometry(stride=(2, 2))),
+        ((3, 2), Geometry(padding=(1, 2))),
+        ((2, 3), Geometry(stride=(3, 1), padding=(2, 0), dilation=(2, 1))),
+        ((7, 7), Geometry()),
+    ],
+)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_a_convolution_is_a_linear_layer_of_windows(kernel, geometry, memory_format):
+    x = torch.randn(2, 3, 7, 8).double().to(memory_format=memory_format)
+    weight = torch.randn(5, 3, *kernel).double()
+    expected = nn.functional.conv2d(x, weight, None, *geometry)
+    seen = windows(x, weight.shape[2:], geometry)
+    torch.testing.assert_close((seen @ weight.flatten(1).T).permute(0, 3, 1, 2), expected, **EXACT)
+    assert geometry.positions(x.shape[2:], weight.shape[2:]) == expected[0, 0].numel()
+    if not geometry.overlap(weight.shape[2:]):
+        assert seen[0].numel() <= x[0].numel()
 
 
 @every_architecture

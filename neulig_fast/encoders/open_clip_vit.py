@@ -40,7 +40,7 @@ def vision_transformer(run: Run, module: Any, path: str, x: Tensor) -> Tensor:
     if proj is None:
         return x
     # (width, D), and layers want (D, width) in rows that are contiguous: a copy of a small matrix.
-    return run.linear(x, proj.transpose(1, 2).contiguous(), None)
+    return run.linear(x, proj.transpose(1, 2).contiguous())
 
 
 def _pooled(module: Any, x: Tensor) -> Tensor:

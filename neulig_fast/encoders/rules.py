@@ -88,7 +88,7 @@ def faults(template: nn.Module) -> list[str]:
     passed_over: list[str] = []  # modules that no rule knows: their children are their own business
     for path, module in template.named_modules(remove_duplicate=False):
         if not any(path.startswith(above) for above in passed_over):
-            reasons = [f"{path or 'the template'} {why}" for why in _faults(module)]
+            reasons = [f"{where(path)} {why}" for why in _faults(module)]
             if reasons and rule_of(module) is None:
                 passed_over.append(f"{path}." if path else "")
             found += reasons
@@ -115,3 +115,8 @@ def kind(module: nn.Module) -> str:
 def join(path: str, name: str) -> str:
     """The path of a submodule or tensor called ``name`` of the module at ``path``."""
     return f"{path}.{name}" if path else name
+
+
+def where(path: str) -> str:
+    """What messages call the module at ``path``."""
+    return path or "the template"

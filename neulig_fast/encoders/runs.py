@@ -75,7 +75,7 @@ class Run(ABC):
 
     @abstractmethod
     def linear(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None = None
+        self, x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None
     ) -> Tensor:
         """f(W x + b) over the last dimension: x (rows, ..., I), weight (N, O, I), bias (N, O).
 
@@ -84,7 +84,12 @@ class Run(ABC):
 
     @abstractmethod
     def layer_norm(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, residual: Tensor | None
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        eps: float,
+        residual: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """(y, s): the norm y over the last dimension of s = x + residual, or of s = x."""
 
@@ -132,13 +137,11 @@ class Run(ABC):
         shift = -mean * scale
         if affine:
             scale, shift = scale * affine[0], shift * affine[0] + affine[1]
-        per_channel = (*scale.shape, *[1] * (x.ndim - 2))
-        x = self.to_rows(x)
-        return torch.addcmul(shift.view(per_channel), x.to(acc), scale.view(per_channel)).to(
-            x.dtype
-        )
+        scale, shift = (v.view(*v.shape, *[1] * (x.ndim - 2)) for v in (scale, shift))
+        return torch.addcmul(shift, self.to_rows(x).to(acc), scale).to(x.dtype)
 
     def _extra_variance(self, mean: Tensor) -> Tensor | float:
+        """What a merged model's variance has beside the blend of the experts' variances."""
         return 0.0
 
     def add(self, x: Tensor, stack: Tensor) -> Tensor:
@@ -179,7 +182,7 @@ class ExpertRun(Run):
         return x.expand(self.pool.num_experts, *x.shape).reshape(self.rows, *x.shape[1:])
 
     def linear(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None = None
+        self, x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None
     ) -> Tensor:
         between = x.shape[1:-1]
         shared = x.shape[0] != self.rows
@@ -189,7 +192,12 @@ class ExpertRun(Run):
         return y.view(self.rows, *between, y.shape[-1])
 
     def layer_norm(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, residual: Tensor | None
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        eps: float,
+        residual: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         N, x = self.pool.num_experts, self.to_rows(x)
         shape = (N, self._images, *x.shape[1:])
@@ -228,12 +236,17 @@ class MixtureRun(Run):
         return x
 
     def linear(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None = None
+        self, x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None
     ) -> Tensor:
         return mixture_linear(x, weight, bias, self._coef, activation=activation)
 
     def layer_norm(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, residual: Tensor | None
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        eps: float,
+        residual: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         result = mixture_layer_norm(x, weight, bias, self._coef, eps, residual=residual)
         return result if isinstance(result, tuple) else (result, x)
@@ -250,17 +263,18 @@ class MixtureRun(Run):
     def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None, g: Geometry) -> Tensor:
         """By mixed kernels, or by windows where those are the smaller of the two.
 
-        A sample's mixed kernels hold O values where its windows hold one per output position: each
-        is written and read once, so the smaller one decides time and memory. Mixing kernels costs N
-        operations per value of a kernel, concatenating the experts' input channels N times the
-        convolution: positions outnumber experts, so that is out of the question.
+        For every weight of a filter, a sample's mixed kernels have O values and its windows one for
+        each output position. Either is written and read once on top of the same products, so the
+        smaller one is taken. Mixing costs N operations per value of a kernel, once per sample; the
+        other exact way, the experts' input channels side by side, costs N operations per value and
+        position. Positions outnumber experts, so that way is not taken.
         """
         B, channels = self.rows, weight.shape[1]
         if g.groups == 1 and g.positions(x.shape[-2:], weight.shape[-2:]) <= channels:
             return self._by_windows(x, weight, bias, g)
         if not B:
             return F.conv2d(x, weight[0], None, *g)
-        # All samples at once as groups of one convolution: one launch, not one for each.
+        # Samples are the groups of one convolution: on a GPU a loop would be a launch for each.
         kernels = self.per_row(weight).flatten(0, 1)
         shifts = None if bias is None else self.per_row(bias).flatten()
         groups = g._replace(groups=g.groups * B)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from .. import _checks
 from .convolution import Geometry
-from .rules import join, kind, register
+from .rules import join, kind, register, where
 from .runs import Run
 
 _ACTIVATIONS = {
@@ -90,7 +90,7 @@ def activation_of(module: nn.Module) -> str | None:
 def linear(run: Run, module: Any, path: str, x: Tensor, activation: str | None = None) -> Tensor:
     width = module.in_features
     if x.ndim < 2 or x.shape[-1] != width:
-        raise ValueError(f"{path}: inputs must be (B, ..., {width}), got {_checks.shape(x)}")
+        raise ValueError(f"{where(path)}: inputs must be (B, ..., {width}), got {_checks.shape(x)}")
     weight, bias = run.stacks(module, path, "weight", "bias")
     return run.linear(x, weight, bias, activation)
 
@@ -99,7 +99,9 @@ def linear(run: Run, module: Any, path: str, x: Tensor, activation: str | None =
 def conv2d(run: Run, module: Any, path: str, x: Tensor) -> Tensor:
     channels = module.in_channels
     if x.ndim != 4 or x.shape[1] != channels:
-        raise ValueError(f"{path}: inputs must be (B, {channels}, H, W), got {_checks.shape(x)}")
+        raise ValueError(
+            f"{where(path)}: inputs must be (B, {channels}, H, W), got {_checks.shape(x)}"
+        )
     padding = module.padding
     if isinstance(padding, str) or module.padding_mode != "zeros":
         # As the module itself does: torch's convolution knows equal padding with zeros alone.
