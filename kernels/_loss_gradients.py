@@ -62,7 +62,7 @@ def neulig_loss_pull_kernel(
 
 
 @triton.jit(do_not_specialize=["B", "blocks"])
-def neulig_loss_logits_kernel(
+def neulig_loss_portland_kernel(
     partials_ptr, coopvec_ptr, steered_ptr, along_ptr, norm_ptr, loss_ptr, alignment_ptr,
     own_ptr, logits_ptr, radial_ptr, B, blocks, N: tl.constexpr, EXPERTS: tl.constexpr,
     SAMPLES: tl.constexpr, SCALING: tl.constexpr, CENTERED: tl.constexpr,
@@ -138,11 +138,13 @@ def neulig_loss_products_kernel(
 @triton.jit(do_not_specialize=["B", "blocks"])
 def neulig_loss_features_kernel(
     coopvec_ptr, raw_ptr, ensemble_ptr, norm_ptr, radial_ptr, logits_ptr, weight_ptr, out_ptr,
-    B, blocks, D: tl.constexpr, N: tl.constexpr, SAMPLES: tl.constexpr, COLUMNS: tl.constexpr,
+    B, blocks, D: tl.constexpr, N: tl.constexpr, EXPERTS: tl.constexpr, SAMPLES: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """∂z_i = w_i d + Σ_k ∂a_k W[k, i], with d = (r - e radial) / ‖e‖: out (B, N, D).
 
     Arguments as of the other kernels; norm and radial None without normalisation, where d = r.
+    EXPERTS is at least 16, the least that a product sums over.
     """
     ACC: tl.constexpr = out_ptr.dtype.element_ty
     program = tl.program_id(0).to(tl.int64)
@@ -155,14 +157,15 @@ def neulig_loss_features_kernel(
         e = tl.load(ensemble_ptr + place, mask=inside, other=0.0)
         radial = tl.load(radial_ptr + b, mask=b < B, other=0.0)
         d = (d - e * radial[:, None]) / tl.load(norm_ptr + b, mask=b < B, other=1.0)[:, None]
+    k = tl.arange(0, EXPERTS)
+    real = (b < B)[:, None] & (k < N)[None, :]
+    da = tl.load(logits_ptr + b[:, None] * N + k[None, :], mask=real, other=0.0)
+    real = (k < N)[:, None] & (column < D)[None, :]
     for i in range(N):
         w = tl.load(coopvec_ptr + b * N + i, mask=b < B, other=0.0)
-        total = w[:, None] * d
-        for k in range(N):
-            da = tl.load(logits_ptr + b * N + k, mask=b < B, other=0.0)
-            weight_place = weight_ptr + (k * N + i) * D + column
-            weight = tl.load(weight_place, mask=column < D, other=0.0).to(ACC)
-            total += da[:, None] * weight[None, :]
+        place = (k[:, None] * N + i) * D + column[None, :]
+        weight = tl.load(weight_ptr + place, mask=real, other=0.0).to(ACC)
+        total = tl.dot(da, weight, w[:, None] * d, input_precision=PRECISION, out_dtype=ACC)
         tl.store(out_ptr + (b[:, None] * N + i) * D + column[None, :], total, mask=inside)
 
 
@@ -215,12 +218,13 @@ def portland_launches(
     settings = {"EXPERTS": launch.experts, "SCALING": scaling, "CENTERED": centered}
     found = [
         Launch(neulig_loss_pull_kernel, rows * blocks, pull, {**tile, "CLASSES": CLASSES}),
-        Launch(neulig_loss_logits_kernel, rows, logits, {**shared, **settings}),
+        Launch(neulig_loss_portland_kernel, rows, logits, {**shared, **settings}),
     ]
     if weight is not None and bias is not None:
         found.append(product_launch(da, x.features, None, weight, bias))
     if features is not None:
         arguments = (w, raw, kept.ensemble, kept.norm, radial, da, x.portland_weight,
                      features, B, blocks)  # fmt: skip
-        found.append(Launch(neulig_loss_features_kernel, rows * blocks, arguments, tile))
+        options = {**tile, "EXPERTS": max(launch.experts, 16)}
+        found.append(Launch(neulig_loss_features_kernel, rows * blocks, arguments, options))
     return found

@@ -3,7 +3,7 @@
     ensemble, classes   as in neulig_loss, from the CoopVec of the forward pass, but logits are kept
     slope      per sample: ∂L_b/∂y in their place
     pull       per samples and columns: H' ∂y, and its products with the experts' features
-    logits     per sample: the gradient q of the CoopVec, and ∂a
+    portland   per sample: the gradient q of the CoopVec, and ∂a of the Portland's logits
     products   per columns of u: ∂W = Σ_b ∂a_b u_b' and ∂c; with ∂y and ê instead, ∂H and ∂h
 
 ∂y (B, C) is the one thing of the logits' size that is kept: its sums over classes and over samples
