@@ -48,7 +48,7 @@ test-gpu:
 	$(GPU_PYTHON) -m pytest $(GPU_WORKERS) -k "cuda or kernels" tests/test_house.py tests/test_kernels.py \
 	    tests/test_blend.py tests/test_blend_storage.py tests/test_blend_weight_grad.py \
 	    tests/test_blend_lists.py tests/test_blend_lists_weight_grad.py tests/test_blend_telemetry.py \
-	    tests/test_offset_gram.py
+	    tests/test_offset_gram.py tests/test_neulig_kernels.py
 
 test-sanitize: $(INSTALLED)
 	PYTHON=$(PY) tools/sanitize.sh

@@ -97,12 +97,12 @@ def _neulig(registers: int, experts: int) -> Config:
     """One sample per program, so that a batch of 128 fills a GPU. From 9 experts on, of whose N
     times N D weights every program reads all, as many as leave registers for both.
 
-    16 registers a thread hold its part of the sums. In the interpreter, where a program costs
+    At most 16 registers a thread hold its part of the sums. In the interpreter, where a program costs
     milliseconds whatever it holds, more samples share one; a sample's bits are the same.
     """
     padded = 1 << (experts - 1).bit_length()
     held = {16: 4, 32: 2}.get(padded, 1)
-    columns = min(4096 // registers // (padded * held), 1024)
+    columns = min(4096 // registers**2 // (padded * held), 1024)
     lanes = min(columns, 128)
     return Config(columns, 8, 16 if INTERPRETED else held, lanes, padded)
 

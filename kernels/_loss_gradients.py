@@ -163,8 +163,8 @@ def neulig_loss_features_kernel(
     real = (k < N)[:, None] & (column < D)[None, :]
     for i in range(N):
         w = tl.load(coopvec_ptr + b * N + i, mask=b < B, other=0.0)
-        place = (k[:, None] * N + i) * D + column[None, :]
-        weight = tl.load(weight_ptr + place, mask=real, other=0.0).to(ACC)
+        row = weight_ptr + (k[:, None] * N + i) * D
+        weight = tl.load(row + column[None, :], mask=real, other=0.0).to(ACC)
         total = tl.dot(da, weight, w[:, None] * d, input_precision=PRECISION, out_dtype=ACC)
         tl.store(out_ptr + (b[:, None] * N + i) * D + column[None, :], total, mask=inside)
 

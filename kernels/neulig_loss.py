@@ -12,6 +12,8 @@ of them with the whole head to read. No atomics: every sum is one program's, in 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from . import _portland
@@ -56,15 +58,15 @@ def neulig_loss_entropy_kernel(
 
 @triton.jit(do_not_specialize=["B", "tiles"])
 def neulig_loss_total_kernel(
-    parts_ptr, target_ptr, coopvec_ptr, steered_ptr, results_ptr, B, tiles,
-    N: tl.constexpr, EXPERTS: tl.constexpr, SAMPLES: tl.constexpr, TILES: tl.constexpr,
+    parts_ptr, target_ptr, coopvec_ptr, steered_ptr, loss_ptr, boosting_ptr, alignment_ptr, B,
+    tiles, N: tl.constexpr, EXPERTS: tl.constexpr, SAMPLES: tl.constexpr, TILES: tl.constexpr,
     SCALING: tl.constexpr, CENTERED: tl.constexpr,
 ):  # fmt: skip
-    """results (3,): L_b + L_a, L_b and L_a. One program; arguments as of the other kernels.
+    """The scalars L_b + L_a, L_b and L_a. One program; arguments as of the other kernels.
 
     target None: the entropy. Reads B * (2 or 1) * tiles and 2 * B * N values.
     """
-    ACC: tl.constexpr = results_ptr.dtype.element_ty
+    ACC: tl.constexpr = loss_ptr.dtype.element_ty
     boosting = tl.zeros((SAMPLES,), ACC)
     alignment = tl.zeros((SAMPLES,), ACC)
     mean = tl.zeros((1, EXPERTS), ACC)
@@ -98,9 +100,9 @@ def neulig_loss_total_kernel(
     count = B.to(ACC)
     L_b = tl.sum(boosting, 0) / count
     L_a = tl.sum(alignment, 0) / (2 * SCALING * count)
-    tl.store(results_ptr, L_b + L_a)
-    tl.store(results_ptr + 1, L_b)
-    tl.store(results_ptr + 2, L_a)
+    tl.store(loss_ptr, L_b + L_a)
+    tl.store(boosting_ptr, L_b)
+    tl.store(alignment_ptr, L_a)
 
 
 def launches(
@@ -108,13 +110,16 @@ def launches(
     head_bias: torch.Tensor | None,
     targets: torch.Tensor | None,
     coopvec: torch.Tensor,
-    results: torch.Tensor,
+    results: Sequence[torch.Tensor],
     kept: Scratch,
     scaling: float,
     centered: bool,
     launch: Config,
 ) -> list[Launch]:
-    """What :func:`neulig_loss` launches for features, Portland (two), head and alignment."""
+    """What :func:`neulig_loss` launches.
+
+    ``inputs``: features, Portland (weight and bias), head and alignment; ``results``: scalars.
+    """
     features, weight, bias, head, alignment = inputs
     (B, N), (C, D), tiles = coopvec.shape, head.shape, kept.parts.shape[1]
     found = [
@@ -136,7 +141,7 @@ def launches(
         "CENTERED": centered,
         "num_warps": 8,
     }
-    arguments = (kept.parts, kept.target, coopvec, kept.steered, results, B, tiles)
+    arguments = (kept.parts, kept.target, coopvec, kept.steered, *results, B, tiles)
     return [*found, Launch(neulig_loss_total_kernel, 1, arguments, options)]
 
 
@@ -161,7 +166,7 @@ def neulig_loss(
     require("neulig_loss", why_not(features, portland_weight, head_weight))
     B, N, _ = features.shape
     coopvec = features.new_empty((B, N), dtype=torch.promote_types(features.dtype, torch.float32))
-    results = coopvec.new_empty(3)
+    results = [coopvec.new_empty(()) for _ in range(3)]
     supervised = boosting == "supervised"
     kept = scratch(coopvec, head_weight, supervised, normalize)
     small = [None if x is None else x.contiguous() for x in (portland_bias, head_bias, targets)]
@@ -172,4 +177,4 @@ def neulig_loss(
         features,
         launches(inputs, small[1], labels, coopvec, results, kept, scaling, centered, launch),
     )
-    return (*results.unbind(), coopvec)
+    return (*results, coopvec)

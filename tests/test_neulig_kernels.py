@@ -194,16 +194,19 @@ def test_the_bits_of_a_coopvec_do_not_depend_on_its_neighbours(N):
 @pytest.mark.parametrize("centered", [False, True])
 def test_the_loss_writes_its_results_and_nothing_else(centered):
     z, W, c, H, h, t, A, _, scaling, _, _ = loss_arguments(B=17)
-    (coopvec, fence), (results, other) = fenced(17, 5), fenced(3)
+    (coopvec, fence), results = fenced(17, 5), [fenced() for _ in range(3)]
     kept = loss_module.scratch(coopvec, H, True, True)
     fences = {name: fenced(*tensor.shape) for name, tensor in kept._asdict().items()}
     kept = _logits.Scratch(**{name: inner for name, (inner, _) in fences.items()})
     launch = _launch.config("neulig_loss", z.dtype, 5, 1)
     inputs = (z, W, c, H, A)
     _launch.run(
-        z, loss_module.launches(inputs, h, t, coopvec, results, kept, scaling, centered, launch)
+        z,
+        loss_module.launches(
+            inputs, h, t, coopvec, [r for r, _ in results], kept, scaling, centered, launch
+        ),
     )
-    for inner, buffer in ((coopvec, fence), (results, other), *fences.values()):
+    for inner, buffer in ((coopvec, fence), *results, *fences.values()):
         assert_intact(inner, buffer)
 
 

@@ -161,7 +161,7 @@ def loss_launches(module: ModuleType, dtype: torch.dtype, n: int, k: int, _s: in
         empty(C, D, dtype=dtype),
         empty(n, n, dtype=acc),
     )
-    coopvec, results = empty(B, n, dtype=acc), empty(3, dtype=acc)
+    coopvec, results = empty(B, n, dtype=acc), [empty(dtype=acc)] * 3
     bias, targets = (None, empty(B, dtype=torch.int64)) if plain else (empty(C, dtype=acc), None)
     kept = module.scratch(coopvec, inputs[3], plain, plain)
     launch = module.config("neulig_loss", dtype, n, 1)
