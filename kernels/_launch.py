@@ -97,8 +97,8 @@ def _neulig(registers: int, experts: int) -> Config:
     """One sample per program, so that a batch of 128 fills a GPU. From 9 experts on, of whose N
     times N D weights every program reads all, as many as leave registers for both.
 
-    At most 16 registers a thread hold its part of the sums. In the interpreter, where a program costs
-    milliseconds whatever it holds, more samples share one; a sample's bits are the same.
+    At most 16 registers a thread hold its part of the sums. In the interpreter, where a program
+    costs milliseconds whatever it holds, more samples share one; a sample's bits are the same.
     """
     padded = 1 << (experts - 1).bit_length()
     held = {16: 4, 32: 2}.get(padded, 1)
@@ -197,9 +197,11 @@ def repeat(params: torch.Tensor, launches: Sequence[Launch], times: int) -> None
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.stream(torch.cuda.Stream()):  # the default stream cannot be recorded
                 graph.capture_begin(capture_error_mode="thread_local")
-                for _ in range(once):
-                    run(params, launches)
-                graph.capture_end()
+                try:
+                    for _ in range(once):
+                        run(params, launches)
+                finally:
+                    graph.capture_end()
             for _ in range(replays):
                 graph.replay()
 

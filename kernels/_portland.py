@@ -1,4 +1,4 @@
-"""What the kernels of NeuLig's loss and training share: CoopVecs, ensembles, class tiles.
+"""What the kernels of NeuLig's loss and training share: CoopVecs and the alignment term.
 
 A program holds SAMPLES samples. Experts are padded to EXPERTS, a power of two: a padded expert
 has weight 0, and its features are read as 0. Whatever is summed over columns or classes is summed

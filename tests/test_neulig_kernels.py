@@ -57,7 +57,7 @@ def assert_intact(inner, buffer):
 
 
 def loss_arguments(
-    B=33, N=5, D=70, C=75, *, supervised=True, normalize=True, centered=False, biased=True,
+    B=17, N=5, D=40, C=40, *, supervised=True, normalize=True, centered=False, biased=True,
     dtype=torch.float32,
 ):  # fmt: skip
     """Several blocks of samples and of columns, and several tiles of classes, none of them full."""
@@ -89,9 +89,9 @@ LOSSES = {
     "supervised": {},
     "entropy": {"supervised": False},
     "centered, not normalised": {"centered": True, "normalize": False, "biased": False},
-    "entropy, centered": {"supervised": False, "centered": True, "B": 17},
+    "entropy, centered": {"supervised": False, "centered": True, "B": 16},
     "one expert": {"N": 1},
-    "nine experts": {"N": 9, "B": 17},
+    "nine experts": {"N": 9, "B": 3},
     "64 experts": {"N": 64, "B": 3, "D": 5, "centered": True},
     "one sample": {"B": 1, "centered": True},
     "one class": {"C": 1},
@@ -126,7 +126,7 @@ def test_gradients_of_one_output_alone(used):
 
 @pytest.mark.parametrize("supervised", [True, False], ids=["supervised", "entropy"])
 def test_tiles_are_joined_in_any_number_at_once(monkeypatch, supervised):
-    args = loss_arguments(C=200, B=5, supervised=supervised)
+    args = loss_arguments(C=130, B=3, supervised=supervised)
     for module in (loss_module, gradient_module):
         monkeypatch.setattr(module, "tiles_at_once", lambda tiles: 2)
     got = loss_module.neulig_loss(*args)
@@ -160,27 +160,27 @@ def test_small_losses_keep_their_digits():
     testing.assert_within_rule(loss, neulig_loss_reference(*args)[0], exact)
 
 
-@pytest.mark.parametrize("wrong", [75, -(2**40)])
+@pytest.mark.parametrize("wrong", [40, -(2**40)])
 def test_a_target_that_is_no_class_is_seen_in_the_loss_and_its_gradient(wrong):
     args = list(loss_arguments())
     args[5] = args[5].clone()
-    args[5][20] = wrong
+    args[5][16] = wrong
     loss, boosting, alignment, coopvec = loss_module.neulig_loss(*args)
     assert loss.isnan() and boosting.isnan()
     assert alignment.isfinite() and coopvec.isfinite().all()
     gradients = gradient_module.neulig_loss_backward(*gradient_arguments(args, coopvec))
-    assert gradients[0][20].isnan().all() and gradients[0][:20].isfinite().all()
+    assert gradients[0][16].isnan().all() and gradients[0][:16].isfinite().all()
     assert gradients[1].isnan().all()
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_a_sample_that_is_not_finite_is_one_sample_alone(value):
     args = loss_arguments()
-    args[0][18, 2, 3] = value
+    args[0][3, 2, 30] = value
     loss, boosting, alignment, coopvec = loss_module.neulig_loss(*args)
     assert not any(x.isfinite() for x in (loss, boosting, alignment))
-    assert not coopvec[18].isfinite().any()
-    assert coopvec[:18].isfinite().all() and coopvec[19:].isfinite().all()
+    assert not coopvec[3].isfinite().any()
+    assert coopvec[:3].isfinite().all() and coopvec[4:].isfinite().all()
 
 
 @pytest.mark.parametrize("N", [5, 16])
@@ -236,8 +236,8 @@ def test_only_what_is_needed_is_launched(needs, kernels):
 @pytest.mark.parametrize(
     "change, reason",
     [
-        ({0: torch.zeros(33, 70, 5).mT}, "features must be contiguous"),
-        ({1: torch.zeros(350, 5).T, 3: torch.zeros(70, 75).T}, "portland_weight, head_weight must"),
+        ({0: torch.zeros(17, 40, 5).mT}, "features must be contiguous"),
+        ({1: torch.zeros(200, 5).T, 3: torch.zeros(40, 40).T}, "portland_weight, head_weight must"),
         ({0: torch.zeros(2, 65, 3)}, "65 experts, more than 64"),
     ],
 )
@@ -308,8 +308,11 @@ def test_no_rows_are_no_rounds():
 
 @pytest.mark.parametrize("rows, wrong", [(True, 30), (True, -1), (False, 23), (False, -1)])
 def test_a_row_or_a_label_that_is_not_there_is_seen_in_the_loss(rows, wrong):
-    """On a GPU nobody looks at them before: what is read is inside, and the loss is NaN."""
-    one = fit("two tasks", dtype=torch.float32)
+    """On a GPU nobody looks at them before: what is read is inside, and the loss is NaN.
+
+    Of rows that of the entropy, which no label makes NaN.
+    """
+    one = fit("two tasks", supervised=not rows, dtype=torch.float32)
     if rows:
         one.rows[1][5] = wrong
     else:
