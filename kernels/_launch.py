@@ -3,7 +3,7 @@ of kernels over an arena (_tiles.py chooses those of layers)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +37,7 @@ except ImportError as error:  # CPU wheels of torch come without triton
 INTERPRETED = MISSING is None and bool(triton.knobs.runtime.interpret)
 
 MAX_EXPERTS = 64
+RECORDED = 32  # launches of a CUDA graph, about: enough that a replay's own cost is a small share
 # All registers a thread can have. Unless told, ptxas spills to reach an occupancy of its own
 # choice: 2 spills at 56 registers in blend for sm_100.
 REGISTERS = 255
@@ -50,7 +51,8 @@ class Config:
     ``block`` columns of a program, ``num_warps``, ``held`` rows (experts; of blend_weight_grad:
     gradients) at once. Kernels that walk through their block take ``lanes`` columns at a time and
     keep sums for ``experts`` experts. With ``stages`` > 1, loads run that many steps ahead, through
-    shared memory.
+    shared memory. Programs of NeuLig's loss hold ``held`` samples of ``experts`` experts, padded to
+    a power of two, and take ``block`` columns or ``lanes`` classes at a time.
     """
 
     block: int
@@ -87,7 +89,23 @@ def config(
         return Config(block=columns // registers, num_warps=4, held=held)
     if op == "offset_gram":
         return _offset_gram(dtype.itemsize, experts)
+    if op in ("neulig_fit", "neulig_loss", "neulig_loss_backward"):
+        return _neulig(registers, experts)
     raise ValueError(f"config: {op!r} has no kernel")
+
+
+def _neulig(registers: int, experts: int) -> Config:
+    """One sample per program, so that a batch of 128 fills a GPU. From 9 experts on, of whose N
+    times N D weights every program reads all, as many as leave registers for both.
+
+    At most 16 registers a thread hold its part of the sums. In the interpreter, where a program
+    costs milliseconds whatever it holds, more samples share one; a sample's bits are the same.
+    """
+    padded = 1 << (experts - 1).bit_length()
+    held = {16: 4, 32: 2}.get(padded, 1)
+    columns = min(4096 // registers**2 // (padded * held), 1024)
+    lanes = min(columns, 128)
+    return Config(columns, 8, 16 if INTERPRETED else held, lanes, padded)
 
 
 def _blend(itemsize: int, registers: int, experts: int, outputs: int, seeded: bool) -> Config:
@@ -160,6 +178,33 @@ def run(params: torch.Tensor, launches: Iterable[Launch]) -> None:
     with torch.cuda.device_of(params):
         for launch in launches:
             launch.kernel[(launch.programs,)](*launch.arguments, **launch.options)
+
+
+def repeat(params: torch.Tensor, launches: Sequence[Launch], times: int) -> None:
+    """Launch all of them ``times`` times over, on a GPU mostly from a CUDA graph.
+
+    From Python a launch takes longer than a small kernel runs. The first times are direct: they
+    compile, which a recording cannot. Kernels must find by themselves which time it is. Within a
+    recording of somebody else's all launches are direct.
+    """
+    direct, replays, once = times, 0, max(1, RECORDED // len(launches))
+    if params.is_cuda and not torch.cuda.is_current_stream_capturing():
+        direct = (times - 1) % once + 1
+        replays = (times - direct) // once
+    for _ in range(direct):
+        run(params, launches)
+    if replays:
+        with torch.cuda.device_of(params):
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.stream(torch.cuda.Stream()):  # the default stream cannot be recorded
+                graph.capture_begin(capture_error_mode="thread_local")
+                try:
+                    for _ in range(once):
+                        run(params, launches)
+                finally:
+                    graph.capture_end()
+            for _ in range(replays):
+                graph.replay()
 
 
 def missing(device: str) -> str | None:

@@ -323,7 +323,7 @@ def test_a_forced_and_unable_backend_keeps_its_reason(capsys):
 
 
 def test_unnamed_form_leaves_ops_that_do_not_offer_the_backend():
-    with neulig_fast.use_backend("triton"):
+    with neulig_fast.use_backend("cuda"):
         assert OPS["neulig_loss"].forced() is None
 
 

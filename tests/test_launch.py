@@ -22,13 +22,18 @@ ROOT = Path(__file__).resolve().parents[1]
     [
         *("blend", "blend_lists", "blend_lists_weight_grad"),
         *("blend_telemetry", "blend_weight_grad", "offset_gram"),
+        *("neulig_fit", "neulig_loss", "neulig_loss_backward"),
     ],
 )
 def test_configurations_are_possible(op, dtype):
     for n in range(1, 65):
         for k in (1, 2, 3, 8):
             c = config(op, dtype, n, k)
-            assert c.block >= 32 * c.num_warps and c.block & (c.block - 1) == 0
+            assert c.block & (c.block - 1) == 0
+            if op.startswith("neulig"):
+                assert 16 <= c.lanes <= c.block and n <= c.experts < 2 * n
+                continue
+            assert c.block >= 32 * c.num_warps
             if op == "blend":
                 assert c.held == n or (k == 1 and (n - c.held) % 8 == 0 and 1 <= c.held <= 8)
             elif op == "blend_telemetry":

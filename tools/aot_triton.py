@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import Any
 
 import aot_layers
+import aot_neulig
 import torch
 from aot_sass import CompiledKernel, find_cuobjdump, inspect
 
@@ -153,6 +154,7 @@ CALLS = {
     "blend_telemetry": telemetry_launches,
     "blend_weight_grad": weight_grad_launches,
     "offset_gram": offset_gram_launches,
+    **aot_neulig.CALLS,
 }
 
 

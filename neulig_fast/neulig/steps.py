@@ -60,14 +60,13 @@ def products_of(
 ) -> Products | None:
     """The products of all rows, or None where each step had better use the heads themselves.
 
-    That is on a GPU, whose operator of many steps is not written yet; where products (few classes
-    are cheap, many are not) would take too much memory beside the features; and where the epochs,
-    of so many rounds, read rows too few times to repay them.
+    That is where products (few classes are cheap, many are not) would take too much memory beside
+    the features, and where the epochs, of so many rounds, read rows too few times to repay them.
     """
     features = [task.features for task in tasks]
     first = features[0]
     alike = all(z.dtype == first.dtype and z.device == first.device for z in features)
-    if first.device.type != "cpu" or not alike:
+    if not alike:
         return None
     size = sum(len(z) * z.shape[1] * (task.head.num_classes + z.shape[1])
                for z, task in zip(features, tasks, strict=True)) * dtype.itemsize  # fmt: skip

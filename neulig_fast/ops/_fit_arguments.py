@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .._checks import FLOAT_DTYPES, accumulation_dtype, shape
 
-_MAX_EXPERTS = 64  # of the C++ kernel
+_MAX_EXPERTS = 64  # of the kernels
 
 
 def rounds(rows: Sequence[Tensor], batch: int) -> int:
@@ -92,7 +92,7 @@ def check_values(state, features, products, grams, biases, labels, rows, *_: Any
 
 
 def why_not(state, features, products, grams, biases, labels, rows, alignment, *_: Any):
-    """Why the C++ kernel cannot take this call, or None."""
+    """Why no kernel can take this call, or None."""
     named = {
         "state": [state], "features": features, "products": products, "grams": grams,
         "biases": biases, "labels": labels, "rows": rows, "alignment": [alignment],

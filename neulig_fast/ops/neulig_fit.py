@@ -184,10 +184,11 @@ OP = Op(
     reference=neulig_fit_reference,
     fake=_fake,
     faults=_fit_arguments.faults,
-    order={"cpu": ("cpu", "torch"), "cuda": ("torch",)},
+    order={"cpu": ("cpu", "torch"), "cuda": ("triton", "torch")},
     samples=_samples,
     check=_fit_arguments.check_values,
     terms=lambda state, features, products, *_: features[0][0].numel() * len(features[0]),
-    not_offered=dict.fromkeys(("triton", "cuda"), "not written yet"),
+    not_offered={"cuda": "not written yet"},
 )
 OP.add_native("cpu", why_not=_fit_arguments.why_not)
+OP.add_triton(why_not=lambda _kernels, *args: _fit_arguments.why_not(*args))

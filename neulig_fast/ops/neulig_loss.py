@@ -205,12 +205,15 @@ OP = Op(
     reference=neulig_loss_reference,
     fake=_fake,
     faults=_faults,
-    order={"cpu": ("torch",), "cuda": ("torch",)},
+    order={"cpu": ("torch",), "cuda": ("triton", "torch")},
     samples=_samples,
     check=_check_targets,
     autograd=(_setup_context, _backward),
     differentiable=("features", "portland_weight", "portland_bias", "head_weight", "head_bias",
                     "alignment"),
     terms=lambda *args: args[0].shape[1] * args[0].shape[2],
-    not_offered=dict.fromkeys(("cpu", "triton", "cuda"), "not written yet"),
+    not_offered=dict.fromkeys(("cpu", "cuda"), "not written yet"),
 )  # fmt: skip
+OP.add_triton(
+    why_not=lambda kernels, z, W, c, H, *_: kernels.why_not(z, W, H),
+)

@@ -159,8 +159,11 @@ OP = Op(
     reference=neulig_loss_backward_reference,
     fake=_fake,
     faults=_faults,
-    order={"cpu": ("torch",), "cuda": ("torch",)},
+    order={"cpu": ("torch",), "cuda": ("triton", "torch")},
     samples=_samples,
     terms=lambda *args: args[5].shape[0] * args[5].shape[1] * args[5].shape[2],
-    not_offered=dict.fromkeys(("cpu", "triton", "cuda"), "not written yet"),
+    not_offered=dict.fromkeys(("cpu", "cuda"), "not written yet"),
+)
+OP.add_triton(
+    why_not=lambda kernels, g, gb, ga, gw, w, z, W, H, *_: kernels.why_not(z, W, H),
 )
