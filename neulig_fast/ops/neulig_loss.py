@@ -25,7 +25,7 @@ from torch import Tensor
 
 from .._checks import FLOAT_DTYPES, accumulation_dtype, shape
 from .._registry import Op
-from .neulig_loss_backward import ENTROPY_EPSILON, ensemble_logits
+from .neulig_loss_backward import ENTROPY_EPSILON, ensemble_logits, for_cpu, why_not_cpu
 
 BOOSTING = ("supervised", "entropy")
 _NO_TARGET = torch.iinfo(torch.int64).min
@@ -197,6 +197,12 @@ def _samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[tuple]:
         )  # fmt: skip
 
 
+def _prepare(*args: Any) -> tuple[Any, ...]:
+    z, W, c, H, h, t, A = args[:7]
+    H, W, c, h, t, A = for_cpu(z, H, W, c, h, t, A)
+    return (z, W, c, H, h, t, A, *args[7:])
+
+
 OP = Op(
     "neulig_loss",
     "(Tensor features, Tensor portland_weight, Tensor portland_bias, Tensor head_weight, "
@@ -205,12 +211,13 @@ OP = Op(
     reference=neulig_loss_reference,
     fake=_fake,
     faults=_faults,
-    order={"cpu": ("torch",), "cuda": ("torch",)},
+    order={"cpu": ("cpu", "torch"), "cuda": ("torch",)},
     samples=_samples,
     check=_check_targets,
     autograd=(_setup_context, _backward),
     differentiable=("features", "portland_weight", "portland_bias", "head_weight", "head_bias",
                     "alignment"),
     terms=lambda *args: args[0].shape[1] * args[0].shape[2],
-    not_offered=dict.fromkeys(("cpu", "triton", "cuda"), "not written yet"),
+    not_offered=dict.fromkeys(("triton", "cuda"), "not written yet"),
 )  # fmt: skip
+OP.add_native("cpu", prepare=_prepare, why_not=lambda *args: why_not_cpu(args[0], args[3]))
