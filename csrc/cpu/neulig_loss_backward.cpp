@@ -45,29 +45,29 @@ class LossBackward {
         both_(symmetric_sum(data_of<A>(a.alignment), n_)),
         origin_(origin_of(in.w, a.batch(), n_, a.centered)),
         weight_(data_of<A>(a.portland_weight)),
-        unit_(batch_.blocks() * kBlock * stride_),
-        turned_(batch_.blocks() * kBlock * batch_.width),
-        softmax_(batch_.blocks()),
+        pieces_(out.weight == nullptr ? 0 : (batch_.layout.inputs + kPiece - 1) / kPiece),
+        tiles_(out.head == nullptr && out.head_bias == nullptr
+                   ? 0
+                   : (batch_.head.classes + kBlock - 1) / kBlock),
+        workers_(workers_for(
+            batch_.batch * (batch_.layout.inputs * n_ + batch_.head.classes * batch_.width),
+            std::max(batch_.blocks(), pieces_ + tiles_))),
+        kept_(tiles_ > 0 ? batch_.blocks() : workers_),
+        unit_(kept_ * kBlock * stride_),
+        turned_(kept_ * kBlock * batch_.width),
+        softmax_(kept_),
         da_(batch_.batch * n_) {}
 
   void run() {
-    const int64_t pieces =
-        out_.weight == nullptr ? 0 : (batch_.layout.inputs + kPiece - 1) / kPiece;
-    const int64_t tiles = out_.head == nullptr && out_.head_bias == nullptr
-                              ? 0
-                              : (batch_.head.classes + kBlock - 1) / kBlock;
-    const int64_t products = batch_.layout.inputs * n_ + batch_.head.classes * batch_.width;
-    const int64_t count =
-        workers_for(batch_.batch * products, std::max(batch_.blocks(), pieces + tiles));
     std::vector<Worker> workers;
-    for (int64_t k = 0; k < count; ++k) workers.emplace_back(batch_);
+    for (int64_t k = 0; k < workers_; ++k) workers.emplace_back(batch_);
     PhaseQueue queue;
     queue.add_phase(batch_.blocks());
-    queue.add_phase(pieces + tiles);
-    queue.run(count, [&](int64_t worker, int64_t phase, int64_t item) {
-      if (phase == 0) return block(workers[worker], item);
-      if (item < pieces) return piece(workers[worker], item);
-      tile(workers[worker], item - pieces);
+    queue.add_phase(pieces_ + tiles_);
+    queue.run(workers_, [&](int64_t worker, int64_t phase, int64_t item) {
+      if (phase == 0) return block(workers[worker], item, tiles_ > 0 ? item : worker);
+      if (item < pieces_) return piece(workers[worker], item);
+      tile(workers[worker], item - pieces_);
     });
     small_sums();
   }
@@ -87,7 +87,7 @@ class LossBackward {
     Lines<A> d, lanes, sums;
   };
 
-  void block(Worker& worker, int64_t item);
+  void block(Worker& worker, int64_t item, int64_t kept);
   void sample(Worker& worker, int64_t b, int64_t k, const A* d);
   void features_of(Worker& worker, int64_t b, const A* d);
   void piece(Worker& worker, int64_t item);
@@ -100,17 +100,21 @@ class LossBackward {
   const int64_t n_, stride_;
   const std::vector<A> both_, origin_;
   const A* weight_;
-  Lines<A> unit_, turned_;           // (blocks, kBlock, stride), (blocks, D, kBlock)
-  std::vector<Softmax<A>> softmax_;  // (blocks,)
+  const int64_t pieces_, tiles_, workers_;
+  // Of every block where tiles of dH come after them, else of every worker's present block.
+  const int64_t kept_;
+  Lines<A> unit_, turned_;           // (kept, kBlock, stride), (kept, D, kBlock)
+  std::vector<Softmax<A>> softmax_;  // (kept,)
   Lines<A> da_;                      // (B, N)
 };
 
 template <typename T>
-void LossBackward<T>::block(Worker& worker, int64_t item) {
+void LossBackward<T>::block(Worker& worker, int64_t item, int64_t kept) {
   const int64_t first = item * kBlock, count = batch_.block_size(item);
-  A *unit = unit_.data() + first * stride_, *turned = turned_.data() + first * batch_.width;
+  A* unit = unit_.data() + kept * kBlock * stride_;
+  A* turned = turned_.data() + kept * kBlock * batch_.width;
   A *d = worker.d.data(), norms[kBlock];
-  Softmax<A>& s = softmax_[item];
+  Softmax<A>& s = softmax_[kept];
   worker.block.take(item);
   worker.block.ensemble(in_.w + first * n_, unit, turned, norms, s);
   worker.block.passes.gradient(turned, count, s, d);
