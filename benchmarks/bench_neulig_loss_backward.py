@@ -17,7 +17,7 @@ from neulig_fast.ops.neulig_loss import neulig_loss_reference
 from neulig_fast.ops.neulig_loss_backward import OP, neulig_loss_backward_reference
 
 from . import harness, machine
-from .bench_neulig_loss import arguments
+from .bench_neulig_loss import arguments, shapes
 from .harness import Case, Provider
 
 _NEEDS = [False, True, True, False, False, False]  # the Portland's weight and bias, as in training
@@ -52,7 +52,7 @@ def make_case(sizes: tuple[int, ...], device: str) -> Case:
 
 
 def cases(device: str, quick: bool) -> Iterator[Case]:
-    for sizes in [(8, 3, 16, 6)] if quick else [(128, 5, 512, 100), (128, 5, 512, 1000)]:
+    for sizes in [(8, 3, 16, 6)] if quick else shapes():
         yield make_case(sizes, device)
 
 

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import neulig_fast
 from neulig_fast import testing
 from neulig_fast.neulig.penalty import alignment_penalty
 from neulig_fast.offsets import OffsetStats
@@ -15,6 +16,14 @@ from neulig_fast.ops.neulig_loss import OP, neulig_loss, neulig_loss_reference
 from neulig_fast.ops.offset_gram import offset_gram
 
 EXACT = 1e-12  # the published agreement of the golden case
+BACKENDS = [b for b in ("torch", "cpu") if OP.why_not(b, "cpu") is None]
+
+
+@pytest.fixture(params=BACKENDS, autouse=True)
+def backend(request):
+    """Every test of this file runs on every backend."""
+    with neulig_fast.use_backend(neulig_loss=request.param, neulig_loss_backward=request.param):
+        yield request.param
 
 
 @pytest.fixture(scope="module")
@@ -184,9 +193,11 @@ def test_double_backward_says_that_it_is_not_there():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_half_features_accumulate_in_fp32(dtype):
+def test_half_features_accumulate_in_fp32(dtype, backend):
     """Half-precision features against the fp64 formula on the same values: fp32's tolerance."""
     for args in OP.samples("cpu", torch.float32):
+        if OP.why_not(backend, "cpu", args) is not None:
+            continue
         half = (args[0].to(dtype), *args[1:])
         widened = (half[0].float(), *args[1:])
         got = torch.ops.neulig_fast.neulig_loss.default(*half)

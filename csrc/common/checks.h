@@ -47,6 +47,28 @@ inline void check_inner_stride(const char* op, const char* name, const Tensor& t
                   " must have stride 1 along columns, got ", tensor.stride(last));
 }
 
+// Contiguous, of a type and of these sizes; -1 is any.
+inline void check_exact(const char* op, const char* name, const Tensor& tensor, ScalarType dtype,
+                        const std::vector<int64_t>& sizes) {
+  bool fits = tensor.dim() == static_cast<int64_t>(sizes.size()) && tensor.is_contiguous() &&
+              tensor.scalar_type() == dtype;
+  std::string wanted;
+  for (size_t d = 0; d < sizes.size(); ++d) {
+    fits = fits && (sizes[d] < 0 || tensor.size(d) == sizes[d]);
+    wanted += (d ? ", " : "") + (sizes[d] < 0 ? "*" : std::to_string(sizes[d]));
+  }
+  STD_TORCH_CHECK(fits, op, ": ", name, " must be contiguous ", toString(dtype), " (", wanted,
+                  "), got ", shape_text(tensor), " ", toString(tensor.scalar_type()));
+}
+
+// A type that sums are formed of as it is.
+inline void check_float(const char* op, const char* name, ScalarType dtype) {
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double ||
+                      dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
+                  op, ": ", name, " must be float32, bfloat16, float16 or float64, got ",
+                  toString(dtype));
+}
+
 inline bool is_fp8(ScalarType dtype) {
   return dtype == ScalarType::Float8_e4m3fn || dtype == ScalarType::Float8_e5m2;
 }

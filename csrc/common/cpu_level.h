@@ -84,4 +84,12 @@ KernelFn<Args> kernel_at([[maybe_unused]] CpuLevel level) {
   return run_baseline<Kernel, Args>;
 }
 
+// Runs the kernel at the level of this process. Whoever calls it from several threads has asked for
+// cpu_level() before, which may throw.
+template <typename Kernel, typename Args>
+void run_kernel(const Args& args) {
+  static const KernelFn<Args> chosen = kernel_at<Kernel, Args>(cpu_level());
+  chosen(args);
+}
+
 }  // namespace neulig_fast

@@ -33,13 +33,7 @@ struct FitArguments {
 
 void check_tensor(const char* name, const Tensor& tensor, ScalarType dtype,
                   const std::vector<int64_t>& sizes) {
-  bool fits = tensor.dim() == static_cast<int64_t>(sizes.size()) && tensor.is_contiguous() &&
-              tensor.scalar_type() == dtype;
-  for (size_t d = 0; fits && d < sizes.size(); ++d)
-    fits = sizes[d] < 0 || tensor.size(d) == sizes[d];
-  STD_TORCH_CHECK(fits, "neulig_fit: ", name, " must be contiguous ", toString(dtype), " of ",
-                  sizes.size(), " dimensions that fit the others, got ", shape_text(tensor), " ",
-                  toString(tensor.scalar_type()));
+  check_exact("neulig_fit", name, tensor, dtype, sizes);
 }
 
 void check_list(const char* name, size_t count, size_t expected) {
@@ -74,10 +68,7 @@ int64_t check_arguments(const FitArguments& a) {
   STD_TORCH_CHECK(n >= 1 && n <= kMaxExperts && d >= 1,
                   "neulig_fit: N must be 1 to 64 and D positive, got ", n, " and ", d);
   const ScalarType dtype = a.features[0].scalar_type(), acc = acc_dtype(dtype);
-  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double ||
-                      dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
-                  "neulig_fit: features must be float32, bfloat16, float16 or float64, got ",
-                  toString(dtype));
+  check_float("neulig_fit", "features", dtype);
   check_tensor("state", a.state, acc, {3, n * n * d + n});
   check_tensor("alignment", a.alignment, acc, {n, n});
   int64_t rounds = 0;
@@ -124,8 +115,7 @@ FitTask<T> task_of(const FitArguments& a, size_t t) {
 template <typename T>
 void run(const FitArguments& a, int64_t rounds, const Tensor& state, const Tensor& terms) {
   using A = Acc<T>;
-  static const FitKernels<T> kernels =
-      make_fit_kernels<T>(cpu_level(), std::make_integer_sequence<int, kMaxRows>{});
+  cpu_level();  // one that cannot be is an error here, not where threads wait for each other
   const int64_t n = a.features[0].size(1);
   const auto* alignment = static_cast<const A*>(a.alignment.const_data_ptr());
   std::vector<A> both(n * n);
@@ -136,9 +126,9 @@ void run(const FitArguments& a, int64_t rounds, const Tensor& state, const Tenso
   std::vector<FitTask<T>> tasks;
   for (size_t t = 0; t < a.features.size(); ++t) tasks.push_back(task_of<T>(a, t));
   auto* values = static_cast<A*>(state.mutable_data_ptr());
-  FitSteps<T> steps(tasks, settings, kernels, static_cast<A*>(terms.mutable_data_ptr()));
+  FitSteps<T> steps(tasks, settings, static_cast<A*>(terms.mutable_data_ptr()));
   steps.copy_state(values, false);
-  steps.run(rounds, torch::stable::get_num_threads());
+  steps.run(rounds);
   steps.copy_state(values, true);
 }
 

@@ -10,11 +10,9 @@
 #include <cstdint>
 #include <limits>
 
-#include "cpu/neulig_fit_kernels.h"
+#include "cpu/neulig_kernels.h"
 
 namespace neulig_fast {
-
-constexpr double kEntropyEpsilon = 1e-6;  // as in neulig_fast/ops/neulig_loss_backward.py
 
 // Classes [begin, end) of all experts; whole steps.
 template <typename A>

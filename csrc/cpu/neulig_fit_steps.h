@@ -7,14 +7,45 @@
 #include <vector>
 
 #include "cpu/neulig_fit_block.h"
-#include "cpu/neulig_fit_queue.h"
+#include "cpu/neulig_queue.h"
 
 namespace neulig_fast {
 
+// Adam, as torch.optim.Adam writes it, with a gradient that is the sum of `groups` in order.
+template <typename A>
+struct AdamStep {
+  const A* gradients;  // of group 0
+  int64_t groups, stride;
+  A *parameters, *mean, *square;
+  int64_t count;  // a multiple of kStep
+  A rate;         // lr / (1 - beta1^step)
+  A root;         // sqrt(1 - beta2^step)
+};
+
+constexpr double kBeta1 = 0.9, kBeta2 = 0.999, kEpsilon = 1e-8;
+
+template <typename A>
+struct Adam {
+  template <int kBytes>
+  static NF_INLINE void run(const AdamStep<A>& a) {
+    constexpr int kLanes = kBytes / sizeof(A);
+    using V = Vec<A, kLanes>;
+    for (int64_t p = 0; p < a.count; p += kLanes) {
+      V g = load<kLanes>(a.gradients + p);
+      for (int64_t k = 1; k < a.groups; ++k) g = g + load<kLanes>(a.gradients + k * a.stride + p);
+      V m = load<kLanes>(a.mean + p), v = load<kLanes>(a.square + p);
+      m = m + (g - m) * A(1 - kBeta1);
+      v = v * A(kBeta2) + g * g * A(1 - kBeta2);
+      const V root = square_root<kLanes>(v) / a.root + A(kEpsilon);
+      store<kLanes>(a.mean + p, m);
+      store<kLanes>(a.square + p, v);
+      store<kLanes>(a.parameters + p, load<kLanes>(a.parameters + p) - m / root * a.rate);
+    }
+  }
+};
+
 constexpr int kGroup = 32;        // samples of an item; gradients of groups are added in order
 constexpr int64_t kPiece = 1024;  // parameters of an item
-// Below this many multiplications in a step a second thread costs more than it saves.
-constexpr int64_t kSerialStep = 1 << 17;
 
 template <typename T>
 class FitSteps {
@@ -22,11 +53,9 @@ class FitSteps {
   using A = Acc<T>;
 
   // terms (steps, 2).
-  FitSteps(const std::vector<FitTask<T>>& tasks, const FitSettings<A>& settings,
-           const FitKernels<T>& kernels, A* terms)
+  FitSteps(const std::vector<FitTask<T>>& tasks, const FitSettings<A>& settings, A* terms)
       : tasks_(tasks),
         s_(settings),
-        kernels_(kernels),
         at_(s_.experts, s_.width),
         terms_(terms),
         groups_((s_.batch + kGroup - 1) / kGroup),
@@ -36,7 +65,7 @@ class FitSteps {
         sums_(groups_ * s_.experts),
         losses_(2 * groups_) {}
 
-  void run(int64_t rounds, int64_t threads);
+  void run(int64_t rounds);
 
   // Between (3, N N D + N) outside and the padded rows in here.
   void copy_state(A* outside, bool out);
@@ -55,8 +84,7 @@ class FitSteps {
 
   const std::vector<FitTask<T>>& tasks_;
   const FitSettings<A>& s_;
-  const FitKernels<T>& kernels_;
-  const FitLayout at_;
+  const PortlandLayout at_;
   A* terms_;
   const int64_t groups_;  // of the largest batch
   Lines<A> state_;        // (3, size): parameters and their two moments
@@ -78,7 +106,7 @@ typename FitSteps<T>::Step FitSteps<T>::step_at(int64_t index) const {
 // Two phases a step; `centered` has one more, as no gradient is known before the mean of all
 // CoopVecs.
 template <typename T>
-void FitSteps<T>::run(int64_t rounds, int64_t threads) {
+void FitSteps<T>::run(int64_t rounds) {
   const int64_t steps = rounds * static_cast<int64_t>(tasks_.size());
   const int64_t pieces = (at_.size + kPiece - 1) / kPiece;
   const int phases = s_.centered ? 3 : 2;
@@ -89,11 +117,11 @@ void FitSteps<T>::run(int64_t rounds, int64_t threads) {
   }
   int64_t classes = 0;
   for (const FitTask<T>& task : tasks_) classes = std::max(classes, task.classes);
-  if (s_.batch * s_.experts * (at_.inputs + classes) < kSerialStep) threads = 1;
-  threads = std::clamp<int64_t>(threads, 1, std::max(groups_, pieces));
+  const int64_t threads =
+      workers_for(s_.batch * s_.experts * (at_.inputs + classes), std::max(groups_, pieces));
   std::vector<FitBlock<T>> blocks;
   blocks.reserve(threads);
-  for (int64_t k = 0; k < threads; ++k) blocks.emplace_back(s_, at_, kernels_, classes);
+  for (int64_t k = 0; k < threads; ++k) blocks.emplace_back(s_, at_, classes);
   queue.run(threads, [&](int64_t worker, int64_t phase, int64_t item) {
     const Step step = step_at(phase / phases);
     const int64_t part = phase % phases;
@@ -131,9 +159,10 @@ void FitSteps<T>::piece(const Step& step, int64_t piece) {
   const int64_t begin = piece * kPiece, count = std::min(kPiece, at_.size - begin);
   const double done = static_cast<double>(s_.step + step.index + 1);
   A* state = state_.data() + begin;
-  kernels_.adam({gradients_.data() + begin, step.groups, at_.size, state, state + at_.size,
-                 state + 2 * at_.size, count, A(s_.lr / (1 - std::pow(kBeta1, done))),
-                 A(std::sqrt(1 - std::pow(kBeta2, done)))});
+  run_kernel<Adam<A>>(AdamStep<A>{gradients_.data() + begin, step.groups, at_.size, state,
+                                  state + at_.size, state + 2 * at_.size, count,
+                                  A(s_.lr / (1 - std::pow(kBeta1, done))),
+                                  A(std::sqrt(1 - std::pow(kBeta2, done)))});
   if (piece > 0) return;
   double boosting = 0, alignment = 0;
   for (int64_t k = 0; k < step.groups; ++k) {

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from .._checks import FLOAT_DTYPES, accumulation_dtype, shape
 from .._registry import Op
-from .neulig_loss_backward import ENTROPY_EPSILON, ensemble_logits
+from .neulig_loss_backward import ENTROPY_EPSILON, ensemble_logits, for_cpu, why_not_cpu
 
 BOOSTING = ("supervised", "entropy")
 _NO_TARGET = torch.iinfo(torch.int64).min
@@ -197,6 +197,12 @@ def _samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[tuple]:
         )  # fmt: skip
 
 
+def _prepare(*args: Any) -> tuple[Any, ...]:
+    z, W, c, H, h, t, A = args[:7]
+    H, W, c, h, t, A = for_cpu(z, H, W, c, h, t, A)
+    return (z, W, c, H, h, t, A, *args[7:])
+
+
 OP = Op(
     "neulig_loss",
     "(Tensor features, Tensor portland_weight, Tensor portland_bias, Tensor head_weight, "
@@ -205,15 +211,14 @@ OP = Op(
     reference=neulig_loss_reference,
     fake=_fake,
     faults=_faults,
-    order={"cpu": ("torch",), "cuda": ("triton", "torch")},
+    order={"cpu": ("cpu", "torch"), "cuda": ("triton", "torch")},
     samples=_samples,
     check=_check_targets,
     autograd=(_setup_context, _backward),
     differentiable=("features", "portland_weight", "portland_bias", "head_weight", "head_bias",
                     "alignment"),
     terms=lambda *args: args[0].shape[1] * args[0].shape[2],
-    not_offered=dict.fromkeys(("cpu", "cuda"), "not written yet"),
+    not_offered={"cuda": "not written yet"},
 )  # fmt: skip
-OP.add_triton(
-    why_not=lambda kernels, z, W, c, H, *_: kernels.why_not(z, W, H),
-)
+OP.add_triton(why_not=lambda kernels, z, W, c, H, *_: kernels.why_not(z, W, H))
+OP.add_native("cpu", prepare=_prepare, why_not=lambda *args: why_not_cpu(args[0], args[3]))

@@ -26,6 +26,7 @@ from .._checks import accumulation_dtype, shape
 from .._registry import Op
 
 ENTROPY_EPSILON = 1e-6  # the δ of the entropy term, as published
+_MAX_EXPERTS = 64  # of the C++ kernels
 
 
 def ensemble_logits(
@@ -149,6 +150,39 @@ def _samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[tuple]:
         )  # fmt: skip
 
 
+def why_not_cpu(features: Tensor, head_weight: Tensor) -> str | None:
+    """Why the C++ kernels cannot take a call with these, or None."""
+    _, N, D = features.shape
+    if N > _MAX_EXPERTS:
+        return f"N={N} > {_MAX_EXPERTS} experts"
+    if (D > 1 and features.stride(2) != 1) or (N > 1 and features.stride(1) != D):
+        return "the features (N, D) of a sample must be contiguous"
+    if D > 1 and head_weight.stride(1) != 1:
+        return f"head_weight must have stride 1 along columns, got {head_weight.stride(1)}"
+    return None
+
+
+def for_cpu(features: Tensor, head_weight: Tensor, *others: Tensor | None) -> list[Any]:
+    """``[head_weight, *others]`` as the C++ kernels take them: in the dtype of sums, contiguous.
+
+    Of what may be large, the features and the head, only a head of another dtype is copied.
+    """
+    acc = accumulation_dtype(features.dtype)
+
+    def converted(x: Tensor | None) -> Tensor | None:
+        if x is None:
+            return None
+        return (x.to(acc) if x.is_floating_point() else x).contiguous()
+
+    return [head_weight.to(acc), *map(converted, others)]
+
+
+def _prepare(*args: Any) -> tuple[Any, ...]:
+    *grads, w, z, W, H, h, t, A = args[:11]
+    H, w, W, h, t, A, *grads = for_cpu(z, H, w, W, h, t, A, *grads)
+    return (*grads, w, z, W, H, h, t, A, *args[11:])
+
+
 OP = Op(
     "neulig_loss_backward",
     "(Tensor? grad_loss, Tensor? grad_boosting, Tensor? grad_alignment, Tensor? grad_coopvec, "
@@ -159,11 +193,12 @@ OP = Op(
     reference=neulig_loss_backward_reference,
     fake=_fake,
     faults=_faults,
-    order={"cpu": ("torch",), "cuda": ("triton", "torch")},
+    order={"cpu": ("cpu", "torch"), "cuda": ("triton", "torch")},
     samples=_samples,
     terms=lambda *args: args[5].shape[0] * args[5].shape[1] * args[5].shape[2],
-    not_offered=dict.fromkeys(("cpu", "cuda"), "not written yet"),
+    not_offered={"cuda": "not written yet"},
 )
 OP.add_triton(
     why_not=lambda kernels, g, gb, ga, gw, w, z, W, H, *_: kernels.why_not(z, W, H),
 )
+OP.add_native("cpu", prepare=_prepare, why_not=lambda *args: why_not_cpu(args[5], args[7]))

@@ -1,4 +1,4 @@
-// Items of work in phases: one queue for many optimiser steps, with no barrier of the thread pool.
+// Items of work in phases: one queue for all of them, with no barrier of the thread pool between.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -14,6 +14,15 @@
 #endif
 
 namespace neulig_fast {
+
+// Below this many multiplications before a phase ends a second thread costs more than it saves.
+constexpr int64_t kSerialWork = 1 << 17;
+
+// Threads for `items` items at a time.
+inline int64_t workers_for(int64_t multiplications, int64_t items) {
+  if (multiplications < kSerialWork) return 1;
+  return std::clamp<int64_t>(torch::stable::get_num_threads(), 1, std::max<int64_t>(items, 1));
+}
 
 // Items are numbered through all phases, claimed in that order, and begun when all of the phases
 // before are done. An unfinished item that one waits for was claimed before, so its thread is

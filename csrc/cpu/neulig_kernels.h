@@ -1,4 +1,5 @@
-// The inner loops of neulig_fit over a row's columns, compiled for every instruction level.
+// The inner loops over a row's columns that NeuLig's ops share, compiled for every instruction
+// level.
 //
 // Columns come in steps of 16. A sum over columns has 16 lanes, column modulo 16, whatever the
 // width of a vector, so that every level gives the same bits.
@@ -14,7 +15,8 @@ namespace neulig_fast {
 constexpr int kStep = 16;   // columns of a step, and lanes of a sum
 constexpr int kBlock = 16;  // samples whose rows stay in the cache from their logits to dW
 constexpr int kMaxExperts = 64;
-constexpr int kMaxRows = 6;  // the Portland's outputs that one kernel handles side by side
+constexpr double kEntropyEpsilon = 1e-6;  // as in neulig_fast/ops/neulig_loss_backward.py
+constexpr int kMaxRows = 6;               // rows that one kernel handles side by side
 
 inline int64_t whole_steps(int64_t columns) {
   return (columns + kStep - 1) / kStep * kStep;
@@ -45,75 +47,80 @@ NF_INLINE A sum_lanes(const A* lanes) {
   return sum[0];
 }
 
-// Samples side by side, a divisor of kBlock: with up to 6 rows their sums fit 16 registers, and
-// with fewer they still are enough to hide latencies.
-constexpr int samples_together(int rows) {
+// Rows of x side by side, a divisor of kBlock: with up to 6 rows of w their sums fit 16 registers,
+// and with fewer they still are enough to hide latencies.
+constexpr int rows_together(int rows) {
   return rows <= 2 ? 8 / rows : 2;
 }
 
-// lanes[s, i] += x_s * w_i over columns, lane by lane. Rows come from memory in pieces that are too
-// short for the hardware's own prefetching: the next samples' piece is fetched meanwhile.
+// lanes[s, i] (+)= x_s * w_i over columns, lane by lane. Rows come from memory in pieces that are
+// too short for the hardware's own prefetching: the next rows' piece is fetched meanwhile.
 template <typename T>
 struct RowDots {
-  const T* const* x;   // kBlock rows, readable also beyond `count`
+  const T* const* x;   // rows, readable also beyond `count` up to a multiple of kBlock
   const Acc<T>* w;     // row 0
   int64_t stride;      // from a row of w to the next
   int64_t columns;     // a multiple of kStep
-  Acc<T>* lanes;       // (kBlock, ., kStep), row 0
-  int64_t lanes_step;  // from a sample to the next
+  Acc<T>* lanes;       // (count, ., kStep), row 0; as many as x has
+  int64_t lanes_step;  // from a row of x to the next
   int64_t count;
+  bool first;  // nothing is there to add to
 };
 
+// All lanes of a few rows before the next rows: their piece stays in the first-level cache.
 template <typename T, int kRows>
 struct Dots {
   template <int kBytes>
   static NF_INLINE void run(const RowDots<T>& d) {
+    constexpr int kLanes = kBytes / sizeof(Acc<T>);
+    for (int64_t s = 0; s < d.count; s += rows_together(kRows))
+      for (int part = 0; part < kStep; part += kLanes) rows<kLanes>(d, s, part);
+  }
+
+  template <int kLanes>
+  static NF_INLINE void rows(const RowDots<T>& d, int64_t s, int part) {
     using A = Acc<T>;
-    constexpr int kLanes = kBytes / sizeof(A);
-    constexpr int kSamples = samples_together(kRows);
-    for (int part = 0; part < kStep; part += kLanes) {
-      for (int64_t s = 0; s < d.count; s += kSamples) {
-        A* lanes = d.lanes + s * d.lanes_step + part;
-        Vec<A, kLanes> sum[kSamples][kRows];
-        const T *x[kSamples], *ahead[kSamples];
+    constexpr int kSide = rows_together(kRows);
+    A* lanes = d.lanes + s * d.lanes_step + part;
+    Vec<A, kLanes> sum[kSide][kRows] = {};
+    const T *x[kSide], *ahead[kSide];
 #pragma GCC unroll 8
-        for (int j = 0; j < kSamples; ++j) {
-          x[j] = d.x[s + j];
-          ahead[j] = s + kSamples < d.count ? d.x[s + kSamples + j] : d.x[j] + d.columns;
+    for (int j = 0; j < kSide; ++j) {
+      x[j] = d.x[s + j];
+      ahead[j] = s + kSide < d.count ? d.x[s + kSide + j] : d.x[j] + d.columns;
+      if (!d.first)
 #pragma GCC unroll 8
-          for (int i = 0; i < kRows; ++i)
-            sum[j][i] = load<kLanes>(lanes + j * d.lanes_step + i * kStep);
-        }
-        for (int64_t p = part; p < d.columns; p += kStep) {
-          Vec<A, kLanes> z[kSamples];
+        for (int i = 0; i < kRows; ++i)
+          sum[j][i] = load<kLanes>(lanes + j * d.lanes_step + i * kStep);
+    }
+    for (int64_t p = part; p < d.columns; p += kStep) {
+      Vec<A, kLanes> z[kSide];
 #pragma GCC unroll 8
-          for (int j = 0; j < kSamples; ++j) {
-            if (part == 0) __builtin_prefetch(ahead[j] + p);
-            z[j] = load<kLanes>(x[j] + p);
-          }
+      for (int j = 0; j < kSide; ++j) {
+        if (part == 0) __builtin_prefetch(ahead[j] + p);
+        z[j] = load<kLanes>(x[j] + p);
+      }
 #pragma GCC unroll 8
-          for (int i = 0; i < kRows; ++i) {
-            const auto w = load<kLanes>(d.w + i * d.stride + p);
+      for (int i = 0; i < kRows; ++i) {
+        const auto w = load<kLanes>(d.w + i * d.stride + p);
 #pragma GCC unroll 8
-            for (int j = 0; j < kSamples; ++j) sum[j][i] = multiply_add<kLanes>(z[j], w, sum[j][i]);
-          }
-        }
-#pragma GCC unroll 8
-        for (int j = 0; j < kSamples; ++j)
-#pragma GCC unroll 8
-          for (int i = 0; i < kRows; ++i)
-            store<kLanes>(lanes + j * d.lanes_step + i * kStep, sum[j][i]);
+        for (int j = 0; j < kSide; ++j) sum[j][i] = multiply_add<kLanes>(z[j], w, sum[j][i]);
       }
     }
+#pragma GCC unroll 8
+    for (int j = 0; j < kSide; ++j)
+#pragma GCC unroll 8
+      for (int i = 0; i < kRows; ++i)
+        store<kLanes>(lanes + j * d.lanes_step + i * kStep, sum[j][i]);
   }
 };
 
-// sums[i] (+)= sum_s da[s, i] x_s, in the order of samples.
+// sums[i] (+)= sum_s c[s, i] x_s, in the order of s.
 template <typename T>
 struct OuterSums {
   const T* const* x;
-  const Acc<T>* da;  // (count, .), row 0
-  int64_t da_step;   // from a sample to the next
+  const Acc<T>* c;  // (count, .), row 0
+  int64_t c_step;   // from one x to the next
   int64_t count;
   Acc<T>* sums;  // row 0
   int64_t stride;
@@ -142,9 +149,9 @@ struct Outer {
         for (int v = 0; v < kVectors; ++v) z[v] = load<kLanes>(o.x[s] + p + v * kLanes);
 #pragma GCC unroll 8
         for (int i = 0; i < kRows; ++i) {
-          const auto da = broadcast<kLanes>(o.da + s * o.da_step + i);
+          const auto c = broadcast<kLanes>(o.c + s * o.c_step + i);
 #pragma GCC unroll 2
-          for (int v = 0; v < kVectors; ++v) sum[i][v] = multiply_add<kLanes>(z[v], da, sum[i][v]);
+          for (int v = 0; v < kVectors; ++v) sum[i][v] = multiply_add<kLanes>(z[v], c, sum[i][v]);
         }
       }
 #pragma GCC unroll 8
@@ -170,39 +177,6 @@ struct Exp {
     constexpr int kLanes = kBytes / sizeof(A);
     for (int64_t p = 0; p < e.count; p += kLanes)
       store<kLanes>(e.x + p, exp_nonpositive<kLanes>(load<kLanes>(e.x + p)));
-  }
-};
-
-// Adam, as torch.optim.Adam writes it, with a gradient that is the sum of `groups` in order.
-template <typename A>
-struct AdamStep {
-  const A* gradients;  // of group 0
-  int64_t groups, stride;
-  A *parameters, *mean, *square;
-  int64_t count;  // a multiple of kStep
-  A rate;         // lr / (1 - beta1^step)
-  A root;         // sqrt(1 - beta2^step)
-};
-
-constexpr double kBeta1 = 0.9, kBeta2 = 0.999, kEpsilon = 1e-8;
-
-template <typename A>
-struct Adam {
-  template <int kBytes>
-  static NF_INLINE void run(const AdamStep<A>& a) {
-    constexpr int kLanes = kBytes / sizeof(A);
-    using V = Vec<A, kLanes>;
-    for (int64_t p = 0; p < a.count; p += kLanes) {
-      V g = load<kLanes>(a.gradients + p);
-      for (int64_t k = 1; k < a.groups; ++k) g = g + load<kLanes>(a.gradients + k * a.stride + p);
-      V m = load<kLanes>(a.mean + p), v = load<kLanes>(a.square + p);
-      m = m + (g - m) * A(1 - kBeta1);
-      v = v * A(kBeta2) + g * g * A(1 - kBeta2);
-      const V root = square_root<kLanes>(v) / a.root + A(kEpsilon);
-      store<kLanes>(a.mean + p, m);
-      store<kLanes>(a.square + p, v);
-      store<kLanes>(a.parameters + p, load<kLanes>(a.parameters + p) - m / root * a.rate);
-    }
   }
 };
 
