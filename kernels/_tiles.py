@@ -45,7 +45,7 @@ def product_tile(
     heavy = dtype == torch.float64 or (dtype == torch.float32 and not tf32)
     most = 64 if heavy or unit * dtype.itemsize < 16 else 128
     tall = 16 if rows <= 16 else min(64 if rows <= 64 else 128, most)
-    wide = 64 if tall == 16 or columns <= 64 or (tf32 and sums > 1) else most
+    wide = 64 if tall == 16 or columns <= 64 or sums > 1 else most
     registers = sums * tall * wide * (dtype.itemsize // 2 if heavy else 1)
     depth = 128 // dtype.itemsize  # a cache line of every row
     return Tile(tall, wide, depth, num_warps=8 if registers > 64 * 64 else 4, stages=3)

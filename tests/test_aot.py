@@ -39,7 +39,7 @@ def test_triton_kernels_compile_without_spills_and_with_wide_accesses():
     assert done.returncode == 0, done.stdout + done.stderr
     assert "skipped: nvcc kernels" in done.stdout and ", 0 with faults" in done.stdout
     assert "blend bfloat16 N8 K4 S302" in done.stdout
-    assert "mixture_linear bfloat16 1600x768x3072" in done.stdout
+    assert "mixture_linear bfloat16 1600x1024x3072" in done.stdout
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ CALLED = ("expert_layer_norm", "expert_linear", "mixture_layer_norm", "mixture_l
 EXPERTS = 5
 # Samples, rows of each, outputs and inputs. MAIN are main paths: every tile, of rows that wide
 # accesses divide. OTHERS: a patch embedding, a head, sizes that divide nothing.
-MAIN = [(32, 50, 3072, 768), (32, 50, 64, 768), (4, 16, 3072, 768), (4, 16, 64, 768)]
+MAIN = [(32, 50, 3072, 1024), (32, 50, 64, 768), (4, 16, 3072, 768), (4, 16, 64, 768)]
 MAIN += [(16, 1, 768, 3072)]
 OTHERS = [(32, 256, 1024, 588), (128, 1, 10, 512), (3, 5, 17, 33)]
 ACTIVATIONS = ("gelu", None, "quick_gelu", "relu", "gelu_tanh")
