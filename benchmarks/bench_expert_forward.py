@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.func import vmap
 
 from neulig_fast import expert_forward
+from neulig_fast.encoders.runs import stack_of
 from neulig_fast.encoders.torch_func import batchable_attention
 
 from . import encoders, harness
@@ -25,9 +26,7 @@ def stacked(given: Inputs) -> tuple[State, State]:
     """What differs by expert, (N, ...) each, and what all share: the counters."""
     states = given.states()
     floats = [name for name, tensor in states[0].items() if tensor.is_floating_point()]
-    rows, segments = given.pool.params, {s.name: s for s in given.pool.segments}
-    columns = {name: rows[:, segments[name].start :][:, : segments[name].length] for name in floats}
-    stacks = {name: columns[name].view(-1, *segments[name].shape) for name in floats}
+    stacks = {name: stack_of(given.pool, name) for name in floats}
     return stacks, {name: t for name, t in states[0].items() if name not in stacks}
 
 

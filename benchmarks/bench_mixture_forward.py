@@ -8,6 +8,7 @@ side, for N times the operations of one forward.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch.nn import functional as F
 
 from neulig_fast import blend, mixture_forward
 from neulig_fast.encoders import MixtureRun
+from neulig_fast.encoders.runs import stack_of
 from neulig_fast.encoders.torch_func import mixture_features
 from neulig_fast.ops._activation import ACTIVATIONS
 
@@ -64,7 +66,7 @@ def providers(given: Inputs) -> dict[str, Any]:
             for name, tensor in states[0].items()
         }
 
-    concatenated = Concatenated(pool, coef, "blend")
+    concatenated = Concatenated(functools.partial(stack_of, pool), coef, "blend")
     return {
         "neulig_fast": lambda: mixture_forward(pool, images, coef),
         "blend per image": lambda: one_by_one(lambda w: pool.row_state_dict(blend(w, pool.params))),

@@ -249,7 +249,8 @@ def test_empty_batches_and_single_experts(name):
     torch.testing.assert_close(half, expected[0], **EXACT)
     pool = pool_of(name)
     assert nf.expert_forward(pool, images[:0]).shape == (N, 0, D)
-    assert nf.mixture_forward(pool, images[:0], torch.ones(0, N)).shape == (0, D)
+    for coef in (torch.ones(0, N), torch.ones(N)):
+        assert nf.mixture_forward(pool, images[:0], coef).shape == (0, D)
 
 
 @every_architecture
@@ -355,6 +356,10 @@ def test_gradients_reach_the_coefficients(name, policy):
     coef = torch.softmax(torch.randn(2, 2, dtype=torch.float64), 1).requires_grad_()
     assert torch.autograd.gradcheck(
         lambda w: nf.mixture_forward(pool, images, w, batchnorm=policy), (coef,)
+    )
+    one = coef[0].detach().requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda w: nf.mixture_forward(pool, images, w, batchnorm=policy), (one,)
     )
 
 

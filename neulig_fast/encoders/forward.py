@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from .. import _checks
 from . import rules, torch_func
 from .merged_rows import as_input, as_weights, blended_rows
-from .runs import ExpertRun, MixtureRun, Run
+from .runs import ExpertRun, MixtureRun, Run, stack_of
 
 if TYPE_CHECKING:
     from ..pool import ExpertPool
@@ -49,7 +50,8 @@ def expert_forward(pool: ExpertPool, images: Tensor, *, fallback: str | None = N
     with torch.autocast(images.device.type, enabled=False):
         if not _covered("expert_forward", template, fallback):
             return torch_func.expert_features(pool, template, images)
-        features = _features(ExpertRun(pool, len(images)), template, images)
+        run = ExpertRun(functools.partial(stack_of, pool), pool.num_experts, len(images))
+        features = _features(run, template, images)
     return features.view(pool.num_experts, len(images), features.shape[1])
 
 
@@ -70,7 +72,7 @@ def mixture_forward(
         pool, images, fallback: as in :func:`expert_forward`; ``"torch.func"`` blends merged models
             a few at a time and runs them by ``vmap``.
         coef: (B, N), any float dtype; they need not sum to one. Or (N,), one merged model for all
-            images: it is blended once and the template runs on it, whatever its modules.
+            images: it is blended once; a template that no rule covers runs on it as it is.
         batchnorm: ``"blend"``: statistics are blended like any tensor. ``"mixture_moments"``: the
             variance is that of the experts pooled with these weights.
 
@@ -88,11 +90,22 @@ def mixture_forward(
     images = as_input(pool, images)
     with torch.autocast(images.device.type, enabled=False):
         if coef.ndim == 1:
-            (row,) = blended_rows(pool, coef[None], batchnorm)
-            return torch_func.state_features(template, pool.row_state_dict(row), images)
+            return _merged_features(pool, template, images, coef, batchnorm)
         if not _covered("mixture_forward", template, fallback):
             return torch_func.mixture_features(pool, template, images, coef, batchnorm)
-        return _features(MixtureRun(pool, as_weights(pool, coef), batchnorm), template, images)
+        run = MixtureRun(functools.partial(stack_of, pool), as_weights(pool, coef), batchnorm)
+        return _features(run, template, images)
+
+
+def _merged_features(
+    pool: ExpertPool, template: nn.Module, images: Tensor, coef: Tensor, batchnorm: str
+) -> Tensor:
+    """(B, D) of one merged model, which is a single expert."""
+    (row,) = blended_rows(pool, coef[None], batchnorm)
+    state = pool.row_state_dict(row)
+    if rules.faults(template):
+        return torch_func.state_features(template, state, images)
+    return _features(ExpertRun(lambda name: state[name][None], 1, len(images)), template, images)
 
 
 def _template(

@@ -4,13 +4,14 @@ Activations are plain batches whose rows, the first dimension, belong to one mod
 in an :class:`ExpertRun`, expert by expert, and (B, ...) in a :class:`MixtureRun`. What all experts
 share, as the images, may also have B rows in an :class:`ExpertRun` until parameters meet it.
 
-Parameters are stacks (N, *shape): views of the arena's columns. A stack may be sliced or reshaped
-behind its first dimension before it is used.
+Parameters are stacks (N, *shape), views of the arena's columns (:func:`stack_of`). A stack may be
+sliced or reshaped behind its first dimension before it is used.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,16 +32,26 @@ if TYPE_CHECKING:
     from ..pool import ExpertPool
 
 
+Stack = Callable[[str], Tensor]
+
+
+def stack_of(pool: ExpertPool, name: str) -> Tensor:
+    """(N, *shape): the tensor ``name`` of all experts, a view of the arena's columns."""
+    segment = pool.segments[pool.segments.index(name)]
+    columns = pool.params[:, segment.start : segment.start + segment.length]
+    return columns.view(-1, *segment.shape)
+
+
 class Run(ABC):
     """One forward of many models over the same template.
 
-    Attributes:
-        pool: the experts. rows: of an activation that belongs to a model each.
+    Args:
+        stack: gives the stack (N, *shape) of a tensor, by its state-dict key.
+        rows: how many an activation has once parameters met it.
     """
 
-    def __init__(self, pool: ExpertPool, rows: int) -> None:
-        self.pool, self.rows = pool, rows
-        self._segments = {segment.name: segment for segment in pool.segments}
+    def __init__(self, stack: Stack, rows: int) -> None:
+        self._stack, self.rows = stack, rows
 
     # -- modules and tensors -------------------------------------------------------------------
 
@@ -65,11 +76,6 @@ class Run(ABC):
             None if getattr(module, name) is None else self._stack(join(path, name))
             for name in names
         ]
-
-    def _stack(self, name: str) -> Tensor:
-        segment = self._segments[name]
-        columns = self.pool.params[:, segment.start : segment.start + segment.length]
-        return columns.view(-1, *segment.shape)
 
     # -- layers --------------------------------------------------------------------------------
 
@@ -172,14 +178,14 @@ class Run(ABC):
 class ExpertRun(Run):
     """All N experts on the same B images: row i * B + b is image b in expert i."""
 
-    def __init__(self, pool: ExpertPool, images: int) -> None:
-        super().__init__(pool, pool.num_experts * images)
-        self._images = images
+    def __init__(self, stack: Stack, experts: int, images: int) -> None:
+        super().__init__(stack, experts * images)
+        self._experts, self._images = experts, images
 
     def to_rows(self, x: Tensor) -> Tensor:
         if x.shape[0] == self.rows:
             return x
-        return x.expand(self.pool.num_experts, *x.shape).reshape(self.rows, *x.shape[1:])
+        return x.expand(self._experts, *x.shape).reshape(self.rows, *x.shape[1:])
 
     def linear(
         self, x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None
@@ -187,7 +193,7 @@ class ExpertRun(Run):
         between = x.shape[1:-1]
         shared = x.shape[0] != self.rows
         shape = (self._images, between.numel(), x.shape[-1])
-        x = x.reshape(shape if shared else (self.pool.num_experts, *shape))
+        x = x.reshape(shape if shared else (self._experts, *shape))
         y = expert_linear(x, weight, bias, activation=activation)
         return y.view(self.rows, *between, y.shape[-1])
 
@@ -199,7 +205,7 @@ class ExpertRun(Run):
         eps: float,
         residual: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        N, x = self.pool.num_experts, self.to_rows(x)
+        N, x = self._experts, self.to_rows(x)
         shape = (N, self._images, *x.shape[1:])
         if residual is not None:
             residual = self.to_rows(residual).reshape(shape)
@@ -211,7 +217,7 @@ class ExpertRun(Run):
         return stack.repeat_interleave(self._images, 0)
 
     def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None, g: Geometry) -> Tensor:
-        N = self.pool.num_experts
+        N = self._experts
         shared = x.shape[0] != self.rows
         parts = [x] * N if shared else x.view(N, self._images, *x.shape[1:])
         return torch.cat(
@@ -228,8 +234,8 @@ class MixtureRun(Run):
     ``coef`` (B, N) in the arithmetic's type, on the pool's device.
     """
 
-    def __init__(self, pool: ExpertPool, coef: Tensor, batchnorm: str) -> None:
-        super().__init__(pool, coef.shape[0])
+    def __init__(self, stack: Stack, coef: Tensor, batchnorm: str) -> None:
+        super().__init__(stack, coef.shape[0])
         self._coef, self._batchnorm = coef, batchnorm
 
     def to_rows(self, x: Tensor) -> Tensor:

@@ -104,7 +104,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         dx = (dx if x.ndim == 3 else dx.sum(0)).to(x.dtype)
     if ctx.needs_input_grad[1]:
         dW = (g.mT @ x.to(acc)).to(weight.dtype)
-    if ctx.needs_input_grad[2] and bias is not None:
+    if bias is not None and ctx.needs_input_grad[2]:
         db = g.sum(1).to(bias.dtype)
     return dx, dW, db, None
 
