@@ -99,7 +99,7 @@ def _neulig(registers: int, experts: int) -> Config:
     times N D weights every program reads all, as many as leave registers for both.
 
     At most 16 registers a thread hold its part of the sums. In the interpreter, where a program
-    costs milliseconds whatever it holds, more samples share one; a sample's bits are the same.
+    costs milliseconds whatever it holds, more samples share one.
     """
     padded = 1 << (experts - 1).bit_length()
     held = {16: 4, 32: 2}.get(padded, 1)

@@ -278,8 +278,10 @@ def test_the_trajectory_is_autograds_and_torchs_adam(case):
         testing.assert_within_rule(terms[..., k], working_terms[..., k], exact_terms[..., k], count)
 
 
+@pytest.mark.skipif(not _launch.INTERPRETED, reason="a GPU adds in the order of its threads")
 @pytest.mark.parametrize("n", [2, 16])
-def test_the_bits_do_not_depend_on_how_many_samples_share_a_program(n):
+def test_no_sample_sees_those_that_share_its_program(n):
+    """The same bits with one in a program, as compiled for a GPU, and with eight."""
     one = Fit(CASES["two tasks"][0], n=n, rounds=1, dtype=torch.float32)
     args = on_device(one.arguments())
     launch = _launch.config("neulig_fit", torch.float32, n, 1)
