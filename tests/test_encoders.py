@@ -180,6 +180,24 @@ def test_a_mixture_is_the_separately_blended_models(name):
     torch.testing.assert_close(one, one_by_one(pool, images, [pool.blend(coef[0])])[0], **EXACT)
 
 
+def words():
+    """Word indices instead of images."""
+    return nn.Sequential(
+        nn.Embedding(11, 12, padding_idx=0), nn.LayerNorm(12), nn.Flatten(), nn.Linear(60, D)
+    )
+
+
+def test_words_instead_of_images():
+    pool = nf.ExpertPool([words().double() for _ in range(N)])
+    indices, coef = torch.randint(11, (4, 5)), coefficients(4)
+    indices[0, 0] = 0  # padding
+    features = nf.expert_forward(pool, indices)
+    states = [pool.state_dict(i) for i in range(N)]
+    torch.testing.assert_close(features, one_by_one(pool, indices, states), **EXACT)
+    expected = merged_one_by_one(pool, indices, coef)
+    torch.testing.assert_close(nf.mixture_forward(pool, indices, coef), expected, **EXACT)
+
+
 @pytest.mark.parametrize(
     "kernel, geometry",
     [

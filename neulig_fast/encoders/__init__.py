@@ -6,9 +6,11 @@ architectures there are.
 """
 
 from . import open_clip_vit, resnet, timm_vit  # noqa: F401  (they fill the table)
+from .expert_run import ExpertRun
 from .forward import expert_forward, mixture_forward
+from .mixture_run import MixtureRun
 from .rules import faults, register
-from .runs import ExpertRun, MixtureRun, Run
+from .runs import Run
 
 __all__ = [
     "ExpertRun",

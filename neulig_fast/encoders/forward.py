@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from .. import _checks
 from . import rules, torch_func
+from .expert_run import ExpertRun
 from .merged_rows import as_input, as_weights, blended_rows
-from .runs import ExpertRun, MixtureRun, Run, stack_of
+from .mixture_run import MixtureRun
+from .runs import Run, stack_of
 
 if TYPE_CHECKING:
     from ..pool import ExpertPool

@@ -95,6 +95,15 @@ def linear(run: Run, module: Any, path: str, x: Tensor, activation: str | None =
     return run.linear(x, weight, bias, activation)
 
 
+def _renormalises(module: Any) -> str | None:
+    return None if module.max_norm is None else f"max_norm={module.max_norm} changes the table"
+
+
+@register("torch.nn.modules.sparse.Embedding", why_not=_renormalises)
+def embedding(run: Run, module: Any, path: str, x: Tensor) -> Tensor:
+    return run.embedding(x, *run.stacks(module, path, "weight"))
+
+
 @register("torch.nn.modules.conv.Conv2d")
 def conv2d(run: Run, module: Any, path: str, x: Tensor) -> Tensor:
     channels = module.in_channels

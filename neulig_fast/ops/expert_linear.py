@@ -118,6 +118,7 @@ def _samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[tuple[A
     yield draw.normal(2, 36, 18), weight, bias, "quick_gelu"
     yield draw.normal(40, 33), draw.normal(4, 19, 33), draw.normal(4, 19), "relu"
     yield draw.normal(1, 10, 3), draw.normal(1, 1, 3), None, "gelu_tanh"
+    yield draw.normal(5, 6), draw.normal(2, 3, 6), None, None
     yield draw.normal(0, 3), draw.normal(2, 4, 3), draw.normal(2, 4), None
 
 
