@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from ..ops.expert_layer_norm import expert_layer_norm
 from ..ops.expert_linear import expert_linear
 from .convolution import Geometry
-from .runs import Run
+from .runs import Run, Stack
 
 if TYPE_CHECKING:
     pass

@@ -15,7 +15,7 @@ from ..ops.mixture_layer_norm import mixture_layer_norm
 from ..ops.mixture_linear import mixture_linear
 from .convolution import Geometry
 from .merged_rows import variance_of_means
-from .runs import Run
+from .runs import Run, Stack
 
 if TYPE_CHECKING:
     pass
