@@ -99,7 +99,7 @@ def grid(quick: bool, device: str) -> Iterator[Layer]:
         if layer.name == "ViT-B-32 mlp in":
             yield from (dataclasses.replace(layer, N=N) for N in (2, 8))
             yield from (dataclasses.replace(layer, B=B) for B in (1, 32))
-            yield from (dataclasses.replace(layer, T=T) for T in (2, 4, 8))
+            yield from (dataclasses.replace(layer, T=T) for T in (1, 2, 4, 8))
 
 
 def cases(device: str, quick: bool) -> Iterator[Case]:

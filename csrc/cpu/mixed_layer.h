@@ -261,8 +261,9 @@ MixedLayer<T> mixed_layer(const LayerShape& shape, const Tensor& y, const Tensor
   layer.bias_stride = bias ? bias->stride(0) : 0;
   layer.activation = static_cast<Activation>(activation);
   layer.y = static_cast<T*>(y.mutable_data_ptr());
-  // Mixing a tile costs as much as some rows and a little more per expert; the numbers are fitted to
-  // times of both ways for 2 to 16 experts and 1 to 12 rows (AVX2). Other rules would be right too.
+  // Mixing a tile costs as much as some rows and a little more per expert; the numbers are fitted
+  // to times of both ways for 2 to 16 experts and 1 to 12 rows (AVX2). Other rules would be right
+  // too.
   layer.by_weights = 5 * shape.rows * (shape.experts - 1) >= 55 + 6 * shape.experts;
   return layer;
 }
