@@ -55,7 +55,7 @@ def cases_of(rows: Iterable[Row]) -> list[list[Row]]:
 
 
 def _is_ours(row: Row) -> bool:
-    return row["provider"].startswith("neulig_fast/")
+    return row["provider"].partition("/")[0] == "neulig_fast"
 
 
 def fastest(rows: Iterable[Row]) -> Row | None:
@@ -152,6 +152,29 @@ def training() -> str:
     return ""
 
 
+def merging() -> str:
+    """A batch through merged models of its own, beside its ensemble."""
+    wanted = {"shape": "ViT-B-32", "N": "5", "dtype": "float32", "mode": "batch 8"}
+    for folder in devices():
+        found = {
+            (row["op"], row["provider"]): row["ms_q50"]
+            for row in rows_of(folder)
+            if wanted.items() <= row.items()
+        }
+        if found:
+            merged = [
+                found["mixture_forward", name]
+                for name in ("neulig_fast", "blend per image", "Python sum per image, as published")
+            ]
+            return (
+                f"Eight images through a merged model each, five ViT-B/32 experts in fp32, take "
+                f"{merged[0]} ms an image; blending\nthe models one by one with our own operator "
+                f"{merged[1]} ms, with the published loop {merged[2]} ms; the ensemble's\nfive "
+                f"forwards {found['expert_forward', 'loop']} ms.\n"
+            )
+    return ""
+
+
 def ceilings() -> str:
     """What each machine can do."""
     return _per_device(_ceilings)
@@ -181,6 +204,7 @@ _COLUMNS = {
     "pct_copy": "% of copy",
     "peak_mb": "peak MB",
     "host_us": "host µs",
+    "one": "one model, ms",
     "ratio": "ratio",
     "rival": "to the best other",
 }
@@ -194,6 +218,9 @@ def _op(name: str, folder: Path) -> str:
             more = {
                 "backend": ours["provider"].removeprefix("neulig_fast/"),
                 "weights": "per tensor" if ours["S"] not in ("", "1") else "",
+                "one": next(
+                    (r["ms_q50"] for r in case if r["provider"] == "ceiling/one model"), ""
+                ),
                 "rival": other["provider"] if other else "",
             }
             found.append(ours | more)
@@ -226,10 +253,18 @@ _OPS = (
     "blend_lists_weight_grad",
     "offset_gram",
     "blend_telemetry",
+    "mixture_linear",
+    "expert_linear",
+    "mixture_layer_norm",
+    "expert_layer_norm",
+    "mixture_forward",
+    "expert_forward",
+    "neulig_loss",
 )
 BLOCKS: dict[str, Callable[[], str]] = {
     "readme": readme,
     "training": training,
+    "merging": merging,
     "ceilings": ceilings,
     "rooflines": rooflines,
     **{name.replace("_", "-"): functools.partial(op, name) for name in _OPS},
