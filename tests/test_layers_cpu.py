@@ -92,10 +92,10 @@ for dtype in testing.DTYPES:
 
 @needs_cpu
 @pytest.mark.slow
-@pytest.mark.parametrize("level", [None, 0, 3, 4])
+@pytest.mark.parametrize("level", [None, 0])
 def test_the_bits_do_not_depend_on_threads(level):
     seen = set()
-    for threads in (1, 2, 3):
+    for threads in (1, 3):
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TRITON_INTERPRET": "0"}
         environment.pop("NEULIG_FAST_CPU", None)
         if level is not None:
