@@ -7,8 +7,7 @@
 //                 O I (N + T) multiply-adds a sample
 //   mix results   a tile of W_i times the rows of all samples, and w_si times that added up:
 //                 O I N T multiply-adds a sample, but each tile is made once, for many samples
-// The experts' weights are read from memory once in both: work is cut into kTileOutputs outputs and
-// up to kGroupRows rows, and all groups of rows come before the next outputs.
+// Work is cut into kTileOutputs outputs and up to kGroupRows rows.
 #pragma once
 
 #include <algorithm>
@@ -197,7 +196,11 @@ struct MixedLayer {
   void item(int64_t index) const {
     static thread_local Room room;
     const int64_t count = static_cast<int64_t>(groups.size()) - 1;
-    const int64_t output = index / count * kTileOutputs, group = index % count;
+    const int64_t tiles = (shape.outputs + kTileOutputs - 1) / kTileOutputs;
+    // What is larger, the experts' weights or the rows, comes from memory once.
+    const bool weights = shape.experts * shape.outputs > shape.samples * shape.rows;
+    const int64_t output = (weights ? index / count : index % tiles) * kTileOutputs;
+    const int64_t group = weights ? index % count : index / tiles;
     const Piece *begin = &pieces[groups[group]], *end = &pieces[groups[group + 1] - 1] + 1;
     if (shape.inputs == 0) std::fill(room.totals.begin(), room.totals.end(), A(0));
     else if (by_weights) mix_weights(begin, end, output, room);
