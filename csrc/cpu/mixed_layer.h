@@ -128,7 +128,7 @@ struct MixedLayer {
   }
 
   // What a thread works in.
-  struct Room {
+  struct Workspace {
     std::vector<A> tiles = std::vector<A>(MixTiles<T>::kMostSamples * kTileOutputs * kTileDepth);
     std::vector<A> sums = std::vector<A>(kTileOutputs * kGroupRows);
     std::vector<A> totals = std::vector<A>(kTileOutputs * kGroupRows);
@@ -155,62 +155,69 @@ struct MixedLayer {
     product({from, shape.inputs, piece.rows, depth, tile, sums, input == 0});
   }
 
-  void mix_weights(const Piece* begin, const Piece* end, int64_t output, Room& room) const {
+  void mix_weights(const Piece* begin, const Piece* end, int64_t output, Workspace& space) const {
     for (int64_t input = 0; input < shape.inputs; input += kTileDepth) {
       const int64_t depth = std::min(kTileDepth, shape.inputs - input);
-      A* sums = room.totals.data();
+      A* sums = space.totals.data();
       for (const Piece* p = begin; p < end;) {
         const int64_t first = starts[p->sample], samples = alike(p, end);
-        mix_tiles(&experts[first], &coef[first], starts[p->sample + 1] - first, samples, output,
-                  input, depth, room.tiles.data());
+        mix_tiles(experts.data() + first, coef.data() + first, starts[p->sample + 1] - first,
+                  samples, output, input, depth, space.tiles.data());
         for (int64_t s = 0; s < samples; ++s, sums += p++->rows * kTileOutputs)
-          multiply(*p, input, depth, &room.tiles[s * kTileOutputs * kTileDepth], sums);
+          multiply(*p, input, depth, &space.tiles[s * kTileOutputs * kTileDepth], sums);
       }
     }
   }
 
-  void mix_results(const Piece* begin, const Piece* end, int64_t output, Room& room) const {
+  // The coefficient of expert i in a sample, or null where it takes no part.
+  const A* share(int64_t sample, int64_t i) const {
+    const auto end = experts.begin() + starts[sample + 1];
+    const auto at = std::find(experts.begin() + starts[sample], end, i);
+    return at == end ? nullptr : &coef[at - experts.begin()];
+  }
+
+  void mix_results(const Piece* begin, const Piece* end, int64_t output, Workspace& space) const {
     const A one = 1;
-    std::fill(room.totals.begin(), room.totals.end(), A(0));
+    std::fill(space.totals.begin(), space.totals.end(), A(0));
     for (int64_t i = 0; i < shape.experts; ++i) {
+      if (std::none_of(begin, end, [&](const Piece& p) { return share(p.sample, i); })) continue;
       for (int64_t input = 0; input < shape.inputs; input += kTileDepth) {
         const int64_t depth = std::min(kTileDepth, shape.inputs - input);
-        mix_tiles(&i, &one, 1, 1, output, input, depth, room.tiles.data());
+        mix_tiles(&i, &one, 1, 1, output, input, depth, space.tiles.data());
         // Pieces of consecutive samples are consecutive rows.
         const int64_t rows = (end[-1].sample - begin->sample) * shape.rows + end[-1].begin +
                              end[-1].rows - begin->begin;
-        multiply({begin->sample, begin->begin, rows}, input, depth, room.tiles.data(),
-                 room.sums.data());
+        multiply({begin->sample, begin->begin, rows}, input, depth, space.tiles.data(),
+                 space.sums.data());
       }
       int64_t row = 0;
-      for (const Piece* p = begin; p < end; row += p++->rows) {
-        const auto who = experts.begin();
-        const auto at = std::find(who + starts[p->sample], who + starts[p->sample + 1], i);
-        if (at != who + starts[p->sample + 1])
-          add({&room.sums[row * kTileOutputs], &room.totals[row * kTileOutputs], coef[at - who],
-               p->rows});
-      }
+      for (const Piece* p = begin; p < end; row += p++->rows)
+        if (const A* w = share(p->sample, i))
+          add({&space.sums[row * kTileOutputs], &space.totals[row * kTileOutputs], *w, p->rows});
     }
   }
 
+  int64_t output_tiles() const {
+    return (shape.outputs + kTileOutputs - 1) / kTileOutputs;
+  }
+
   void item(int64_t index) const {
-    static thread_local Room room;
+    static thread_local Workspace space;
     const int64_t count = static_cast<int64_t>(groups.size()) - 1;
-    const int64_t tiles = (shape.outputs + kTileOutputs - 1) / kTileOutputs;
     // What is larger, the experts' weights or the rows, comes from memory once.
     const bool weights = shape.experts * shape.outputs > shape.samples * shape.rows;
-    const int64_t output = (weights ? index / count : index % tiles) * kTileOutputs;
-    const int64_t group = weights ? index % count : index / tiles;
-    const Piece *begin = &pieces[groups[group]], *end = &pieces[groups[group + 1] - 1] + 1;
-    if (shape.inputs == 0) std::fill(room.totals.begin(), room.totals.end(), A(0));
-    else if (by_weights) mix_weights(begin, end, output, room);
-    else mix_results(begin, end, output, room);
+    const int64_t output = (weights ? index / count : index % output_tiles()) * kTileOutputs;
+    const int64_t group = weights ? index % count : index / output_tiles();
+    const Piece *begin = pieces.data() + groups[group], *end = pieces.data() + groups[group + 1];
+    if (shape.inputs == 0) std::fill(space.totals.begin(), space.totals.end(), A(0));
+    else if (by_weights) mix_weights(begin, end, output, space);
+    else mix_results(begin, end, output, space);
     int64_t row = 0;
     for (const Piece* p = begin; p < end; row += p++->rows) {
       A shift[kTileOutputs] = {};
       add_bias(p->sample, output, shift);
       T* to = y + (p->sample * shape.rows + p->begin) * shape.outputs + output;
-      finish({&room.totals[row * kTileOutputs], shift, p->rows,
+      finish({&space.totals[row * kTileOutputs], shift, p->rows,
               std::min(kTileOutputs, shape.outputs - output), activation, to, shape.outputs});
     }
   }
@@ -224,9 +231,8 @@ struct MixedLayer {
 
   void all() {
     cut_rows();
-    const int64_t tiles = (shape.outputs + kTileOutputs - 1) / kTileOutputs;
     const int64_t work = shape.samples * shape.rows * shape.inputs * shape.outputs;
-    for_each_item(tiles * (static_cast<int64_t>(groups.size()) - 1), work / 16,
+    for_each_item(output_tiles() * (static_cast<int64_t>(groups.size()) - 1), work / 16,
                   [&](int64_t index) { item(index); });
   }
 };
