@@ -1,0 +1,1 @@
+"""One file per family of architectures: the specification of a module that it knows."""
