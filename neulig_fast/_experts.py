@@ -42,15 +42,16 @@ def check_arguments(
     names: Sequence[str] | None,
     dtype: torch.dtype | None,
     consume: bool,
+    subject: str = "ExpertPool",
 ) -> None:
     """TypeError or ValueError for arguments that cannot be experts at all; reads no tensor."""
     for i, expert in enumerate(experts):
         if not isinstance(expert, (nn.Module, Mapping)):
             got = type(expert).__name__
-            raise TypeError(f"ExpertPool: experts[{i}] must be a module or a state dict, got {got}")
+            raise TypeError(f"{subject}: experts[{i}] must be a module or a state dict, got {got}")
     if template is not None and not isinstance(template, nn.Module):
         got = type(template).__name__
-        raise TypeError(f"ExpertPool: template must be a torch.nn.Module or None, got {got}")
+        raise TypeError(f"{subject}: template must be a torch.nn.Module or None, got {got}")
     found = [] if experts else ["needs at least one expert, got none"]
     if isinstance(names, str):
         found.append(f"names must be a list of names, got the string {names!r}")
@@ -65,7 +66,7 @@ def check_arguments(
         found.append(f"dtype must be fp32, bf16, fp16 or fp64, got {dtype}")
     if consume:
         found.extend(_cannot_consume(experts))
-    _checks.raise_all("ExpertPool", found)
+    _checks.raise_all(subject, found)
 
 
 def _cannot_consume(experts: Sequence[Expert]) -> list[str]:
@@ -94,6 +95,7 @@ def check_tensors(
     labels: Sequence[str],
     template: nn.Module | None,
     dtype: torch.dtype,
+    subject: str = "ExpertPool",
 ) -> None:
     """ValueError listing every tensor of every expert that cannot go into one arena of ``dtype``.
 
@@ -121,7 +123,7 @@ def check_tensors(
             found += [f"{label}: {name} {fault}" for fault in faults]
     if not found and not any(tensor.is_floating_point() for tensor in first.values()):
         found.append("the experts hold no float tensors (P = 0)")
-    _checks.raise_all("ExpertPool", found)
+    _checks.raise_all(subject, found)
 
 
 def _other_code(expert: nn.Module, model: nn.Module, label: str, whose: str) -> list[str]:

@@ -229,11 +229,8 @@ def block_order(node: Node, order: Tensor) -> Tensor:
     return order[:: node.block_size] // node.block_size
 
 
-def axis_index(spec: Spec, match: Match, tensor: str, axis: int, length: int) -> Tensor | None:
-    """(length,): which entry of the axis goes to each place; None if no node orders the axis."""
-    uses = [use for use in spec.uses_in(tensor) if use.axis == axis]
-    if not uses:
-        return None
+def axis_index(spec: Spec, match: Match, uses: Iterable[Use], length: int) -> Tensor:
+    """(length,): which entry of an axis goes to each place, given the axis's uses."""
     index = torch.arange(length)
     for use in uses:
         node, order = spec.nodes[use.node], match[use.node]
@@ -263,7 +260,8 @@ def reorder(spec: Spec, match: Match, tensors: Mapping[str, Tensor]) -> dict[str
 
 def _reordered(spec: Spec, match: Match, name: str, tensor: Tensor) -> Tensor:
     for axis, length in enumerate(tensor.shape):
-        index = axis_index(spec, match, name, axis, length)
-        if index is not None:
+        uses = [use for use in spec.uses_in(name) if use.axis == axis]
+        if uses:
+            index = axis_index(spec, match, uses, length)
             tensor = tensor.index_select(axis, index.to(tensor.device))
     return tensor

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from .. import _checks
 from ..encoders.merged_rows import as_input, batchnorms, blended_rows
-from ..encoders.template import evaluating, run
+from ..encoders.template import call, evaluating
 
 if TYPE_CHECKING:
     from ..pool import ExpertPool
@@ -85,27 +85,34 @@ def merged_state_dict(
     row = blended_rows(pool, weights[None], policy)[0]
     state = pool.row_state_dict(row)
     if policy == "re_estimate" and batchnorms(pool.template):
-        _re_estimate(pool, state, calibration or ())
+        batches = (as_input(pool, images_of(batch)) for batch in calibration or ())
+        re_estimate(pool.template, state, batches)
     return state
 
 
 @torch.no_grad()
-def _re_estimate(pool: ExpertPool, state: dict[str, Tensor], calibration: Iterable[Any]) -> None:
-    """Replace the running statistics in ``state`` by the merged model's own, in place."""
-    modules = batchnorms(pool.template)
+def re_estimate(template: nn.Module, state: dict[str, Tensor], batches: Iterable[Tensor]) -> None:
+    """Replace the running statistics in ``state`` by the merged model's own, in place.
+
+    Args:
+        batches: of images, in the state's dtype and on its device.
+
+    Raises:
+        ValueError: no batches.
+    """
+    modules = batchnorms(template)
     for name in modules:
         counter = f"{name}.num_batches_tracked"
         if counter in state:
             state[counter].zero_()
     seen = 0
     settings = {"training": True, "track_running_stats": True, "momentum": 1.0}
-    with evaluating(pool.template), _attributes(modules.values(), **settings):
-        for batch in calibration:
-            images = as_input(pool, images_of(batch))
+    with evaluating(template), _attributes(modules.values(), **settings):
+        for images in batches:
             seen += images.shape[0]
             for module in modules.values():
                 module.momentum = images.shape[0] / max(seen, 1)
-            run(pool.template, state, images)
+            call(template, state, images)
     if not seen:
         raise ValueError("merge: the calibration loader yields no images to re-estimate from")
 
