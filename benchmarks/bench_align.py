@@ -24,6 +24,7 @@ from neulig_fast import alignment
 from neulig_fast.alignment.activations import ActivationMoments
 from neulig_fast.alignment.networks import Networks
 from neulig_fast.alignment.spec import Spec
+from neulig_fast.alignment.sweeps import PATIENCE
 from neulig_fast.alignment.zip import zip_units
 
 from . import harness, machine
@@ -78,6 +79,7 @@ def sweep_case(shape: str, kind: str, similarity: str) -> Case:
     limit = 100 if kind == "planted" else _SWEEPS
     restated = union_correlation if similarity == "correlation" else inner_product
     name = "published loop" if similarity == "correlation" else "Git Re-Basin with scipy"
+    patience = PATIENCE if similarity == "correlation" else 1
 
     def align(order: str) -> alignment.Alignment:
         aligner = alignment.Aligner(given.networks, given.spec, similarity=similarity)
@@ -85,7 +87,7 @@ def sweep_case(shape: str, kind: str, similarity: str) -> Case:
 
     @functools.cache
     def expected() -> Order:
-        return published(given.spec, given.networks, limit, restated)
+        return published(given.spec, given.networks, limit, restated, patience)
 
     def check(result: Order) -> None:
         for node, order in expected().items():

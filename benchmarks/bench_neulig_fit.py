@@ -40,6 +40,12 @@ from .bench_neulig_loss import eager
 from .harness import Case, Provider
 
 _EXPERTS, _BATCH, _STEPS, _PART, _LR, _SCALING = 5, 128, 20, 8, 1e-3, 10.0
+# N, D, C: what one of them costs, and the corners.
+_SIZES = (
+    *((5, 512, 10), (5, 512, 43), (5, 512, 100), (5, 512, 1000), (5, 128, 26), (5, 1024, 100)),
+    *((2, 512, 100), (2, 768, 1000), (7, 512, 43), (7, 768, 100), (7, 1024, 1000)),
+)
+_TASK_ROWS, _EPOCHS = 5000, 25  # 1000 rounds in batches of 128, one of each task
 _DEMO = {"image_size": 32, "patch_size": 8, "width": 128, "layers": 4, "head_width": 32}
 _TOY = {"image_size": 16, "patch_size": 8, "width": 32, "layers": 1, "head_width": 16}
 _VIT_B_32 = {"image_size": 224, "patch_size": 32, "width": 768, "layers": 12}
@@ -268,15 +274,58 @@ def large_case(device: str) -> Case:
     return make_case("ViT-B-32", device, found, check)
 
 
+def whole_case(device: str) -> Case:
+    """1000 rounds over five tasks of 5000 cached images: 5000 steps in 25 epochs."""
+    embed, classes, g = 512, (10, 43, 100, 26, 47), torch.Generator().manual_seed(7)
+    tasks = []
+    for k, count in enumerate(classes):
+        weight = nn.functional.normalize(torch.randn(count, embed, generator=g), dim=1)
+        features = torch.randn(_TASK_ROWS, _EXPERTS, embed, generator=g).to(device)
+        labels = torch.randint(count, (_TASK_ROWS,), generator=g).to(device)
+        tasks.append(TaskData(f"task {k}", features, labels, Head(weight.to(device))))
+    _, _, penalty = head_and_penalty(1, embed, device)
+    rounds = _EPOCHS * -(-_TASK_ROWS // _BATCH)
+    towers = [image_tower(embed, _VIT_B_32, 0, device)] * _EXPERTS
+    images = torch.randn(_PART, 3, 224, 224, generator=g).to(device)
+
+    def train() -> Tensor:
+        settings = FitSettings(epochs=_EPOCHS, lr=_LR, batch_size=_BATCH, scaling=_SCALING)
+        _, history = Trainer(tasks, penalty, settings).run()
+        return history.boosting
+
+    def published() -> Tensor:
+        some, head = tasks[0].labels[:_PART], tasks[0].head
+        return recomputed(lambda: encode(towers, images), some, head, penalty, 1)
+
+    def check(result: Tensor) -> None:
+        if result.shape[0] != rounds or not bool(result.isfinite().all()):
+            raise AssertionError(f"expected {rounds} rounds of finite losses, got {result.shape}")
+
+    steps = rounds * len(tasks)
+    note = f"extrapolated from {_PART} of {_BATCH} images of one step"
+    found = [
+        Provider("neulig_fast", train, "ours", steps=steps),
+        Provider(
+            "published: experts in every step",
+            published,
+            steps=_PART / _BATCH,
+            note=note,
+            checked=False,
+        ),
+    ]
+    return make_case(f"ViT-B-32, {len(tasks)} tasks, {rounds} rounds", device, found, check)
+
+
 def cases(device: str, quick: bool) -> Iterator[Case]:
     if quick:
         yield small_case("toy", 16, _TOY, 7, device)
         yield steps_case(3, 16, 7, device)
         return
-    for sizes in ((5, 128, 26), (5, 512, 43), (5, 512, 100), (5, 512, 1000), (7, 768, 100)):
+    for sizes in _SIZES:
         yield steps_case(*sizes, device)
     yield small_case("demo ViT", 128, _DEMO, 26, device)
     yield large_case(device)
+    yield whole_case(device)
 
 
 if __name__ == "__main__":
