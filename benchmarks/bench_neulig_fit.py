@@ -38,6 +38,7 @@ from neulig_fast.pool import ExpertPool
 from . import harness, machine
 from .bench_neulig_loss import eager
 from .harness import Case, Provider
+from .towers import DEMO, TOY, VIT_B_32, image_tower
 
 _EXPERTS, _BATCH, _STEPS, _PART, _LR, _SCALING = 5, 128, 20, 8, 1e-3, 10.0
 # N, D, C: what one of them costs, and the corners.
@@ -46,18 +47,6 @@ _SIZES = (
     *((2, 512, 100), (2, 768, 1000), (7, 512, 43), (7, 768, 100), (7, 1024, 1000)),
 )
 _TASK_ROWS, _EPOCHS = 5000, 25  # 1000 rounds in batches of 128, one of each task
-_DEMO = {"image_size": 32, "patch_size": 8, "width": 128, "layers": 4, "head_width": 32}
-_TOY = {"image_size": 16, "patch_size": 8, "width": 32, "layers": 1, "head_width": 16}
-_VIT_B_32 = {"image_size": 224, "patch_size": 32, "width": 768, "layers": 12}
-
-
-def image_tower(embed: int, vision: dict, seed: int, device: str) -> nn.Module:
-    """A randomly initialised open_clip image encoder, in eval mode."""
-    from open_clip.model import CLIP
-
-    torch.manual_seed(seed)
-    text = {"context_length": 8, "vocab_size": 64, "width": 64, "heads": 2, "layers": 1}
-    return CLIP(embed, vision, text).visual.eval().requires_grad_(False).to(device)
 
 
 def head_and_penalty(classes: int, embed: int, device: str) -> tuple[Head, Tensor, Penalty]:
@@ -241,7 +230,7 @@ def small_case(shape: str, embed: int, vision: dict, classes: int, device: str) 
 def large_case(device: str) -> Case:
     """ViT-B/32 experts, the published way extrapolated."""
     embed = 512
-    towers = [image_tower(embed, _VIT_B_32, 0, device)] * _EXPERTS
+    towers = [image_tower(embed, VIT_B_32, 0, device)] * _EXPERTS
     g = torch.Generator().manual_seed(6)
     images = torch.randn(_PART, 3, 224, 224, generator=g).to(device)
     features = torch.randn(_BATCH, _EXPERTS, embed, generator=g).to(device)
@@ -285,7 +274,7 @@ def whole_case(device: str) -> Case:
         tasks.append(TaskData(f"task {k}", features, labels, Head(weight.to(device))))
     _, _, penalty = head_and_penalty(1, embed, device)
     rounds = _EPOCHS * -(-_TASK_ROWS // _BATCH)
-    towers = [image_tower(embed, _VIT_B_32, 0, device)] * _EXPERTS
+    towers = [image_tower(embed, VIT_B_32, 0, device)] * _EXPERTS
     images = torch.randn(_PART, 3, 224, 224, generator=g).to(device)
 
     def train() -> Tensor:
@@ -318,12 +307,12 @@ def whole_case(device: str) -> Case:
 
 def cases(device: str, quick: bool) -> Iterator[Case]:
     if quick:
-        yield small_case("toy", 16, _TOY, 7, device)
+        yield small_case("toy", 16, TOY, 7, device)
         yield steps_case(3, 16, 7, device)
         return
     for sizes in _SIZES:
         yield steps_case(*sizes, device)
-    yield small_case("demo ViT", 128, _DEMO, 26, device)
+    yield small_case("demo ViT", 128, DEMO, 26, device)
     yield large_case(device)
     yield whole_case(device)
 
