@@ -180,17 +180,10 @@ def steps_case(experts: int, embed: int, classes: int, device: str) -> Case:
 
 
 def make_case(shape: str, device: str, providers: list[Provider], check: Callable) -> Case:
-    return Case(
-        op="neulig_fit",
-        mode="fit",
-        shape=shape,
-        dtype=torch.float32,
-        device=device,
-        threads=machine.cores(),
-        providers=providers,
-        check=check,
-        numbers={"N": _EXPERTS},
-    )
+    """A whole fit."""
+    settings = {"dtype": torch.float32, "device": device, "threads": machine.cores()}
+    case = Case("neulig_fit", "fit", shape, **settings, providers=providers, check=check)
+    return dataclasses.replace(case, numbers={"N": _EXPERTS})
 
 
 def small_case(shape: str, embed: int, vision: dict, classes: int, device: str) -> Case:
@@ -227,32 +220,28 @@ def small_case(shape: str, embed: int, vision: dict, classes: int, device: str) 
     return make_case(shape, device, found, check)
 
 
-def large_case(device: str) -> Case:
-    """ViT-B/32 experts, the published way extrapolated."""
-    embed = 512
-    towers = [image_tower(embed, VIT_B_32, 0, device)] * _EXPERTS
+def extrapolated(labels: Tensor, head: Head, penalty: Penalty, device: str) -> Provider:
+    """The published way with ViT-B/32 experts, of which a part of one batch is run."""
+    towers = [image_tower(head.weight.shape[1], VIT_B_32, 0, device)] * _EXPERTS
     g = torch.Generator().manual_seed(6)
     images = torch.randn(_PART, 3, 224, 224, generator=g).to(device)
-    features = torch.randn(_BATCH, _EXPERTS, embed, generator=g).to(device)
-    head, labels, penalty = head_and_penalty(100, embed, device)
 
     def published() -> Tensor:
         return recomputed(lambda: encode(towers, images), labels[:_PART], head, penalty, 1)
 
+    name, note = "published: experts in every step", f"from {_PART} of {_BATCH} images of one step"
+    return Provider(
+        name, published, steps=_PART / _BATCH, note=f"extrapolated {note}", checked=False
+    )
+
+
+def large_case(device: str) -> Case:
+    embed, g = 512, torch.Generator().manual_seed(6)
+    features = torch.randn(_BATCH, _EXPERTS, embed, generator=g).to(device)
+    head, labels, penalty = head_and_penalty(100, embed, device)
+
     def train() -> Tensor:
         return cached(features, labels, head, penalty)
-
-    note = f"extrapolated from {_PART} of {_BATCH} images"
-    found = [
-        Provider("neulig_fast", train, "ours", steps=_STEPS),
-        Provider(
-            "published: experts in every step",
-            published,
-            steps=_PART / _BATCH,
-            note=note,
-            checked=False,
-        ),
-    ]
 
     def check(result: Tensor) -> None:
         shared = functools.partial(recomputed, labels=labels, head=head, penalty=penalty)
@@ -260,6 +249,10 @@ def large_case(device: str) -> Case:
         exact = shared(features.double, steps=_STEPS)
         testing.assert_within_rule(result, working, exact, _EXPERTS * embed)
 
+    found = [
+        Provider("neulig_fast", train, "ours", steps=_STEPS),
+        extrapolated(labels, head, penalty, device),
+    ]
     return make_case("ViT-B-32", device, found, check)
 
 
@@ -274,33 +267,19 @@ def whole_case(device: str) -> Case:
         tasks.append(TaskData(f"task {k}", features, labels, Head(weight.to(device))))
     _, _, penalty = head_and_penalty(1, embed, device)
     rounds = _EPOCHS * -(-_TASK_ROWS // _BATCH)
-    towers = [image_tower(embed, VIT_B_32, 0, device)] * _EXPERTS
-    images = torch.randn(_PART, 3, 224, 224, generator=g).to(device)
 
     def train() -> Tensor:
         settings = FitSettings(epochs=_EPOCHS, lr=_LR, batch_size=_BATCH, scaling=_SCALING)
         _, history = Trainer(tasks, penalty, settings).run()
         return history.boosting
 
-    def published() -> Tensor:
-        some, head = tasks[0].labels[:_PART], tasks[0].head
-        return recomputed(lambda: encode(towers, images), some, head, penalty, 1)
-
     def check(result: Tensor) -> None:
         if result.shape[0] != rounds or not bool(result.isfinite().all()):
             raise AssertionError(f"expected {rounds} rounds of finite losses, got {result.shape}")
 
-    steps = rounds * len(tasks)
-    note = f"extrapolated from {_PART} of {_BATCH} images of one step"
     found = [
-        Provider("neulig_fast", train, "ours", steps=steps),
-        Provider(
-            "published: experts in every step",
-            published,
-            steps=_PART / _BATCH,
-            note=note,
-            checked=False,
-        ),
+        Provider("neulig_fast", train, "ours", steps=rounds * len(tasks)),
+        extrapolated(tasks[0].labels, tasks[0].head, penalty, device),
     ]
     return make_case(f"ViT-B-32, {len(tasks)} tasks, {rounds} rounds", device, found, check)
 
