@@ -11,6 +11,7 @@ from .neulig import Head, NeuLig, Report, zero_shot_head
 from .offsets import OffsetStats
 from .ops import (
     BlendTelemetry,
+    CrossMoments,
     NeuLigLoss,
     blend,
     blend_,
@@ -18,6 +19,7 @@ from .ops import (
     blend_lists_,
     blend_telemetry,
     blend_weight_grad,
+    cross_moments,
     expert_layer_norm,
     expert_linear,
     mixture_layer_norm,
@@ -43,6 +45,7 @@ read_environment()
 __all__ = [
     "BlendTelemetry",
     "CoefficientModule",
+    "CrossMoments",
     "ExpertPool",
     "Head",
     "NeuLig",
@@ -57,6 +60,7 @@ __all__ = [
     "blend_lists_",
     "blend_telemetry",
     "blend_weight_grad",
+    "cross_moments",
     "expert_forward",
     "expert_layer_norm",
     "expert_linear",
