@@ -61,16 +61,16 @@ def _name_or_json(value: str, info: ValidationInfo) -> str:
     return str(_file(located(Path(value), info))) if value.endswith(".json") else value
 
 
-def one_of(*known: str) -> AfterValidator:
+def one_of(*known: str) -> BeforeValidator:
     """A validator of words: the value must be one of those ``known``."""
 
-    def check(value: str) -> str:
+    def check(value: Any) -> Any:
         if value not in known:
-            hint = did_you_mean(value, known)
+            hint = did_you_mean(str(value), known)
             raise ValueError(f"must be one of {', '.join(known)}, got {value!r}{hint}")
         return value
 
-    return AfterValidator(check)
+    return BeforeValidator(check)
 
 
 def as_name(value: Any) -> str:
