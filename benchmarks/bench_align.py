@@ -24,16 +24,15 @@ from neulig_fast import alignment
 from neulig_fast.alignment.activations import ActivationMoments
 from neulig_fast.alignment.networks import Networks
 from neulig_fast.alignment.spec import Spec
+from neulig_fast.alignment.sweeps import PATIENCE
 from neulig_fast.alignment.zip import zip_units
 
 from . import harness, machine
-from .bench_neulig_fit import image_tower
 from .harness import Case, Provider
 from .mudsc import Order, inner_product, plain_greedy, published, union_correlation, union_moments
+from .towers import TOY, VIT_B_32, image_tower
 
 _NOISE, _SWEEPS, _IMAGES = 0.3, 2, 16
-_VIT_B_32 = {"image_size": 224, "patch_size": 32, "width": 768, "layers": 12}
-_TOY = {"image_size": 16, "patch_size": 8, "width": 32, "layers": 1, "head_width": 16}
 
 
 class Pair(NamedTuple):
@@ -52,7 +51,7 @@ def network(shape: str, seed: int) -> tuple[nn.Module, int]:
 
         torch.manual_seed(seed)
         return resnet50().eval().requires_grad_(False), 224
-    vision = _TOY if shape == "toy ViT" else _VIT_B_32
+    vision = TOY if shape == "toy ViT" else VIT_B_32
     return image_tower(512, vision, seed, "cpu"), vision["image_size"]
 
 
@@ -78,6 +77,7 @@ def sweep_case(shape: str, kind: str, similarity: str) -> Case:
     limit = 100 if kind == "planted" else _SWEEPS
     restated = union_correlation if similarity == "correlation" else inner_product
     name = "published loop" if similarity == "correlation" else "Git Re-Basin with scipy"
+    patience = PATIENCE if similarity == "correlation" else 1
 
     def align(order: str) -> alignment.Alignment:
         aligner = alignment.Aligner(given.networks, given.spec, similarity=similarity)
@@ -85,7 +85,7 @@ def sweep_case(shape: str, kind: str, similarity: str) -> Case:
 
     @functools.cache
     def expected() -> Order:
-        return published(given.spec, given.networks, limit, restated)
+        return published(given.spec, given.networks, limit, restated, patience)
 
     def check(result: Order) -> None:
         for node, order in expected().items():

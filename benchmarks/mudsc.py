@@ -19,11 +19,14 @@ from neulig_fast.alignment.sweeps import grouped
 from neulig_fast.alignment.taps import Taps
 
 Order = dict[str, Tensor]
-PATIENCE = 5
 
 
 def published(
-    spec: Spec, networks: Sequence[nn.Module], sweeps: int, similarity: Callable[..., Tensor]
+    spec: Spec,
+    networks: Sequence[nn.Module],
+    sweeps: int,
+    similarity: Callable[..., Tensor],
+    patience: int = 1,
 ) -> Order:
     """The loop of MuDSC in weight space: random orders, the best kept, everything anew."""
     groups = grouped(spec)
@@ -44,7 +47,7 @@ def published(
             best, best_value, stalled = dict(current), value, 0
         else:
             current, stalled = dict(best), stalled + 1
-            if stalled == PATIENCE:
+            if stalled == patience:
                 break
     return best
 
