@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
+import yaml
 from torch import Tensor
 
 from . import image_folder
@@ -193,6 +194,6 @@ def _next_steps(config: AlignConfig, model: ImageModel) -> str:
     lines = ["to load the merge:", "", model.loading_code(config.output / MERGED)]
     if config.match == "align" and library_of(config.model) is OPEN_CLIP:
         lines += ["", "to train a Portland on the aligned experts, give `neulig-fast train`:", ""]
-        lines += [f"model: {config.model}", "experts:"]
-        lines += [f"  {name}: {config.output / aligned_file(name)}" for name in config.experts]
+        files = {name: str(config.output / aligned_file(name)) for name in config.experts}
+        lines += [yaml.safe_dump({"model": config.model, "experts": files}, sort_keys=False)]
     return "\n".join(lines)
