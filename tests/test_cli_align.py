@@ -66,7 +66,8 @@ def images(root, count, classes=("x", "y/deep")):
     for k in range(count):
         path = root / classes[k % len(classes)] / f"{k}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(rng.integers(0, 255, (18, 20, 3), np.uint8)).save(path)
+        pixels = Image.fromarray(rng.integers(0, 255, (18, 20, 3), np.uint8))
+        pixels.convert("RGB" if k else "L").save(path)
 
 
 def batch_of(paths, transform):
