@@ -19,8 +19,24 @@ def register(op: Any, library: torch.library.Library, formula: Formula | None) -
         return
     setup_context, backward = formula or _not_differentiable(op.name)
     torch.library.register_autograd(
-        f"neulig_fast::{op.name}", backward, setup_context=setup_context, lib=library
+        f"neulig_fast::{op.name}",
+        _without_autocast(backward),
+        setup_context=setup_context,
+        lib=library,
     )
+
+
+def _without_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Formulas state their own types, as ops do."""
+
+    def run(ctx: Any, *grads: Any) -> Any:
+        device = next(grad for grad in grads if grad is not None).device.type
+        if not torch.is_autocast_enabled(device):
+            return backward(ctx, *grads)
+        with torch.autocast(device, enabled=False):
+            return backward(ctx, *grads)
+
+    return run
 
 
 def _not_differentiable(name: str) -> Formula:
