@@ -9,7 +9,8 @@ is exactly zero takes no part in that sample. Coefficients need not sum to one.
 Numerics: sums in fp32 (fp64 for fp64 x), rounded once at the end, after the activation. Whether a
 backend mixes weights, W_b = sum_i w_bi W_i, or results is its own choice: both obey the tolerance
 rule. Where T is large against N the first is far cheaper: 2 B O I (N + T) flops, else 2 B T N O I.
-A sample's bits do not depend on the other samples of the batch.
+In C++ a sample's bits do not depend on the other samples of the batch; docs/ops/mixture_linear.md
+says what the others promise.
 """
 
 from __future__ import annotations
