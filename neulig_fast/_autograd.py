@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from itertools import chain
 from typing import Any
 
 import torch
@@ -30,7 +31,9 @@ def _without_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:
     """Formulas state their own types, as ops do."""
 
     def run(ctx: Any, *grads: Any) -> Any:
-        device = next(grad for grad in grads if grad is not None).device.type
+        # A list of results has a list of gradients.
+        each = chain.from_iterable(g if isinstance(g, list | tuple) else [g] for g in grads)
+        device = next(grad for grad in each if grad is not None).device.type
         if not torch.is_autocast_enabled(device):
             return backward(ctx, *grads)
         with torch.autocast(device, enabled=False):
