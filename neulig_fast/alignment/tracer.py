@@ -20,7 +20,7 @@ from ..encoders.rules import join, kind
 from .builders.attention import multihead
 from .builders.layers import flattened
 from .draft import Draft, Units
-from .rules import rule_of, where
+from .rules import ADVICE, rule_of, where
 from .spec import Spec, check_tensors
 
 
@@ -55,8 +55,7 @@ def traced(draft: Draft, module: nn.Module, path: str, x: Units) -> Any:
         except _NotUnderstoodError as reason:
             raise ValueError(
                 f"spec_for: {where(path)} is a {kind(module)}, which has no rule, and its trace is "
-                f"not understood at {node.format_node()}: {reason}. Pass a Spec, or say which axes "
-                "belong together with alignment.register"
+                f"not understood at {node.format_node()}: {reason}. {ADVICE}"
             ) from None
     return None
 
@@ -96,8 +95,7 @@ def _graph(module: nn.Module, path: str) -> fx.Graph:
     except (TypeError, ValueError, RuntimeError, AttributeError, AssertionError) as error:
         raise ValueError(
             f"spec_for: {where(path)} is a {kind(module)}, which has no rule, and torch.fx cannot "
-            f"trace it ({error}). Pass a Spec, or say which axes belong together with "
-            "alignment.register"
+            f"trace it ({error}). {ADVICE}"
         ) from error
 
 
