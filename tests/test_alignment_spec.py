@@ -295,6 +295,12 @@ def test_flattened_channels_repeat_and_flattened_tokens_tile():
     assert [(use.start, use.repeat) for use in uses] == [(8 * k, 1) for k in range(5)]
 
 
+def test_groups_of_the_input_keep_their_order():
+    module = nn.Sequential(nn.Conv2d(3, 6, 3, groups=3), nn.ReLU(), nn.Conv2d(6, 4, 1), nn.ReLU())
+    module.append(nn.Conv2d(4, 2, 1))
+    assert list(alignment.spec_for(module).nodes) == ["2"]
+
+
 # -- heads ----------------------------------------------------------------------------------------
 
 
