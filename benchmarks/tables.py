@@ -259,6 +259,7 @@ _OPS = (
     "expert_layer_norm",
     "mixture_forward",
     "expert_forward",
+    "cross_moments",
     "neulig_loss",
 )
 BLOCKS: dict[str, Callable[[], str]] = {

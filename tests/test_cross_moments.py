@@ -238,8 +238,12 @@ def test_bits_do_not_depend_on_threads():
 
 @needs_cpu
 @pytest.mark.slow
-@pytest.mark.parametrize("level", [0, 3, 4])
-def test_every_instruction_set_obeys_the_rule(level):
+@pytest.mark.parametrize("level", [0, 3])
+def test_lower_instruction_sets_obey_the_rule(level):
+    from neulig_fast import _C
+
+    if level >= _C.cpu_level():
+        pytest.skip(f"level {_C.cpu_level()} is what the other tests run at")
     code = (
         "import sys; sys.path.insert(0, 'tests')\n"
         "import test_cross_moments as t\n"
@@ -251,8 +255,6 @@ def test_every_instruction_set_obeys_the_rule(level):
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True
     )
-    if "the best level this CPU and build support" in done.stderr:
-        pytest.skip(f"this CPU has no level {level}")
     assert done.returncode == 0, done.stderr
 
 
