@@ -589,9 +589,10 @@ def test_bad_input_gets_one_message_and_leaves_nothing(project, breakage):
     assert not (folder / "out").exists()
 
 
-def test_faults_of_model_and_images_come_together(project):
+@pytest.mark.parametrize("breakage", [no_images, no_image_at_all], ids=lambda f: f.__name__)
+def test_faults_of_model_and_images_come_together(project, breakage):
     folder, config = project
-    messages = [f(folder, config) for f in (unknown_model, no_image_at_all)]
+    messages = [f(folder, config) for f in (unknown_model, breakage)]
     result = align(folder, config)
     assert all(message in result.stderr for message in messages), result.stderr
 
