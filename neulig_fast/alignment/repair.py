@@ -113,7 +113,8 @@ def _run(
     layers = _Outputs(tensors, set(names), targets)
     with evaluating(template), layers:
         batches = 0
-        for batches, batch in enumerate(data, 1):
+        for batch in data:
+            batches += 1
             images = images_of(batch)
             call(template, tensors, images.to(floats[0].device, floats[0].dtype))
     if not batches:
