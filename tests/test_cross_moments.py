@@ -15,18 +15,11 @@ from neulig_fast._registry import OPS
 
 ROOT = Path(__file__).resolve().parents[1]
 OP = OPS["cross_moments"]
-DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-BACKENDS = [
-    pytest.param(device, backend, id=f"{backend}-{device}")
-    for device in DEVICES
-    for op, backend in testing.backends_here(device)
-    if op is OP
-]
+DEVICES = testing.devices()
+BACKENDS = testing.backends_of(OP)
 on_every_backend = pytest.mark.parametrize("device, backend", BACKENDS)
 in_every_dtype = pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
-needs_cpu = pytest.mark.skipif(
-    not any(p.values == ("cpu", "cpu") for p in BACKENDS), reason="no native cpu backend"
-)
+needs_cpu = pytest.mark.skipif(("cpu", "cpu") not in BACKENDS, reason="no native cpu backend")
 
 
 def run(backend, *args):

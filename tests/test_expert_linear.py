@@ -11,13 +11,8 @@ from neulig_fast._registry import OPS
 from neulig_fast.ops.expert_linear import expert_linear_reference
 
 OP = OPS["expert_linear"]
-DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-BACKENDS = [
-    pytest.param(device, backend, id=f"{backend}-{device}")
-    for device in DEVICES
-    for op, backend in testing.backends_here(device)
-    if op is OP
-]
+DEVICES = testing.devices()
+BACKENDS = testing.backends_of(OP)
 on_every_backend = pytest.mark.parametrize("device, backend", BACKENDS)
 in_every_dtype = pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
 FUNCTIONS = {
