@@ -29,7 +29,7 @@ namespace {
 constexpr int64_t kChunkBlocks = 8;
 constexpr int64_t kBlockSize = kBlockRows * kUnits;
 // Groups of units of a tile: the blocks of x and the sums stay in a second-level cache.
-constexpr int64_t kTileX = 4, kTileY = 4;
+constexpr int64_t kTileX = 4, kTileY = 8;
 
 int64_t groups_of(int64_t units) {
   return (units + kUnits - 1) / kUnits;
