@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -22,6 +24,13 @@ SPEC = Spec(
     [Node("h0", 24), Node("h1", 16)],
     [Use(t, a, n, r) for n, uses in (("h0", _H0), ("h1", _H1)) for t, a, r in uses],
 )
+
+
+def deep(seed: int) -> nn.Sequential:
+    torch.manual_seed(seed)
+    widths = (8, 12, 12, 12, 12, 12, 5)
+    layers = [nn.Linear(a, b, bias=False) for a, b in pairwise(widths)]
+    return nn.Sequential(*layers).double()
 
 
 def mlp(seed: int) -> nn.Sequential:
@@ -118,9 +127,14 @@ def test_zip_of_a_network_with_itself_is_the_network() -> None:
 # -- the published procedure, restated without any of the shortcuts -------------------------------
 
 
-def restated(a: dict, b: dict, data: list[Tensor], balance: float, seed: int) -> dict[str, Tensor]:
-    """Dense permutation matrices, the union's correlation, everything anew at every visit."""
-    spec, states = SPEC, (a, b)
+def restated(
+    spec: Spec, a: dict, b: dict, data: list[Tensor], balance: float, seed: int
+) -> dict[str, Tensor]:
+    """Dense permutation matrices, the union's correlation, everything anew at every visit.
+
+    Without ``data``, weights alone.
+    """
+    states = (a, b)
     current = {name: torch.eye(node.size).double() for name, node in spec.nodes.items()}
 
     def rows(state: dict, node: str, other: bool) -> Tensor:
@@ -144,8 +158,8 @@ def restated(a: dict, b: dict, data: list[Tensor], balance: float, seed: int) ->
         at, order = linear_sum_assignment(block, maximize=True)
         return torch.eye(n).double()[order], block[at, order].mean()
 
-    ca = {}
-    for name, node in spec.nodes.items():
+    ca = dict.fromkeys(current, 0.0)
+    for name, node in spec.nodes.items() if data else ():
         with np.errstate(invalid="ignore"):  # units that never fire
             union = np.corrcoef(torch.cat([activations(state, name) for state in states]))
         ca[name] = np.nan_to_num(union)
@@ -170,8 +184,18 @@ def restated(a: dict, b: dict, data: list[Tensor], balance: float, seed: int) ->
 @pytest.mark.parametrize("seed", range(4))
 def test_unrelated_networks_are_matched_as_by_the_published_loop(seed: int) -> None:
     a, b, data = mlp(10 + seed), mlp(20 + seed), batches(8)
-    expected = restated(a.state_dict(), b.state_dict(), data, 0.5, seed)
+    expected = restated(SPEC, a.state_dict(), b.state_dict(), data, 0.5, seed)
     found = nf.align([a, b], SPEC, data, 0.5, seed=seed, order="seeded")
+    for node, order in expected.items():
+        assert torch.equal(found.order(1)[node], order)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_sweeps_that_fall_back_to_the_best_go_on_as_published(seed: int) -> None:
+    a, b = deep(30 + seed), deep(40 + seed)
+    spec = alignment.spec_for(a)
+    expected = restated(spec, a.state_dict(), b.state_dict(), [], 1.0, seed)
+    found = nf.align([a, b], spec, balance=1, seed=seed, order="seeded")
     for node, order in expected.items():
         assert torch.equal(found.order(1)[node], order)
 

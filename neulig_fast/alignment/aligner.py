@@ -65,12 +65,12 @@ def align(
             no data and 0 needs no weights.
         match: ``"align"``: permutations; every expert computes what it did. ``"zip"``: units may
             join others, also of their own network; only the merge of all is a network.
-        seed: of the visiting orders of ``order="seeded"``.
+        seed: of the random orders.
         template: the module that state dicts are of; default expert 0 when that is a module.
         similarity: of weights: ``"correlation"``, or Git Re-Basin's ``"inner_product"``, which goes
             with ``balance=1`` only.
-        order: ``"colour"`` visits nodes in a fixed order by classes that do not see each other,
-            ``"seeded"`` in random orders, as published.
+        order: ``"colour"`` visits nodes that do not see each other together, ``"seeded"`` in random
+            orders, as published. Either may end where the other would have gone on.
         sweeps: at most so many visits of every node.
         progress: show it.
 

@@ -1,7 +1,8 @@
 """The loop of MuDSC: match node after node, each beside the newest matchings of its neighbours.
 
-Nodes that move together (one tie) are a *group* and are matched at once. A group whose neighbours
-have not moved since it was last matched would be matched alike, and is passed over.
+Nodes that move together (one tie) are a *group* and are matched at once. A group that is
+as it was last matched, between neighbours as they were then, would be matched alike again and is
+passed over.
 """
 
 from __future__ import annotations
@@ -30,12 +31,12 @@ class Schedule:
     """How the loop goes.
 
     Attributes:
-        order: ``"colour"``: groups that do not see each other one after the other, always in the
-            same order. ``"seeded"``: a new random order in every sweep, as published.
+        order: ``"seeded"``: a new random order in every sweep, as published. ``"colour"``: groups
+            that do not see each other together, in a fixed order while that helps, then in random
+            orders as well.
         seed: of the random orders.
         sweeps: at most so many.
-        patience: sweeps without a better value before the loop ends; the ``colour`` order repeats
-            itself, so there one is enough.
+        patience: sweeps without a better value before the loop ends.
     """
 
     order: Order = "colour"
@@ -116,14 +117,14 @@ class Sweeps:
         advance: Callable[[float], None],
     ) -> None:
         generator = torch.Generator().manual_seed(schedule.seed)
-        patience = schedule.patience if schedule.order == "seeded" else 1
         best, stalled = None, 0
-        classes = self.colours()
+        colours, names = self.colours(), list(self.groups)
         self._seen.clear()
         for _ in range(schedule.sweeps):
-            if schedule.order == "seeded":
-                places = torch.randperm(len(self.groups), generator=generator).tolist()
-                classes = [[list(self.groups)[k]] for k in places]
+            classes = colours
+            if schedule.order == "seeded" or stalled:
+                places = torch.randperm(len(names), generator=generator).tolist()
+                classes = [[names[k]] for k in places]
             for groups in classes:
                 moved = [name for name in groups if self._moved(name)]
                 self._visit(moved, lambda node: self._mixed(node, weights))
@@ -136,7 +137,7 @@ class Sweeps:
                 outcome.value = mean(self._values)
                 continue
             stalled += 1
-            if stalled == patience:
+            if stalled == schedule.patience:
                 outcome.converged = True
                 break
             for node, matching in outcome.matchings.items():
@@ -162,17 +163,22 @@ class Sweeps:
         return sorted(set(found))
 
     def _moved(self, group: str) -> bool:
-        """Whether a neighbour has another matching than when the group was last visited."""
-        state = tuple(self.matchings.version(node) for node in self._neighbours(group))
-        moved = self._seen.get(group) != state
-        self._seen[group] = state
-        return moved
+        """Whether a visit could change anything: a neighbour has another matching than at the last
+        one, or the group itself another than that visit gave it."""
+        return self._seen.get(group) != (
+            self._versions(self._neighbours(group)),
+            self._versions(self.groups[group]),
+        )
+
+    def _versions(self, nodes: Sequence[str]) -> tuple[int, ...]:
+        return tuple(self.matchings.version(node) for node in nodes)
 
     def _visit(
         self, groups: Sequence[str], similarity: Callable[[str], Mapping[Pair, Tensor]]
     ) -> None:
         """Match groups that do not see each other: one is solved while another is compared."""
         threads = torch.get_num_threads()
+        around = {name: self._versions(self._neighbours(name)) for name in groups}
         with ThreadPoolExecutor(threads) as pool:
             pending: deque[Future] = deque()
             for name in groups:
@@ -183,6 +189,8 @@ class Sweeps:
                     self._take(pending.popleft().result())
             for future in pending:
                 self._take(future.result())
+        for name in groups:
+            self._seen[name] = around[name], self._versions(self.groups[name])
 
     def _take(self, solved: Mapping[str, tuple[Any, float]]) -> None:
         for node, (matching, value) in solved.items():
