@@ -5,6 +5,7 @@ from pathlib import Path
 
 from ._backends import read_environment, show_backends, use_backend
 from ._registry import NeuligFastWarning
+from .alignment import Alignment, align
 from .coefficients import CoefficientModule
 from .encoders import expert_forward, mixture_forward
 from .neulig import Head, NeuLig, Report, zero_shot_head
@@ -41,6 +42,7 @@ if not (_ROOT / "neulig_fast" / "kernels").exists() and (_ROOT / "kernels/__init
 read_environment()
 
 __all__ = [
+    "Alignment",
     "BlendTelemetry",
     "CoefficientModule",
     "ExpertPool",
@@ -51,6 +53,7 @@ __all__ = [
     "OffsetStats",
     "Report",
     "TensorLists",
+    "align",
     "blend",
     "blend_",
     "blend_lists",

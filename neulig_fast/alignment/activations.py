@@ -70,6 +70,8 @@ class ActivationMoments:
                     self._add(some.to(self.networks.device))
                 if advance is not None:
                     advance()
+        if not any(self.count.values()):
+            raise ValueError("align: data must yield at least one batch of images, got none")
         unseen = [name for name, count in self.count.items() if not count]
         raise_all("align", (self._unseen(name) for name in unseen))
 
@@ -101,7 +103,8 @@ class ActivationMoments:
         floats = [t.dtype for t in tensors.values() if t.is_floating_point()]
         if images.is_floating_point():
             images = images.to(floats[0])
-        with Taps(self.spec, tensors, lambda use, rows: seen.append(_Seen(use, rows))):
+        # A copy: a residual added in place would change what is held.
+        with Taps(self.spec, tensors, lambda use, rows: seen.append(_Seen(use, rows.clone()))):
             call(self.networks.template, tensors, images)
         return seen
 
@@ -137,8 +140,6 @@ class ActivationMoments:
             )
 
     def _unseen(self, node: str) -> str:
-        if not any(self.count.values()):
-            return f"node {node} was not seen: data must yield at least one batch of images"
         tensors = ", ".join(use.tensor for use in taps_of(self.spec, node))
         return (
             f"node {node} was not seen at work: no matrix product or convolution took "

@@ -22,9 +22,9 @@ from .activations import ActivationMoments
 from .matchings import Orders, Zips
 from .networks import Networks
 from .result import Alignment, squared_distances
-from .rules import spec_for
 from .similarity import KINDS, Kind, Pair
 from .spec import Spec, check_tensors
+from .specify import spec_for
 from .sweeps import ORDERS, Order, Outcome, Schedule, Sweeps
 from .weights import WeightSimilarity
 
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from ..pool import ExpertPool
 
 MATCHES = ("align", "zip")
+_GRID = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 
 def align(
@@ -140,7 +141,7 @@ class Aligner:
     def choose_balance(
         self,
         score: Callable[[Mapping[str, Tensor]], float],
-        grid: Sequence[float] = tuple(k / 10 for k in range(1, 10)),
+        grid: Sequence[float] = _GRID,
         **settings: Any,
     ) -> tuple[Alignment, dict[float, float]]:
         """The alignment whose merge scores best, and the scores by balance.

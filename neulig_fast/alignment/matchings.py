@@ -21,9 +21,11 @@ class Matchings(ABC):
     Attributes:
         pairs: (i, j) with i <= j, the pairs of networks whose similarities ``solve`` needs.
         current: by node.
+        moves_only: no two units of a network are joined.
     """
 
     pairs: tuple[Pair, ...]
+    moves_only: bool
 
     def __init__(self, spec: Spec, num_networks: int) -> None:
         self.spec, self.num_networks = spec, num_networks
@@ -66,6 +68,8 @@ class Orders(Matchings):
     Every network is matched to the first, whose units are in the rows of the similarity.
     """
 
+    moves_only = True
+
     def __init__(self, spec: Spec, num_networks: int) -> None:
         super().__init__(spec, num_networks)
         self.pairs = tuple((0, i) for i in range(1, num_networks))
@@ -99,6 +103,8 @@ class Orders(Matchings):
 
 class Zips(Matchings):
     """Joins of the union of all networks' units: a :class:`~.zip.Zip` per node."""
+
+    moves_only = False
 
     def __init__(self, spec: Spec, num_networks: int) -> None:
         super().__init__(spec, num_networks)

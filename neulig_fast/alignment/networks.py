@@ -48,7 +48,7 @@ class Networks(Sequence[Mapping[str, Tensor]]):
         self._tensors = [detached(expert) for expert in experts]
         self.dtype = _checks.accumulation_dtype(dtype)
 
-    def __getitem__(self, i):  # type: ignore[override]
+    def __getitem__(self, i):
         return self._tensors[i]
 
     def __len__(self) -> int:

@@ -52,8 +52,9 @@ def rescale(
     Averaged networks lose variance layer by layer. Rows and biases of every layer that produces
     units and has a bias are scaled and shifted so that each unit's mean and standard deviation, on
     ``data``, are the experts' averages, layer after layer with the repaired input (Jordan et al.,
-    arXiv 2211.08403). Layers without bias are BatchNorm's business: see
-    :func:`reestimate_batchnorm`.
+    arXiv 2211.08403). As in BatchNorm's training, a batch is repaired by its own moments, and their
+    averages are what is written: large batches are better. Layers without bias are BatchNorm's
+    business: see :func:`reestimate_batchnorm`.
 
     Args:
         state: merged; not changed.

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import accumulation_dtype
+from ..offsets import OffsetStats
+from ..ops.offset_gram import offset_gram
 from ..pool import ExpertPool
 from . import files
 from .matchings import Matchings, Orders, Zips
@@ -179,10 +181,9 @@ def merged_tensor(
 
 def squared_distances(networks: Sequence[Mapping[str, Tensor]], names: Sequence[str]) -> Tensor:
     """(N, N) fp64: ||theta_i - theta_j||^2 over the tensors called ``names``."""
-    total = torch.zeros(len(networks), len(networks), dtype=torch.float64)
+    n = len(networks)
+    gram = torch.zeros(n, n, dtype=torch.float64)
     for name in names:
-        flat = torch.stack([tensors[name].flatten() for tensors in networks])
-        for i in range(len(networks)):
-            difference = flat - flat[i]
-            total[i] += torch.linalg.vector_norm(difference, dim=1, dtype=torch.float64).cpu() ** 2
-    return total
+        rows = torch.stack([tensors[name].flatten() for tensors in networks])
+        gram += offset_gram(rows)[1][0].cpu()
+    return OffsetStats(torch.zeros(n), gram).distances

@@ -39,10 +39,11 @@ def correlation(cross: Tensor, x: Rows, y: Rows, count: int) -> Tensor:
         cross: (X, Y), the sum of products.
         x, y: sums and squares of the same values.
     """
-    means = x.sums / count, y.sums / count
+    means = [rows.sums / count for rows in (x, y)]
     deviations = [
-        (rows.squares / count - mean.square()).clamp_min(0).sqrt()
+        (rows.squares / count - mean.square()).clamp_min(0).sqrt().to(cross.dtype)
         for rows, mean in zip((x, y), means, strict=True)
     ]
-    covariance = torch.addr(cross.double() / count, means[0], means[1], alpha=-1)
-    return (covariance / torch.outer(*deviations).clamp_min(_SMALLEST)).to(cross.dtype)
+    covariance = cross / count
+    covariance.addr_(means[0].to(cross.dtype), means[1].to(cross.dtype), alpha=-1)
+    return covariance.div_(torch.outer(*deviations).clamp_min_(_SMALLEST))

@@ -6,7 +6,9 @@ have not moved since it was last matched would be matched alike, and is passed o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -92,8 +94,7 @@ class Sweeps:
         outcome = Outcome(dict(self.matchings.current))
         try:
             if self.activations is not None:
-                for name in self.groups:
-                    self._visit(name, self.activations.__getitem__)
+                self._visit(list(self.groups), self.activations.__getitem__)
                 outcome.matchings = dict(self.matchings.current)
                 outcome.values.append(dict(self._values))
                 outcome.value = _mean(self._values)
@@ -116,15 +117,15 @@ class Sweeps:
         generator = torch.Generator().manual_seed(schedule.seed)
         patience = schedule.patience if schedule.order == "seeded" else 1
         best, stalled = None, 0
-        order = [name for colour in self.colours() for name in colour]
+        classes = self.colours()
         self._seen.clear()
         for _ in range(schedule.sweeps):
             if schedule.order == "seeded":
                 places = torch.randperm(len(self.groups), generator=generator).tolist()
-                order = [list(self.groups)[k] for k in places]
-            for name in order:
-                if self._moved(name):
-                    self._visit(name, lambda node: self._mixed(node, weights))
+                classes = [[list(self.groups)[k]] for k in places]
+            for groups in classes:
+                moved = [name for name in groups if self._moved(name)]
+                self._visit(moved, lambda node: self._mixed(node, weights))
             value = self._objective(weights)
             outcome.values.append(dict(self._values))
             advance(value)
@@ -166,9 +167,23 @@ class Sweeps:
         self._seen[group] = state
         return moved
 
-    def _visit(self, group: str, similarity: Callable[[str], Mapping[Pair, Tensor]]) -> None:
-        nodes = self.groups[group]
-        solved = self.matchings.solve(nodes, [similarity(node) for node in nodes])
+    def _visit(
+        self, groups: Sequence[str], similarity: Callable[[str], Mapping[Pair, Tensor]]
+    ) -> None:
+        """Match groups that do not see each other: one is solved while another is compared."""
+        threads = torch.get_num_threads()
+        with ThreadPoolExecutor(threads) as pool:
+            pending: deque[Future] = deque()
+            for name in groups:
+                nodes = self.groups[name]
+                found = [similarity(node) for node in nodes]
+                pending.append(pool.submit(self.matchings.solve, nodes, found))
+                if len(pending) == threads:  # their similarities are all that is held
+                    self._take(pending.popleft().result())
+            for future in pending:
+                self._take(future.result())
+
+    def _take(self, solved: Mapping[str, tuple[Any, float]]) -> None:
         for node, (matching, value) in solved.items():
             self.matchings.set(node, matching)
             self._values[node] = value

@@ -240,7 +240,7 @@ def _product(step: _Step, x: Any, weight: Any, bias: Any, made: int) -> Any:
 
 def _picked(step: _Step, x: Any, index: Any) -> Any:
     """A token, or tokens, of (B, T, C); an entry of a tuple; a length of a shape."""
-    if x is None or isinstance(x, tuple | list) and not isinstance(x, _Weights):
+    if x is None or (isinstance(x, tuple | list) and not isinstance(x, _Weights)):
         return None if x is None else x[index]
     whole = isinstance(index, tuple) and len(index) == 2 and index[0] == slice(None)
     if whole and x.layout == "last" and isinstance(index[1], int | slice):

@@ -20,7 +20,12 @@ from .spec import Spec, Use
 
 
 class Layout(Protocol):
-    """What a kind of matching does to the axes of a tensor that are not the unit's own."""
+    """What a kind of matching does to the axes of a tensor that are not the unit's own.
+
+    ``moves_only``: it moves entries and joins none, so that sums over a row stay what they are.
+    """
+
+    moves_only: bool
 
     def arrange(self, tensor: Tensor, axis: int, uses: Sequence[Use], network: int) -> Tensor:
         """The tensor with one axis as the current matchings of its nodes have it."""
@@ -32,7 +37,7 @@ class Layout(Protocol):
 class _Share(NamedTuple):
     """What the uses that depend on the same nodes add to the similarities of their own node."""
 
-    versions: tuple[Any, ...]
+    versions: tuple[int, ...]
     cross: dict[Pair, Tensor]
     rows: dict[int, Rows]
     columns: int
@@ -60,6 +65,7 @@ class WeightSimilarity:
         self._used = sorted({network for pair in self.pairs for network in pair})
         self._uses = {node: self._grouped(node) for node in spec.nodes}
         self._shares: dict[tuple[str, tuple[str, ...]], _Share] = {}
+        self._rows: dict[tuple[str, tuple[str, ...]], dict[int, Rows]] = {}
 
     def similarity(self, node: str) -> dict[Pair, Tensor]:
         """(n, n) per pair."""
@@ -100,19 +106,31 @@ class WeightSimilarity:
         known = self._shares.get((node, others))
         if known is not None and known.versions == versions:
             return known
-        share = self._computed(self._uses[node][others], versions)
+        share = self._computed(node, others, versions)
         if len(self._uses[node]) > 1:  # else it is asked for again only when it has changed
             self._shares[node, others] = share
         return share
 
-    def _computed(self, uses: Sequence[Use], versions: tuple[Any, ...]) -> _Share:
-        units = {i: torch.cat([self._units(use, i) for use in uses], 1) for i in self._used}
-        cross = {(i, j): units[i] @ units[j].T for i, j in self.pairs}
-        rows = {
-            i: Rows(x.sum(1, dtype=torch.float64), torch.linalg.vector_norm(x, dim=1).double() ** 2)
-            for i, x in units.items()
-        }
-        return _Share(versions, cross, rows, units[self._used[0]].shape[1])
+    def _computed(self, node: str, others: tuple[str, ...], versions: tuple[int, ...]) -> _Share:
+        n = self.spec.nodes[node].size
+        like = {"dtype": self.networks.dtype, "device": self.networks.device}
+        cross = {pair: torch.zeros(n, n, **like) for pair in self.pairs}
+        rows = self._rows.get((node, others))
+        moments: dict[int, list[Rows]] = {i: [] for i in self._used}
+        columns = 0
+        for use in self._uses[node][others]:
+            units = {i: self._units(use, i) for i in self._used}
+            for (i, j), total in cross.items():
+                total.addmm_(units[i], units[j].T)
+            if rows is None:
+                for i, x in units.items():
+                    moments[i].append(Rows(x.sum(1).double(), torch.linalg.vecdot(x, x).double()))
+            columns += units[self._used[0]].shape[1]
+        if rows is None:
+            rows = {i: _total(of) for i, of in moments.items()}
+        if self.layout.moves_only:
+            self._rows[node, others] = rows
+        return _Share(versions, cross, rows, columns)
 
     def _units(self, use: Use, network: int) -> Tensor:
         """(n, K): the unit's entries of one tensor, row by row."""
