@@ -38,20 +38,15 @@ from neulig_fast.pool import ExpertPool
 from . import harness, machine
 from .bench_neulig_loss import eager
 from .harness import Case, Provider
+from .towers import DEMO, TOY, VIT_B_32, image_tower
 
 _EXPERTS, _BATCH, _STEPS, _PART, _LR, _SCALING = 5, 128, 20, 8, 1e-3, 10.0
-_DEMO = {"image_size": 32, "patch_size": 8, "width": 128, "layers": 4, "head_width": 32}
-_TOY = {"image_size": 16, "patch_size": 8, "width": 32, "layers": 1, "head_width": 16}
-_VIT_B_32 = {"image_size": 224, "patch_size": 32, "width": 768, "layers": 12}
-
-
-def image_tower(embed: int, vision: dict, seed: int, device: str) -> nn.Module:
-    """A randomly initialised open_clip image encoder, in eval mode."""
-    from open_clip.model import CLIP
-
-    torch.manual_seed(seed)
-    text = {"context_length": 8, "vocab_size": 64, "width": 64, "heads": 2, "layers": 1}
-    return CLIP(embed, vision, text).visual.eval().requires_grad_(False).to(device)
+# N, D, C: what one of them costs, and the corners.
+_SIZES = (
+    *((5, 512, 10), (5, 512, 43), (5, 512, 100), (5, 512, 1000), (5, 128, 26), (5, 1024, 100)),
+    *((2, 512, 100), (2, 768, 1000), (7, 512, 43), (7, 768, 100), (7, 1024, 1000)),
+)
+_TASK_ROWS, _EPOCHS = 5000, 25  # 1000 rounds in batches of 128, one of each task
 
 
 def head_and_penalty(classes: int, embed: int, device: str) -> tuple[Head, Tensor, Penalty]:
@@ -185,17 +180,10 @@ def steps_case(experts: int, embed: int, classes: int, device: str) -> Case:
 
 
 def make_case(shape: str, device: str, providers: list[Provider], check: Callable) -> Case:
-    return Case(
-        op="neulig_fit",
-        mode="fit",
-        shape=shape,
-        dtype=torch.float32,
-        device=device,
-        threads=machine.cores(),
-        providers=providers,
-        check=check,
-        numbers={"N": _EXPERTS},
-    )
+    """A whole fit."""
+    settings = {"dtype": torch.float32, "device": device, "threads": machine.cores()}
+    case = Case("neulig_fit", "fit", shape, **settings, providers=providers, check=check)
+    return dataclasses.replace(case, numbers={"N": _EXPERTS})
 
 
 def small_case(shape: str, embed: int, vision: dict, classes: int, device: str) -> Case:
@@ -232,32 +220,28 @@ def small_case(shape: str, embed: int, vision: dict, classes: int, device: str) 
     return make_case(shape, device, found, check)
 
 
-def large_case(device: str) -> Case:
-    """ViT-B/32 experts, the published way extrapolated."""
-    embed = 512
-    towers = [image_tower(embed, _VIT_B_32, 0, device)] * _EXPERTS
+def extrapolated(labels: Tensor, head: Head, penalty: Penalty, device: str) -> Provider:
+    """The published way with ViT-B/32 experts, of which a part of one batch is run."""
+    towers = [image_tower(head.weight.shape[1], VIT_B_32, 0, device)] * _EXPERTS
     g = torch.Generator().manual_seed(6)
     images = torch.randn(_PART, 3, 224, 224, generator=g).to(device)
-    features = torch.randn(_BATCH, _EXPERTS, embed, generator=g).to(device)
-    head, labels, penalty = head_and_penalty(100, embed, device)
 
     def published() -> Tensor:
         return recomputed(lambda: encode(towers, images), labels[:_PART], head, penalty, 1)
 
+    name, note = "published: experts in every step", f"from {_PART} of {_BATCH} images of one step"
+    return Provider(
+        name, published, steps=_PART / _BATCH, note=f"extrapolated {note}", checked=False
+    )
+
+
+def large_case(device: str) -> Case:
+    embed, g = 512, torch.Generator().manual_seed(6)
+    features = torch.randn(_BATCH, _EXPERTS, embed, generator=g).to(device)
+    head, labels, penalty = head_and_penalty(100, embed, device)
+
     def train() -> Tensor:
         return cached(features, labels, head, penalty)
-
-    note = f"extrapolated from {_PART} of {_BATCH} images"
-    found = [
-        Provider("neulig_fast", train, "ours", steps=_STEPS),
-        Provider(
-            "published: experts in every step",
-            published,
-            steps=_PART / _BATCH,
-            note=note,
-            checked=False,
-        ),
-    ]
 
     def check(result: Tensor) -> None:
         shared = functools.partial(recomputed, labels=labels, head=head, penalty=penalty)
@@ -265,18 +249,51 @@ def large_case(device: str) -> Case:
         exact = shared(features.double, steps=_STEPS)
         testing.assert_within_rule(result, working, exact, _EXPERTS * embed)
 
+    found = [
+        Provider("neulig_fast", train, "ours", steps=_STEPS),
+        extrapolated(labels, head, penalty, device),
+    ]
     return make_case("ViT-B-32", device, found, check)
+
+
+def whole_case(device: str) -> Case:
+    """1000 rounds over five tasks of 5000 cached images: 5000 steps in 25 epochs."""
+    embed, classes, g = 512, (10, 43, 100, 26, 47), torch.Generator().manual_seed(7)
+    tasks = []
+    for k, count in enumerate(classes):
+        weight = nn.functional.normalize(torch.randn(count, embed, generator=g), dim=1)
+        features = torch.randn(_TASK_ROWS, _EXPERTS, embed, generator=g).to(device)
+        labels = torch.randint(count, (_TASK_ROWS,), generator=g).to(device)
+        tasks.append(TaskData(f"task {k}", features, labels, Head(weight.to(device))))
+    _, _, penalty = head_and_penalty(1, embed, device)
+    rounds = _EPOCHS * -(-_TASK_ROWS // _BATCH)
+
+    def train() -> Tensor:
+        settings = FitSettings(epochs=_EPOCHS, lr=_LR, batch_size=_BATCH, scaling=_SCALING)
+        _, history = Trainer(tasks, penalty, settings).run()
+        return history.boosting
+
+    def check(result: Tensor) -> None:
+        if result.shape[0] != rounds or not bool(result.isfinite().all()):
+            raise AssertionError(f"expected {rounds} rounds of finite losses, got {result.shape}")
+
+    found = [
+        Provider("neulig_fast", train, "ours", steps=rounds * len(tasks)),
+        extrapolated(tasks[0].labels, tasks[0].head, penalty, device),
+    ]
+    return make_case(f"ViT-B-32, {len(tasks)} tasks, {rounds} rounds", device, found, check)
 
 
 def cases(device: str, quick: bool) -> Iterator[Case]:
     if quick:
-        yield small_case("toy", 16, _TOY, 7, device)
+        yield small_case("toy", 16, TOY, 7, device)
         yield steps_case(3, 16, 7, device)
         return
-    for sizes in ((5, 128, 26), (5, 512, 43), (5, 512, 100), (5, 512, 1000), (7, 768, 100)):
+    for sizes in _SIZES:
         yield steps_case(*sizes, device)
-    yield small_case("demo ViT", 128, _DEMO, 26, device)
+    yield small_case("demo ViT", 128, DEMO, 26, device)
     yield large_case(device)
+    yield whole_case(device)
 
 
 if __name__ == "__main__":

@@ -21,9 +21,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from neulig_fast import ExpertPool, testing
 
 from . import harness, machine, selection, timing
-from .bench_neulig_fit import image_tower
 from .harness import Case, Provider
 from .session import DTYPES
+from .towers import image_tower
 
 SHAPES, EXPERTS, BATCHES = ("ViT-B-32", "ViT-L-14", "RN50"), (2, 5, 8), (1, 8, 32, 128)
 _TOYS: dict[str, dict[str, Any]] = {

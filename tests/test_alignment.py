@@ -32,7 +32,7 @@ def mlp(seed: int) -> nn.Sequential:
 
 def vit(seed: int) -> VisionTransformer:
     torch.manual_seed(seed)
-    model = VisionTransformer(16, 8, 24, 2, 3, 4.0, output_dim=8).double().eval()
+    model = VisionTransformer(16, 8, 24, 2, 4, 4.0, output_dim=8).double().eval()
     for parameter in model.parameters():  # fresh biases are zero
         parameter.data += 0.05 * torch.randn_like(parameter)
     return model

@@ -195,6 +195,19 @@ def test_no_allowed_order_beats_the_match(kind, seed):
     assert same(sum(values), best_of_all(nodes, similarities))
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_no_single_choice_improves_blocks_that_share_their_inside(seed):
+    g, m = 5, 6
+    (node,) = tied((g, m), shared=(True,))
+    similarity = normal(g * m, g * m, seed=seed)
+    (order,), (value,) = match_nodes([node], [similarity])
+    blocks, inner = block_order(node, order), order[:m] % m
+    for other in permutations(g):
+        assert value >= float(matched(similarity, (other[:, None] * m + inner).flatten())) - EPS
+    for other in permutations(m):
+        assert value >= float(matched(similarity, (blocks[:, None] * m + other).flatten())) - EPS
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_reordered_copy_is_found(kind):
     nodes = KINDS[kind]
@@ -243,6 +256,8 @@ def test_nodes_that_cannot_be_matched_are_refused():
         match_nodes([Node("a", 6, tie="x"), Node("b", 6)], [square, square])
     with pytest.raises(ValueError, match="of one tie"):
         match_nodes([Node("a", 6), Node("b", 6)], [square, square])
+    with pytest.raises(ValueError, match="of one tie"):
+        match_nodes([Node("a", 6, tie="x"), Node("b", 6, tie="y")], [square, square])
     with pytest.raises(ValueError, match="7 units cannot make 2 equal blocks"):
         match_nodes([Node("a", 7, 2)], [torch.ones(7, 7)])
     with pytest.raises(ValueError, match=r"(?s)2 problems.*node0 must be \(6, 6\), got.*node1 has"):

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._checks import raise_all
+from .._checks import accumulation_dtype, raise_all
 from ..encoders.template import call, evaluating
 from ..neulig.batchnorm import images_of
 from ..ops.cross_moments import cross_moments
@@ -128,7 +128,7 @@ class ActivationMoments:
         """The means over the first batch."""
         if (network, node) not in self._shifts:
             means = rows.double().mean(tuple(range(rows.ndim - 1)))
-            self._shifts[network, node] = means.to(rows.dtype)
+            self._shifts[network, node] = means.to(accumulation_dtype(rows.dtype))
         return self._shifts[network, node]
 
     def _finite(self, network: int, use: Use, squares: Tensor) -> None:

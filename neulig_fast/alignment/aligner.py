@@ -25,7 +25,7 @@ from .result import Alignment, squared_distances
 from .similarity import KINDS, Kind, Pair
 from .spec import Spec, check_tensors
 from .specify import spec_for
-from .sweeps import ORDERS, Order, Outcome, Schedule, Sweeps
+from .sweeps import ORDERS, PATIENCE, Order, Outcome, Schedule, Sweeps
 from .weights import WeightSimilarity
 
 if TYPE_CHECKING:
@@ -134,7 +134,8 @@ class Aligner:
         sweeper = Sweeps(self.spec, weights, activations, balance, matchings)
         with self._bars() as bars:
             bar = bars.add_task("matching", total=None)
-            schedule = Schedule(order, seed, sweeps)
+            patience = 1 if self.similarity == "inner_product" else PATIENCE
+            schedule = Schedule(order, seed, sweeps, patience)
             outcome = sweeper.run(schedule, lambda value: _advance(bars, bar, value))
         return self._result(outcome, balance)
 

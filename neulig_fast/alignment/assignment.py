@@ -33,8 +33,9 @@ def assign(similarity: Tensor) -> tuple[Tensor, float]:
     """
     _checks.check_tensors("assign", similarity=similarity)
     _checks.raise_all("assign", similarity_faults("similarity", similarity))
-    orders, values = _assign_all(similarity.unsqueeze(0))
-    return orders[0], float(values[0])
+    matrices = in_float64(similarity).unsqueeze(0)
+    order = torch.from_numpy(_solve(matrices.numpy()))
+    return order[0], float(_means(matrices, order)[0])
 
 
 def assign_many(similarities: Tensor) -> tuple[Tensor, Tensor]:
@@ -54,7 +55,13 @@ def assign_many(similarities: Tensor) -> tuple[Tensor, Tensor]:
     _checks.check_tensors("assign_many", similarities=similarities)
     faults = similarity_faults("similarities", similarities, batch="m, ")
     _checks.raise_all("assign_many", faults)
-    return _assign_all(similarities)
+    matrices = in_float64(similarities)
+    # scipy's solver releases the interpreter lock, so that threads help.
+    threads = max(1, min(torch.get_num_threads(), len(matrices)))
+    with ThreadPoolExecutor(threads) as pool:
+        shares = list(pool.map(_solve, np.array_split(matrices.numpy(), threads)))
+    orders = torch.from_numpy(np.concatenate(shares))
+    return orders, _means(matrices, orders)
 
 
 def similarity_faults(
@@ -86,17 +93,14 @@ def in_float64(similarity: Tensor) -> Tensor:
     return similarity.detach().to("cpu", torch.float64)
 
 
-def _assign_all(similarities: Tensor) -> tuple[Tensor, Tensor]:
+def _solve(matrices: np.ndarray) -> np.ndarray:
     from scipy.optimize import linear_sum_assignment  # not before it is needed: it loads slowly
 
-    def solve(matrices: np.ndarray) -> list[np.ndarray]:
-        return [linear_sum_assignment(matrix, maximize=True)[1] for matrix in matrices]
+    orders = np.empty(matrices.shape[:2], dtype=np.int64)
+    for order, matrix in zip(orders, matrices, strict=True):
+        order[:] = linear_sum_assignment(matrix, maximize=True)[1]
+    return orders
 
-    batch = in_float64(similarities)
-    # scipy's solver releases the interpreter lock; a share per thread costs less than a task each.
-    threads = max(1, min(torch.get_num_threads(), len(batch)))
-    with ThreadPoolExecutor(threads) as pool:
-        shares = list(pool.map(solve, np.array_split(batch.numpy(), threads)))
-    flat = [order for share in shares for order in share]
-    orders = torch.from_numpy(np.array(flat, dtype=np.int64).reshape(batch.shape[:2]))
-    return orders, batch.gather(-1, orders.unsqueeze(-1)).squeeze(-1).mean(-1)
+
+def _means(matrices: Tensor, orders: Tensor) -> Tensor:
+    return matrices.gather(-1, orders.unsqueeze(-1)).squeeze(-1).mean(-1)

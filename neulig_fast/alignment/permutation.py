@@ -21,7 +21,8 @@ def random_permutation(model: AnyModule, spec: Spec, seed: int) -> tuple[AnyModu
         model: left as it is.
         spec: of its architecture.
         seed: a node's order depends on it and on the node's name (for the order of blocks, the
-            name of its tie) alone, and is never the identity where there is another.
+            name of its tie) alone, and is never the identity where there is another; nor is the
+            order of its blocks.
 
     Returns:
         (a deep copy, the match that it was re-ordered by).
@@ -37,13 +38,12 @@ def random_permutation(model: AnyModule, spec: Spec, seed: int) -> tuple[AnyModu
 
 def random_order(node: Node, seed: int, blocks: bool = True, inside: bool = True) -> Tensor:
     """(size,) int64: an order that the node may take; of its blocks and inside them, or of one."""
-    generator = _generator(seed, "inside", node.name)
-    start, steps = torch.arange(node.blocks), torch.arange(node.block_size).repeat(node.blocks, 1)
+    start, steps = torch.arange(node.blocks), torch.arange(node.block_size)[None]
     if blocks:
-        start = _shuffled(node.blocks, _generator(seed, "blocks", node.tie or node.name))
+        start = _shuffled(1, node.blocks, _generator(seed, "blocks", node.tie or node.name))[0]
     if inside:
-        rows = [_shuffled(node.block_size, generator) for _ in range(node.blocks)]
-        steps = torch.stack(rows[:1] * node.blocks if node.shared_inner else rows)
+        rows = 1 if node.shared_inner else node.blocks
+        steps = _shuffled(rows, node.block_size, _generator(seed, "inside", node.name))
     return (start[:, None] * node.block_size + steps).flatten()
 
 
@@ -52,8 +52,9 @@ def _generator(seed: int, *key: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest.digest(), "little", signed=True))
 
 
-def _shuffled(count: int, generator: torch.Generator) -> Tensor:
-    order, identity = torch.arange(count), torch.arange(count)
-    while count > 1 and torch.equal(order, identity):
-        order = torch.randperm(count, generator=generator)
-    return order
+def _shuffled(rows: int, count: int, generator: torch.Generator) -> Tensor:
+    """(rows, count): orders, not all of them the identity."""
+    orders = identity = torch.arange(count).repeat(rows, 1)
+    while count > 1 and torch.equal(orders, identity):
+        orders = torch.stack([torch.randperm(count, generator=generator) for _ in range(rows)])
+    return orders

@@ -22,6 +22,7 @@ from .weights import WeightSimilarity
 
 Order = Literal["colour", "seeded"]
 ORDERS = ("colour", "seeded")
+PATIENCE = 5  # of MuDSC; Git Re-Basin's objective cannot fall, and its loop ends at once
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Schedule:
     order: Order = "colour"
     seed: int = 0
     sweeps: int = 100
-    patience: int = 5
+    patience: int = PATIENCE
 
 
 @dataclass

@@ -52,6 +52,16 @@ class Layers(TorchDispatchMode):
             for name, tensor in self.tensors.items()
         )
 
+    def __enter__(self) -> Any:
+        # Attention's fast path is one operator, in which no projection could be seen.
+        self._fastpath = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        torch.backends.mha.set_fastpath_enabled(self._fastpath)
+        super().__exit__(*error)
+
     @abstractmethod
     def product(self, x: Tensor, part: Part, bias: Part | None, result: Tensor) -> Tensor:
         """Called with the channels of ``x`` and ``result`` last; returns what counts as result."""

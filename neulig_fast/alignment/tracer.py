@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -71,7 +72,8 @@ class _Step(NamedTuple):
     node: fx.Node
 
 
-class _Weights(NamedTuple):
+@dataclass(frozen=True)
+class _Weights:
     """A parameter or buffer on its way through the graph."""
 
     module: nn.Module
@@ -240,12 +242,12 @@ def _product(step: _Step, x: Any, weight: Any, bias: Any, made: int) -> Any:
 
 def _picked(step: _Step, x: Any, index: Any) -> Any:
     """A token, or tokens, of (B, T, C); an entry of a tuple; a length of a shape."""
-    if x is None or (isinstance(x, tuple | list) and not isinstance(x, _Weights)):
+    if x is None or isinstance(x, tuple | list):
         return None if x is None else x[index]
     whole = isinstance(index, tuple) and len(index) == 2 and index[0] == slice(None)
-    if whole and x.layout == "last" and isinstance(index[1], int | slice):
-        return x
-    raise _NotUnderstoodError(f"index {index} of units that lie {x.layout!r}")
+    if not isinstance(x, Units) or not whole or x.layout != "last":
+        raise _NotUnderstoodError("an index that is no token of (B, T, C)")
+    return x
 
 
 def _length(step: _Step, x: Any, *args: Any, **kwargs: Any) -> Any:

@@ -55,7 +55,7 @@ class Zip:
     @property
     def counts(self) -> Tensor:
         """(size,) int64: the members of every merged unit, over all networks."""
-        return torch.bincount(self.merged.flatten(), minlength=self.size)
+        return torch.bincount(self.merged.flatten())
 
 
 def zip_units(

@@ -21,8 +21,7 @@ def resnet(draft: Draft, module: Any, path: str, x: Units) -> Units:
 
 @register(_TIMM + "ResNet")
 def timm_resnet(draft: Draft, module: Any, path: str, x: Units) -> Units:
-    stages = [item["module"] for item in module.feature_info[1:]]
-    names = ["conv1", "bn1", "act1", "maxpool", *stages, "global_pool", "fc"]
+    names = ["conv1", "bn1", "act1", "maxpool", *_STAGES, "global_pool", "fc"]
     return draft.chain(module, path, names, x)
 
 
