@@ -48,7 +48,8 @@ def place_of(tile, tiles_r, tiles_o, GROUP: tl.constexpr):
 
 
 @triton.jit
-def _add_dot(sums, x, w, PRECISION: tl.constexpr):
+def add_dot(sums, x, w, PRECISION: tl.constexpr):
+    """sums + x @ w, in the type of ``sums``."""
     if _INTERPRETED:  # whose products of bf16 are those of the bits
         x = x.to(sums.dtype)
         w = w.to(sums.dtype)
@@ -69,13 +70,13 @@ def product(
     w = weight_rows[None, :] + k[:, None]
     sums = tl.zeros((ROWS, COLUMNS), ACC)
     for first in tl.range(0, WIDTH - WIDTH % DEPTH, DEPTH, num_stages=STAGES):
-        sums = _add_dot(sums, tl.load(x + first), tl.load(w + first), PRECISION)
+        sums = add_dot(sums, tl.load(x + first), tl.load(w + first), PRECISION)
     if WIDTH % DEPTH > 0:
         inside = k < WIDTH % DEPTH
         last = WIDTH - WIDTH % DEPTH
         x_rest = tl.load(x + last, mask=inside[None, :], other=0.0)
         w_rest = tl.load(w + last, mask=inside[:, None], other=0.0)
-        sums = _add_dot(sums, x_rest, w_rest, PRECISION)
+        sums = add_dot(sums, x_rest, w_rest, PRECISION)
     return sums
 
 

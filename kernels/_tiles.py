@@ -75,3 +75,19 @@ def norm_rows(dtype: torch.dtype, width: int, rows: int) -> tuple[int, int]:
     size = 2 if dtype == torch.float64 else 1  # registers of a value
     held = min(max(4096 // size // width, 1), triton.next_power_of_2(rows))
     return held, min(max(held * width * size // 512, 1), 16)
+
+
+def moments_tile(dtype: torch.dtype) -> Tile:
+    """The tile of cross_moments, which splits fp32 values in parts: a pure function of the type."""
+    if dtype == torch.float64:
+        return Tile(64, 64, 16, num_warps=8, stages=2)
+    return Tile(128, 128, 32, num_warps=8, stages=3)
+
+
+def row_slices(programs: int, steps: int) -> int:
+    """Into how many slices of at least 8 of its steps a sum over rows is cut, so that with
+    ``programs`` programs for each there are enough for a large GPU.
+
+    No more than that: every slice writes results of its own.
+    """
+    return max(1, min(-(-256 // max(programs, 1)), steps // 8))

@@ -12,6 +12,7 @@ from .neulig import Head, NeuLig, Report, zero_shot_head
 from .offsets import OffsetStats
 from .ops import (
     BlendTelemetry,
+    CrossMoments,
     NeuLigLoss,
     blend,
     blend_,
@@ -19,6 +20,7 @@ from .ops import (
     blend_lists_,
     blend_telemetry,
     blend_weight_grad,
+    cross_moments,
     expert_layer_norm,
     expert_linear,
     mixture_layer_norm,
@@ -45,6 +47,7 @@ __all__ = [
     "Alignment",
     "BlendTelemetry",
     "CoefficientModule",
+    "CrossMoments",
     "ExpertPool",
     "Head",
     "NeuLig",
@@ -60,6 +63,7 @@ __all__ = [
     "blend_lists_",
     "blend_telemetry",
     "blend_weight_grad",
+    "cross_moments",
     "expert_forward",
     "expert_layer_norm",
     "expert_linear",

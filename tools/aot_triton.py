@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import Any
 
 import aot_layers
+import aot_moments
 import aot_neulig
 import torch
 from aot_sass import CompiledKernel, find_cuobjdump, inspect
@@ -177,7 +178,9 @@ def compile_all(arch: int, dtypes: Sequence[str], few: bool = False) -> list[Com
     for (dtype, out, seed), case in itertools.product(CONVERSIONS, cases):
         conversion = getattr(torch, out), seed
         kernels += compile_case("blend", modules["blend"], dtype, case, arch, *conversion)
-    for case_name, launch, check in aot_layers.cases(modules, dtypes, few):
+    for case_name, launch, check in itertools.chain(
+        aot_layers.cases(modules, dtypes, few), aot_moments.cases(modules, dtypes, few)
+    ):
         if (kernel := compile_launch(launch, arch)) is not None:
             kernel.name += f" {case_name}"
             check(kernel)
@@ -228,8 +231,9 @@ def complaints() -> list[str]:
     from triton.runtime.jit import JITFunction
 
     modules = kernel_modules()
+    called = {*CALLS, *aot_layers.CALLED, *aot_moments.CALLED}
     found = [f"kernels/{m}.py has no case in {Path(__file__).name}" for m in modules
-             if m[0] != "_" and m not in CALLS and m not in aot_layers.CALLED]  # fmt: skip
+             if m[0] != "_" and m not in called]  # fmt: skip
     jitted = {
         value
         for module in modules.values()

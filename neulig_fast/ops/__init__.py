@@ -6,6 +6,7 @@ from .blend_ import blend_
 from .blend_lists import blend_lists
 from .blend_telemetry import BlendTelemetry, blend_telemetry
 from .blend_weight_grad import blend_weight_grad
+from .cross_moments import CrossMoments, cross_moments
 from .expert_layer_norm import expert_layer_norm
 from .expert_linear import expert_linear
 from .mixture_layer_norm import mixture_layer_norm
@@ -16,6 +17,7 @@ from .offset_gram import offset_gram
 
 __all__ = [
     "BlendTelemetry",
+    "CrossMoments",
     "NeuLigLoss",
     "blend",
     "blend_",
@@ -23,6 +25,7 @@ __all__ = [
     "blend_lists_",
     "blend_telemetry",
     "blend_weight_grad",
+    "cross_moments",
     "expert_layer_norm",
     "expert_linear",
     "mixture_layer_norm",
