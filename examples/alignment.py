@@ -28,18 +28,20 @@ from neulig_fast.demo import aligned, aligned_figures
 from neulig_fast.demo.origins import GROUPS, Group, OriginSettings, Output, make_output, train
 from neulig_fast.demo.pipeline import Stages
 
-HEAT_MAP = "ResNet, two tasks"  # the group, and its node's place among the nodes' names
+TOY = ("ViT, two tasks",)
 Results = dict[str, dict[str, Any]]
 
 
-def run(folder: Path, settings: OriginSettings, console: Console) -> Results:
+def run(
+    folder: Path, settings: OriginSettings, groups: Mapping[str, Group], console: Console
+) -> Results:
     """Train, align, merge and measure; write ``alignment.json`` and figures into ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
     stages = Stages(console)
     output = make_output(settings, stages)
-    experts = train(GROUPS.values(), output, settings, stages)
+    experts = train(groups.values(), output, settings, stages)
     results: Results = {}
-    for title, group in GROUPS.items():
+    for title, group in groups.items():
         own = [experts[group.architecture, member] for member in group.members]
         with stages.stage(f"merging: {title}"):
             results[title] = _measure(title, group, own, output, settings, folder)
@@ -72,9 +74,9 @@ def _measure(
     tops: dict[str, float] = {}
     for name, score, top in aligned.neulig_rows(trial, found.dual, settings):
         rows[name], tops[name] = score._asdict(), top
-    if title == HEAT_MAP:
-        _heat_map(found, folder / "alignment-similarity.png")
     pair = len(experts) == 2
+    if pair:
+        _heat_map(title, found, folder)
     return {
         "experts": trial.names,
         "rows": rows,
@@ -111,13 +113,14 @@ def _curves(
     return {"names": trial.names, "t": t, "loss": loss}
 
 
-def _heat_map(found: aligned.Alignments, path: Path) -> None:
+def _heat_map(title: str, found: aligned.Alignments, folder: Path) -> None:
     """Of the node whose activations are matched best."""
     values = found.activations.values[-1]
     node = max(values, key=values.__getitem__)
     before = found.similarity[node][0, 1]
-    title = f"Similarity of activations, {HEAT_MAP}, node {node}"
-    aligned_figures.similarities(before, found.activations.order(1)[node], title, path)
+    path = folder / f"alignment-{'-'.join(title.lower().replace(',', '').split())}.png"
+    order = found.activations.order(1)[node]
+    aligned_figures.similarities(before, order, f"{title}: node {node}", path)
 
 
 def table(title: str, found: Mapping[str, Any]) -> Table:
@@ -148,7 +151,8 @@ def main(
     """Train networks of different origin and merge them with and without alignment."""
     settings = OriginSettings.toy() if toy else OriginSettings()
     demo = dataclasses.replace(settings.demo, seed=seed)
-    run(out, dataclasses.replace(settings, demo=demo), Console())
+    groups = {title: GROUPS[title] for title in TOY} if toy else GROUPS
+    run(out, dataclasses.replace(settings, demo=demo), groups, Console())
 
 
 if __name__ == "__main__":

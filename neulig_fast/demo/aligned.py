@@ -51,7 +51,7 @@ class Trial:
     """Experts of different origin, with the images they are calibrated and tested on.
 
     Attributes:
-        template: runs them. experts: state dicts, BatchNorm re-estimated on all calibration images.
+        template: runs them. experts: state dicts as trained.
         head: text embeddings of all classes; expert i knows rows ``starts[i]`` to ``starts[i+1]``.
         calibration, test: per expert.
         mixed: batches of all experts' calibration images, shuffled.
@@ -125,7 +125,7 @@ def make_trial(
     return Trial(
         names=tuple(member.title for member in group.members),
         template=template,
-        experts=[reestimate_batchnorm(expert, template, mixed) for expert in experts],
+        experts=list(experts),
         head=Head(torch.cat(heads)),
         starts=starts,
         calibration=parts["train"],
@@ -169,6 +169,8 @@ def merged_rows(trial: Trial, found: Alignments) -> Iterator[tuple[str, Score]]:
     """Every way to one network, after the experts themselves and their ensemble."""
     own = trial.score(lambda images, i: trial.logits(trial.experts[i], images), trial.test)
     yield "each task's own expert", own
+    if batchnorms(trial.template):
+        yield "own expert, BatchNorm re-estimated", _reset(trial)
     together = trial.score(lambda images, _: ensemble(trial, images), trial.test)
     yield "ensemble of all experts", together
     uniform = ExpertPool(trial.experts, template=trial.template)
@@ -180,6 +182,12 @@ def merged_rows(trial: Trial, found: Alignments) -> Iterator[tuple[str, Score]]:
     yield "both zipped (MuDSC)", trial.of(found.dual_zip.merge())
     if not batchnorms(trial.template):
         yield "both aligned (MuDSC), REPAIR", trial.of(repaired(trial, found.dual))
+
+
+def _reset(trial: Trial) -> Score:
+    """The experts with statistics of all tasks' images, as the merged networks have them."""
+    states = [reestimate_batchnorm(e, trial.template, trial.mixed) for e in trial.experts]
+    return trial.score(lambda images, i: trial.logits(states[i], images), trial.test)
 
 
 def ensemble(trial: Trial, images: Tensor) -> Tensor:
@@ -206,8 +214,8 @@ def neulig_rows(
 ) -> Iterator[tuple[str, Score, float]]:
     """NeuLig on the experts as they are and as aligned; the last entry is the CoopVecs' mean max.
 
-    The alignment term of two experts is the same before and after, so the CoopVecs are, up to
-    rounding: only the merged parameters differ.
+    An order that leaves two experts apart leaves their alignment term as it is, and with it the
+    CoopVecs, up to rounding: only the merged parameters differ.
     """
     pools = {
         "unaligned": ExpertPool(trial.experts, template=trial.template, names=trial.names),
@@ -231,15 +239,14 @@ def neulig_rows(
 
 
 def _mode(trial: Trial, engine: NeuLig, mode: str, loaders: Mapping[str, Any]) -> Score:
-    """Merged per image with pooled moments for BatchNorm, or per data set with re-estimated ones."""
+    """Merged per image with BatchNorm's moments pooled, or per data set with them re-estimated."""
     if mode == "per_sample":
         policy = "mixture_moments"
         return trial.score(
             lambda x, _: engine.merged_forward(x, trial.head, mode, batchnorm=policy), trial.test
         )
     states = [
-        engine.merge(mode, task=name, batchnorm="re_estimate", calibration=loaders[name])
-        for name in trial.names
+        engine.merge(mode, loader=loaders[name], batchnorm="re_estimate") for name in trial.names
     ]
     return trial.score(lambda x, i: trial.logits(states[i], x), trial.test)
 

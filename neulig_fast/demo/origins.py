@@ -100,10 +100,10 @@ class OriginSettings:
             "resnet": Rates(plain_steps=150, steps_per_class=5, lr=2e-3, matrix_lr=0.0),
         }
     )
-    calibration: int = 384  # images per expert: for activations, balances and statistics
+    calibration: int = 256  # images per expert: for activations, balances and statistics
     balances: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9)
     portland_epochs: int = 60
-    points: int = 11  # of a curve from one expert to another
+    points: int = 7  # of a curve from one expert to another
 
     @classmethod
     def toy(cls) -> OriginSettings:
