@@ -47,7 +47,8 @@ def run(
             results[title] = _measure(title, group, own, output, settings, folder)
         console.print(table(title, results[title]))
     curves = {title: found["curves"] for title, found in results.items() if found["curves"]}
-    aligned_figures.barriers(curves, folder / "alignment-barriers.png")
+    if curves:
+        aligned_figures.barriers(curves, folder / "alignment-barriers.png")
     report = {
         "settings": dataclasses.asdict(settings),
         "torch": torch.__version__,

@@ -199,3 +199,15 @@ def test_a_straight_way_between_two_networks():
     quarter = aligned_figures.straight(start, end, 0.25)
     assert quarter["w"].tolist() == [1.0, 1.5] and quarter["n"] == 3
     assert aligned_figures.points(5) == [0, 0.25, 0.5, 0.75, 1]
+
+
+def test_the_table_in_the_docs_is_the_committed_run():
+    root = Path(__file__).resolve().parents[1]
+    file = root / "benchmarks/results/amd-epyc-2-cores/alignment.json"
+    groups = json.loads(file.read_text())["groups"]
+    page = (root / "docs" / "align.md").read_text()
+    assert f"| | {' | '.join(groups)} |" in page
+    for name in dict.fromkeys(row for group in groups.values() for row in group["rows"]):
+        scores = [group["rows"].get(name) for group in groups.values()]
+        cells = [f"{s['own']:.1f} / {s['joint']:.1f}" if s else "–" for s in scores]
+        assert f"| {name} | {' | '.join(cells)} |" in page

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..neulig.figures import BLUE, GREY, ORANGE, STYLE
 
+SHOWN = 48  # units of a node
 LINES = {  # of one way to align -> colour, dashes, width
     "unaligned": (GREY, (4, 2), 1.6),
     "weights": ("#009E73", (1, 1.2), 1.8),
@@ -37,10 +38,13 @@ def barriers(groups: Mapping[str, Mapping[str, Any]], path: Path) -> None:
         groups: title -> ``{"names": (A, B), "t": [...], "loss": {way to align: [...]}}``.
     """
     with context(STYLE):
-        size = (0.8 + 3.4 * len(groups), 3.7)
-        figure = Figure(figsize=size, layout="constrained")
-        panels = figure.subplots(1, len(groups), squeeze=False)[0]
-        for axis, (title, curves) in zip(panels, groups.items(), strict=True):
+        across = min(2, len(groups))
+        down = -(-len(groups) // across)
+        figure = Figure(figsize=(0.4 + 4.0 * across, 1.0 + 2.7 * down), layout="constrained")
+        panels = figure.subplots(down, across, squeeze=False).ravel()
+        for axis in panels[len(groups) :]:
+            axis.set_visible(False)
+        for axis, (title, curves) in zip(panels, groups.items(), strict=False):
             for name, losses in curves["loss"].items():
                 colour, dashes, width = LINES[name]
                 axis.plot(
@@ -48,7 +52,7 @@ def barriers(groups: Mapping[str, Mapping[str, Any]], path: Path) -> None:
                     marker="o", ms=3.2,
                 )  # fmt: skip
             _barrier_axis(axis, title, curves["names"])
-        panels[0].set_ylabel("test loss over all classes")
+        figure.supylabel("test loss over all classes", fontsize=9.5)
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(
             handles, labels, loc="outside lower center", ncols=len(labels), frameon=False,
@@ -76,26 +80,27 @@ def similarities(before: Tensor, order: Tensor, title: str, path: Path) -> None:
         before: (n, n), units of the first network as rows.
         order: (n,), the second network's unit beside each of the first's.
 
-    Rows are sorted by the matched similarity, so that the diagonal fades downwards.
+    Of many units those that are matched best, the best first, so that the diagonal fades downwards.
     """
     matched = before[:, order]
-    rows = matched.diagonal().argsort(descending=True)
+    rows = matched.diagonal().argsort(descending=True)[:SHOWN]
     panels = {"as trained": before[rows][:, rows], "as matched": matched[rows][:, rows]}
     with context(STYLE):
         figure = Figure(figsize=(8.6, 4.3), layout="constrained")
         axes = figure.subplots(1, 2, sharey=True)
         for axis, (name, matrix) in zip(axes, panels.items(), strict=True):
             image = axis.imshow(matrix, cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
-            mean = matrix.diagonal().mean().item()
-            axis.set_title(f"{name}: mean of the diagonal {mean:.2f}", loc="left")
+            mean = f"{matrix.diagonal().mean().item():.2f}".replace("-", "−")
+            axis.set_title(f"{name}: diagonal {mean} on average", loc="left")
             axis.set_xlabel("unit of the second expert")
             axis.tick_params(length=0)
             axis.spines[:].set_visible(False)
-        axes[0].set_ylabel("unit of the first expert, best match first")
+        axes[0].set_ylabel("unit of the first expert, best matched first")
         bar = figure.colorbar(image, ax=axes, fraction=0.03, pad=0.02, ticks=[-1, 0, 1])
         bar.outline.set_visible(False)
         bar.set_label("correlation of activations")
-        figure.suptitle(title, x=0.01, ha="left", fontsize=12.5, fontweight="bold")
+        shown = f"{title}, {len(rows)} of {len(before)} units"
+        figure.suptitle(shown, x=0.01, ha="left", fontsize=12.5, fontweight="bold")
         save(figure, path)
 
 

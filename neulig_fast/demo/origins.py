@@ -60,16 +60,14 @@ class Group(NamedTuple):
     members: tuple[Member, ...]
 
 
-_FIRST, _LAST = range(13), range(13, 26)
+_HALVES = (Member(0, "letters", range(13)), Member(1, "letters", range(13, 26)))
+_TASKS = (Member(0, "letters"), Member(1, "textures"))
 GROUPS = {
-    "ViT, two tasks": Group("vit", (Member(0, "letters"), Member(1, "textures"))),
-    "ViT, three tasks": Group(
-        "vit", (Member(0, "letters"), Member(1, "textures"), Member(2, "shapes"))
-    ),
-    "ResNet, two tasks": Group("resnet", (Member(0, "letters"), Member(1, "textures"))),
-    "ResNet, halves of one task": Group(
-        "resnet", (Member(0, "letters", _FIRST), Member(1, "letters", _LAST))
-    ),
+    "ViT, two tasks": Group("vit", _TASKS),
+    "ViT, halves of one task": Group("vit", _HALVES),
+    "ViT, three tasks": Group("vit", (*_TASKS, Member(2, "shapes"))),
+    "ResNet, two tasks": Group("resnet", _TASKS),
+    "ResNet, halves of one task": Group("resnet", _HALVES),
 }
 
 
@@ -102,7 +100,7 @@ class OriginSettings:
     )
     calibration: int = 256  # images per expert: for activations, balances and statistics
     balances: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9)
-    portland_epochs: int = 60
+    portland_epochs: int = 200
     points: int = 7  # of a curve from one expert to another
 
     @classmethod
