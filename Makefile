@@ -49,7 +49,8 @@ test-gpu:
 	    tests/test_blend.py tests/test_blend_storage.py tests/test_blend_weight_grad.py \
 	    tests/test_blend_lists.py tests/test_blend_lists_weight_grad.py tests/test_blend_telemetry.py \
 	    tests/test_offset_gram.py tests/test_expert_linear.py tests/test_expert_layer_norm.py \
-	    tests/test_mixture_linear.py tests/test_mixture_layer_norm.py tests/test_neulig_kernels.py
+	    tests/test_mixture_linear.py tests/test_mixture_layer_norm.py tests/test_neulig_kernels.py \
+	    tests/test_cross_moments.py
 
 test-sanitize: $(INSTALLED)
 	PYTHON=$(PY) tools/sanitize.sh

@@ -95,7 +95,7 @@ def sweep_case(shape: str, kind: str, similarity: str) -> Case:
     sweeps = {order: len(align(order).values) for order in ("seeded", "colour")}
     found = [
         Provider(
-            f"neulig_fast, {order} order",
+            f"neulig_fast/{order}",
             lambda order=order: align(order).order(1),
             "ours",
             steps=sweeps[order],
@@ -110,7 +110,8 @@ def sweep_case(shape: str, kind: str, similarity: str) -> Case:
         note="one sweep",
         checked=False,
     )
-    return _case(f"sweep, {similarity}, {kind}", shape, [*found, one], check)
+    what = "sweep" if similarity == "correlation" else "Git Re-Basin sweep"
+    return _case(f"{kind} {what}", shape, [*found, one], check)
 
 
 def activation_case(shape: str) -> Case:
@@ -144,7 +145,7 @@ def activation_case(shape: str) -> Case:
         Provider("published: second moments of the union", theirs, steps=count),
         Provider("the forward passes alone", forwards, "ceiling", steps=count),
     ]
-    return _case("activation statistics, per image", shape, found, check)
+    return _case("activation statistics per image", shape, found, check)
 
 
 def zip_case(n: int) -> Case:

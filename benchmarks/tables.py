@@ -55,7 +55,7 @@ def cases_of(rows: Iterable[Row]) -> list[list[Row]]:
 
 
 def _is_ours(row: Row) -> bool:
-    return row["provider"].partition("/")[0] == "neulig_fast"
+    return row["provider"].startswith("neulig_fast")
 
 
 def fastest(rows: Iterable[Row]) -> Row | None:
@@ -216,7 +216,7 @@ def _op(name: str, folder: Path) -> str:
         ours, other = _sides(case)
         if ours is not None:
             more = {
-                "backend": ours["provider"].removeprefix("neulig_fast/"),
+                "backend": ours["provider"].removeprefix("neulig_fast").lstrip("/, "),
                 "weights": "per tensor" if ours["S"] not in ("", "1") else "",
                 "one": next(
                     (r["ms_q50"] for r in case if r["provider"] == "ceiling/one model"), ""
@@ -259,7 +259,10 @@ _OPS = (
     "expert_layer_norm",
     "mixture_forward",
     "expert_forward",
+    "cross_moments",
+    "align",
     "neulig_loss",
+    "neulig_fit",
 )
 BLOCKS: dict[str, Callable[[], str]] = {
     "readme": readme,

@@ -77,11 +77,15 @@ def norm_rows(dtype: torch.dtype, width: int, rows: int) -> tuple[int, int]:
     return held, min(max(held * width * size // 512, 1), 16)
 
 
-def moments_tile(dtype: torch.dtype) -> Tile:
-    """The tile of cross_moments, which splits fp32 values in parts: a pure function of the type."""
+def moments_tile(dtype: torch.dtype, *, wide: bool) -> Tile:
+    """The tile of cross_moments, which splits fp32 values in parts: a pure function of its
+    arguments.
+
+    ``wide``: whether the units of a row are read in 16-byte accesses. Others take more registers.
+    """
     if dtype == torch.float64:
         return Tile(64, 64, 16, num_warps=8, stages=2)
-    return Tile(128, 128, 32, num_warps=8, stages=3)
+    return Tile(128, 128, 32, num_warps=8, stages=3) if wide else Tile(64, 64, 32, 8, stages=3)
 
 
 def row_slices(programs: int, steps: int) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ._gemm import add_dot
-from ._launch import REGISTERS, Launch, missing, require, run, tl, triton
+from ._launch import REGISTERS, Launch, missing, require, run, stride, tl, triton
 from ._tiles import Tile, moments_tile, row_slices
 
 BLOCK = 1024  # results that a program of the second kernel adds up
@@ -187,7 +187,7 @@ def launches(
     tile: Tile | None = None,
 ) -> list[Launch]:
     """What :func:`cross_moments` launches for this call, in order."""
-    tile = tile or moments_tile(x.dtype)
+    tile = tile or moments_tile(x.dtype, wide=_is_wide(x) and _is_wide(y))
     if _is_one_run(x) and _is_one_run(y):  # samples need not start steps of their own
         x, y = (rows.view(1, -1, rows.shape[2]) if rows.numel() else rows for rows in (x, y))
     (B, T, X), Y = x.shape, y.shape[2]
@@ -218,3 +218,9 @@ def launches(
 def _is_one_run(x: torch.Tensor) -> bool:
     """Whether the rows of all samples are one stride apart."""
     return x.shape[0] == 1 or x.shape[1] == 1 or x.stride(0) == x.shape[1] * x.stride(1)
+
+
+def _is_wide(x: torch.Tensor) -> bool:
+    """Whether Triton knows that the units of a row lie side by side in whole 16-byte accesses."""
+    starts = stride(x, 0), stride(x, 1), x.shape[2]
+    return x.stride(2) == 1 and x.data_ptr() % 16 == 0 and all(n % 16 == 0 for n in starts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from itertools import chain
 from typing import Any
 
 import torch
@@ -19,8 +20,26 @@ def register(op: Any, library: torch.library.Library, formula: Formula | None) -
         return
     setup_context, backward = formula or _not_differentiable(op.name)
     torch.library.register_autograd(
-        f"neulig_fast::{op.name}", backward, setup_context=setup_context, lib=library
+        f"neulig_fast::{op.name}",
+        _without_autocast(backward),
+        setup_context=setup_context,
+        lib=library,
     )
+
+
+def _without_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Formulas state their own types, as ops do."""
+
+    def run(ctx: Any, *grads: Any) -> Any:
+        # A list of results has a list of gradients.
+        each = chain.from_iterable(g if isinstance(g, list | tuple) else [g] for g in grads)
+        device = next(grad for grad in each if grad is not None).device.type
+        if not torch.is_autocast_enabled(device):
+            return backward(ctx, *grads)
+        with torch.autocast(device, enabled=False):
+            return backward(ctx, *grads)
+
+    return run
 
 
 def _not_differentiable(name: str) -> Formula:

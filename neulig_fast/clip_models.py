@@ -53,8 +53,13 @@ class ClipModel:
 
     def transform(self, augment: bool = False) -> Callable[..., Tensor]:
         """open_clip's evaluation transform (deterministic), or its training transform."""
-        settings = PreprocessCfg(**self.module.visual.preprocess_cfg)
-        return image_transform_v2(settings, is_train=augment)
+        return transform_of(self.module, augment)
+
+
+def transform_of(module: nn.Module, augment: bool = False) -> Callable[..., Tensor]:
+    """See :meth:`ClipModel.transform`."""
+    settings = PreprocessCfg(**module.visual.preprocess_cfg)
+    return image_transform_v2(settings, is_train=augment)
 
 
 def clip_faults(model: str, pretrained: str | None) -> Iterator[str]:
@@ -87,10 +92,16 @@ def _config_fault(path: Path) -> str | None:
 
 
 class Expert(NamedTuple):
-    """A checkpoint's tensors: the image tower, names without prefix, and all others."""
+    """A checkpoint's tensors: the image tower, names without ``prefix``, and all others."""
 
     visual: dict[str, Tensor]
     rest: dict[str, Tensor]
+    prefix: str = ""
+
+    def with_visual(self, visual: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The checkpoint with another image tower, in the dtypes of its own."""
+        named = {self.prefix + k: v.to(self.visual[k].dtype) for k, v in visual.items()}
+        return {**self.rest, **named}
 
 
 def read_expert(path: str | Path) -> Expert:
@@ -103,7 +114,7 @@ def read_expert(path: str | Path) -> Expert:
     visual = {k.removeprefix(VISUAL): v for k, v in state.items() if k.startswith(VISUAL)}
     if not visual:
         return Expert(state, {})
-    return Expert(visual, {k: v for k, v in state.items() if not k.startswith(VISUAL)})
+    return Expert(visual, {k: v for k, v in state.items() if not k.startswith(VISUAL)}, VISUAL)
 
 
 def foreign(expert: Expert, template: nn.Module) -> str | None:
@@ -144,6 +155,33 @@ def _same(one: Tensor | None, other: Tensor | None) -> bool:
     return one is not None and other is not None and torch.equal(one, other)
 
 
+def create(
+    model: str, tag: str | None = None, preprocess: Mapping[str, Any] | None = None
+) -> tuple[str, nn.Module]:
+    """The name by which open_clip creates the model, and the model in eval mode.
+
+    Args:
+        tag: of pretrained weights; None leaves the weights random.
+        preprocess: overrides open_clip's ``mean``, ``std``, ``interpolation``, ``resize_mode``.
+
+    Raises:
+        ValueError: a config that makes no model.
+    """
+    name = Path(model).stem if model.endswith(".json") else model
+    if model.endswith(".json"):
+        open_clip.add_model_config(Path(model))
+    try:
+        with _quiet():
+            module = open_clip.create_model(name, tag, force_preprocess_cfg=dict(preprocess or {}))
+    except (*_UNBUILDABLE, ImportError) as error:
+        raise _unbuildable(model, error) from error
+    return name, module.eval().requires_grad_(False)
+
+
+def _unbuildable(model: str, error: Exception) -> ValueError:
+    return ValueError(f"model: open_clip cannot build {model}: {error}")
+
+
 def build_clip(
     model: str,
     pretrained: str | None,
@@ -154,23 +192,17 @@ def build_clip(
 
     Args:
         text_tower: used when ``pretrained`` is None: every tensor but the image tower's.
-        preprocess: overrides open_clip's ``mean``, ``std``, ``interpolation``, ``resize_mode``.
+        preprocess: as for :func:`create`.
 
     Raises:
         ValueError: a config that makes no model; weights that do not fit it, all mismatches.
     """
-    config = Path(model) if model.endswith(".json") else None
-    name = model if config is None else config.stem
-    if config is not None:
-        open_clip.add_model_config(config)
     tag = None if pretrained is None or Path(pretrained).is_file() else pretrained
+    name, module = create(model, tag, preprocess)
     try:
-        with _quiet():
-            module = open_clip.create_model(name, tag, force_preprocess_cfg=dict(preprocess))
         tokenizer = open_clip.get_tokenizer(name)
     except (*_UNBUILDABLE, ImportError) as error:
-        raise ValueError(f"model: open_clip cannot build {model}: {error}") from error
-    module.eval().requires_grad_(False)
+        raise _unbuildable(model, error) from error
     _check_vocabulary(module, tokenizer)
     if pretrained is None:
         visual = {f"{VISUAL}{k}": v for k, v in module.visual.state_dict().items()}
@@ -179,6 +211,7 @@ def build_clip(
         _load(module, read_state_dict(pretrained), f"pretrained: {pretrained}")
     used, plain = module.visual.preprocess_cfg, dataclasses.asdict(PreprocessCfg())
     changes = {k: used[k] for k in _PREPROCESS if _listed(used[k]) != _listed(plain[k])}
+    config = Path(model) if model.endswith(".json") else None
     return ClipModel(name, config, module, tokenizer, changes)
 
 

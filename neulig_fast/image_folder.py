@@ -86,6 +86,22 @@ def _images_in(folder: Path) -> tuple[list[Path], int]:
     return sorted(found), ignored
 
 
+def gather(root: str | Path, seed: int) -> ImageFolder:
+    """All images below ``root``, at any depth and unlabelled: one class without a name.
+
+    Their order is drawn by a hash of seed and path: the first k are a sample, and so is a batch.
+
+    Raises:
+        ValueError: there are none.
+    """
+    root = Path(root)
+    files, ignored = _images_in(root)
+    if not files:
+        raise ValueError(f"{root}: no images ({', '.join(SUFFIXES)}) at any depth")
+    files.sort(key=lambda path: _drawn(root, path, seed))
+    return ImageFolder(root, ("",), tuple(files), (0,) * len(files), ignored)
+
+
 def difference(split: ImageFolder, train: ImageFolder) -> str | None:
     """How the class folders of ``split`` differ from those of ``train``, or None."""
     lacks = [name for name in train.classes if name not in split.classes]
@@ -111,17 +127,18 @@ def split(folder: ImageFolder, fraction: float, seed: int) -> tuple[ImageFolder,
         raise ValueError(
             f"{folder.root} has {len(folder)} images, too few to set {fraction:g} of them aside"
         )
-
-    def draw(index: int) -> bytes:
-        path = folder.files[index].relative_to(folder.root).as_posix()
-        return hashlib.blake2b(f"{seed}/{path}".encode(), digest_size=16).digest()
-
-    drawn = set(sorted(range(len(folder)), key=draw)[:aside])
-    kept = [index for index in range(len(folder)) if index not in drawn]
-    return _subset(folder, kept), _subset(folder, sorted(drawn))
+    order = sorted(range(len(folder)), key=lambda k: _drawn(folder.root, folder.files[k], seed))
+    return subset(folder, sorted(order[aside:])), subset(folder, sorted(order[:aside]))
 
 
-def _subset(folder: ImageFolder, indices: Sequence[int]) -> ImageFolder:
+def _drawn(root: Path, path: Path, seed: int) -> bytes:
+    """A random number of the image that neither its place on the disk nor other images change."""
+    text = f"{seed}/{path.relative_to(root).as_posix()}"
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()
+
+
+def subset(folder: ImageFolder, indices: Sequence[int]) -> ImageFolder:
+    """The images at ``indices``, in that order."""
     return dataclasses.replace(
         folder,
         files=tuple(folder.files[index] for index in indices),

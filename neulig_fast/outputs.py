@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from torch import Tensor
 
 from ._checks import raise_all, shape
@@ -113,8 +113,8 @@ def _tower_faults(clip: Mapping[str, Tensor], visual: Mapping[str, Tensor]) -> I
             yield f"has {name}, which the experts lack"
 
 
-def rendered(report: Report) -> str:
-    """A report's table and verdict as plain text."""
+def rendered(report: RenderableType) -> str:
+    """What rich can show, such as a report's table and verdict, as plain text."""
     text = io.StringIO()
     Console(file=text, width=_WIDTH).print(report)
     return text.getvalue()

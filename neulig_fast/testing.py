@@ -120,6 +120,16 @@ def assert_op_close(op: Op, actual: Any, args: tuple[Any, ...]) -> None:
             raise AssertionError(f"counts differ from the reference's: {got} and {at_dtype}")
 
 
+def devices() -> list[str]:
+    """The kinds of device there are here."""
+    return ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
+def backends_of(op: Op) -> list[tuple[str, str]]:
+    """(device, backend) for every way in which ``op`` can run here."""
+    return [(d, backend) for d in devices() for of, backend in backends_here(d) if of is op]
+
+
 def backends_here(device: str) -> Iterator[tuple[Op, str]]:
     """Every (op, backend) that can run on ``device`` on this machine, the reference included."""
     for op in OPS.values():

@@ -329,6 +329,20 @@ def test_rescale_leaves_an_expert_as_it_is_and_repairs_a_shrunken_one() -> None:
     assert gap(rescale(shrunk, [model], model, SPEC, data), model) < 1e-10
 
 
+def test_rescale_says_what_it_lacks() -> None:
+    model = mlp(0)
+    state, data = model.state_dict(), batches(8)
+    for given, said in (([], "at least one batch"), (iter(data), "got an iterator: give a list")):
+        with pytest.raises(ValueError, match=said):
+            rescale(state, [model], model, SPEC, given)
+    with pytest.raises(ValueError, match="needs at least one expert, got none"):
+        rescale(state, [], model, SPEC, data)
+    plain = nn.Sequential(nn.Linear(8, 6, bias=False), nn.Linear(6, 2)).double()
+    spec = alignment.spec_for(plain)
+    with pytest.raises(ValueError, match="no layer that makes units has a bias"):
+        rescale(plain.state_dict(), [plain], plain, spec, data)
+
+
 # -- bad input ------------------------------------------------------------------------------------
 
 

@@ -195,17 +195,17 @@ def test_no_allowed_order_beats_the_match(kind, seed):
     assert same(sum(values), best_of_all(nodes, similarities))
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, 8])  # 8: one round of choices is not enough
 def test_no_single_choice_improves_blocks_that_share_their_inside(seed):
-    g, m = 5, 6
+    g, m = 6, 8
     (node,) = tied((g, m), shared=(True,))
     similarity = normal(g * m, g * m, seed=seed)
     (order,), (value,) = match_nodes([node], [similarity])
     blocks, inner = block_order(node, order), order[:m] % m
-    for other in permutations(g):
-        assert value >= float(matched(similarity, (other[:, None] * m + inner).flatten())) - EPS
-    for other in permutations(m):
-        assert value >= float(matched(similarity, (blocks[:, None] * m + other).flatten())) - EPS
+    tiles = similarity.view(g, m, g, m)
+    other_blocks = assign(torch.stack([tiles[:, k, :, inner[k]] for k in range(m)]).mean(0))[1]
+    other_inner = assign(torch.stack([tiles[a, :, blocks[a]] for a in range(g)]).mean(0))[1]
+    assert same(value, other_blocks) and same(value, other_inner)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -306,20 +306,21 @@ def symmetric(total: int, seed: int, levels: int = 0) -> torch.Tensor:
     return (c * levels).round() / levels if levels else c
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(
     networks=st.integers(1, 4),
     n=st.integers(1, 6),
     seed=st.integers(0, 999),
-    levels=st.sampled_from([0, 1, 3]),
-    repeat=st.sampled_from([0.5, 1.0, 0.3]),
+    levels=st.sampled_from([0, 1, 2, 3]),
+    shift=st.sampled_from([0.0, 1.0]),
+    repeat=st.sampled_from([0.5, 1.0]),
     within=st.sampled_from([1.0, 0.5, 0.0]),
     shrink=st.floats(0, 1),
 )
 def test_kept_row_maxima_join_what_the_rules_join(
-    networks, n, seed, levels, repeat, within, shrink
+    networks, n, seed, levels, shift, repeat, within, shrink
 ):
-    similarity = symmetric(networks * n, seed, levels)
+    similarity = symmetric(networks * n, seed, levels) - shift  # by 1: all are negative
     least = n if within < 1 else 1
     size = least + round(shrink * (networks * n - least))
     options = {"size": size, "repeat": repeat, "within": within}
@@ -422,10 +423,13 @@ def test_settings_that_cannot_be_are_refused():
 
 
 def test_last_digits_of_a_product_are_no_asymmetry():
-    c = torch.corrcoef(normal(12, 30)).float()
-    c[0, 5] *= 1 + 1e-6
-    zip_units(c.double(), 2)
-    zip_nodes([Node("a", 6, 2)], [c], 2)
+    c = torch.corrcoef(normal(12, 30)).float().double()
+    rounded = c * (1 + 1e-6 * normal(12, 12).tril(-1))
+    for similarity in (rounded, rounded.float()):
+        expected = (similarity.triu() + similarity.triu(1).T).double()
+        zipped = zip_units(similarity, 2)
+        assert torch.equal(zipped.accepted, zip_units(expected, 2).accepted)
+        zip_nodes([Node("a", 6, 2)], [similarity], 2)
 
 
 # --- zip of blocks ----------------------------------------------------------------------------

@@ -103,9 +103,10 @@ class Calls(nn.Module):
         (lambda m, x: F.avg_pool1d(x, 1), "pooling of units that lie 'last'"),
         (lambda m, x: x.mean(2), r"over dimensions 2 of units that lie 'last'"),
         (lambda m, x: x.chunk(2, -1)[0], "chunk is not in the tables"),
+        (lambda m, x: x + x.mT, "attribute mT of an activation"),
         (lambda m, x: x if x.sum() > 0 else -x, r"torch\.fx cannot trace it"),
     ],
-    ids=range(9),
+    ids=range(10),
 )
 def test_what_a_trace_does_not_understand_is_named(function, named):
     with pytest.raises(ValueError, match=named) as caught:
@@ -143,6 +144,19 @@ def test_a_wrong_proposal_is_not_returned():
     assert spec.nodes["first"].size == 4
     with pytest.raises(ValueError, match=r"OverTokens.*was not confirmed.*node first changes"):
         alignment.spec_for(OverTokens(), torch.randn(5, 4, 6))
+
+
+def test_sums_of_unlike_sizes_are_refused():
+    class Broadcasts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.wide, self.one, self.last = nn.Linear(4, 6), nn.Linear(4, 1), nn.Linear(6, 2)
+
+        def forward(self, x):
+            return self.last(self.wide(x) * self.one(x))
+
+    with pytest.raises(ValueError, match="one makes 1 units that are joined to the 6 of wide"):
+        alignment.spec_for(Broadcasts())
 
 
 def test_shared_layers_join_what_they_read_and_make():

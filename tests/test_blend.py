@@ -16,13 +16,7 @@ from neulig_fast import _registry, testing
 from neulig_fast._registry import OPS
 from neulig_fast.ops import _arena
 
-DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-BACKENDS = [
-    pytest.param(device, backend, id=f"{backend}-{device}")
-    for device in DEVICES
-    for op, backend in testing.backends_here(device)
-    if op.name == "blend"
-]
+BACKENDS = testing.backends_of(OPS["blend"])
 on_every_backend = pytest.mark.parametrize("device, backend", BACKENDS)
 in_every_dtype = pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
 

@@ -16,13 +16,7 @@ from neulig_fast._registry import OPS
 from neulig_fast.tensor_lists import TensorLists
 
 OP = OPS["blend_lists"]
-DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-BACKENDS = [
-    pytest.param(device, backend, id=f"{backend}-{device}")
-    for device in DEVICES
-    for op, backend in testing.backends_here(device)
-    if op.name == "blend_lists"
-]
+BACKENDS = testing.backends_of(OPS["blend_lists"])
 on_every_backend = pytest.mark.parametrize("device, backend", BACKENDS)
 in_every_dtype = pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
 SHAPES = [(), (1,), (0,), (3, 0), (5, 3), (17,), (2, 3, 129), (2048,), (16385,)]

@@ -8,13 +8,7 @@ from neulig_fast import testing
 from neulig_fast._registry import OPS
 
 OP = OPS["blend_lists_weight_grad"]
-DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-BACKENDS = [
-    pytest.param(device, backend, id=f"{backend}-{device}")
-    for device in DEVICES
-    for op, backend in testing.backends_here(device)
-    if op is OP
-]
+BACKENDS = testing.backends_of(OP)
 on_every_backend = pytest.mark.parametrize("device, backend", BACKENDS)
 in_every_dtype = pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
 SIZES = [1, 0, 17, 4096, 16384, 40001]

@@ -14,13 +14,7 @@ from neulig_fast.ops import _rounding
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 STORED = (*testing.DTYPES, *FP8)
 NARROW = tuple(_rounding.FORMATS)
-DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-BACKENDS = [
-    pytest.param(device, backend, id=f"{backend}-{device}")
-    for device in DEVICES
-    for op, backend in testing.backends_here(device)
-    if op.name == "blend"
-]
+BACKENDS = testing.backends_of(OPS["blend"])
 on_every_backend = pytest.mark.parametrize("device, backend", BACKENDS)
 in_fp8 = pytest.mark.parametrize("dtype", FP8, ids=str)
 in_narrow = pytest.mark.parametrize("dtype", NARROW, ids=str)

@@ -15,13 +15,7 @@ from neulig_fast._registry import OPS
 from neulig_fast.kernels.blend_telemetry import overflow_limit
 from neulig_fast.ops.blend_telemetry import blend_telemetry_reference
 
-DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-BACKENDS = [
-    pytest.param(device, backend, id=f"{backend}-{device}")
-    for device in DEVICES
-    for op, backend in testing.backends_here(device)
-    if op.name == "blend_telemetry"
-]
+BACKENDS = testing.backends_of(OPS["blend_telemetry"])
 on_every_backend = pytest.mark.parametrize("device, backend", BACKENDS)
 in_every_dtype = pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
 INF, NAN = math.inf, math.nan

@@ -7,13 +7,7 @@ import neulig_fast
 from neulig_fast import testing
 from neulig_fast._registry import OPS
 
-DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-BACKENDS = [
-    pytest.param(device, backend, id=f"{backend}-{device}")
-    for device in DEVICES
-    for op, backend in testing.backends_here(device)
-    if op.name == "blend_weight_grad"
-]
+BACKENDS = testing.backends_of(OPS["blend_weight_grad"])
 on_every_backend = pytest.mark.parametrize("device, backend", BACKENDS)
 
 

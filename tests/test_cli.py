@@ -590,7 +590,7 @@ def test_info_shows_every_op():
 
 def test_help_names_the_commands():
     result = CliRunner().invoke(app, ["--help"])
-    for command in ("demo", "info", "train"):
+    for command in ("align", "demo", "info", "train"):
         assert command in result.output
     assert CliRunner().invoke(app, ["--version"]).output.startswith("neulig-fast ")
 
@@ -600,9 +600,10 @@ def test_help_and_info_import_little():
         "import sys\n"
         "from typer.testing import CliRunner\n"
         "from neulig_fast.cli import app\n"
-        "for arguments in (['--help'], ['train', '--help'], ['demo', '--help'], ['info']):\n"
+        "helps = [[command, '--help'] for command in ('align', 'demo', 'train')]\n"
+        "for arguments in (['--help'], ['info'], *helps):\n"
         "    assert CliRunner().invoke(app, arguments).exit_code == 0\n"
-        "heavy = {'open_clip', 'matplotlib', 'sklearn', 'PIL', 'torchvision', 'yaml'}\n"
+        "heavy = {'open_clip', 'timm', 'matplotlib', 'sklearn', 'PIL', 'torchvision', 'yaml'}\n"
         "print(sorted(heavy & set(sys.modules)))"
     )
     assert program(code=code).stdout.strip() == "[]"

@@ -1,6 +1,7 @@
 """What the rules of encoders refuse, how a rule is added, and the slow way where there is none."""
 
 import copy
+import functools
 import logging
 import re
 import subprocess
@@ -12,6 +13,7 @@ import open_clip.transformer as clip
 import pytest
 import timm
 import torch
+from timm.layers.patch_embed import PatchEmbed
 from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 
@@ -145,6 +147,13 @@ def hooked():
     return module
 
 
+def hooked_backwards():
+    module = mlp()
+    module[1].register_full_backward_hook(lambda *args: None)
+    module[2].register_full_backward_pre_hook(lambda *args: None)
+    return module
+
+
 def patched():
     module = mlp(nn.Tanh())
     module[2].forward = torch.sin
@@ -165,6 +174,22 @@ def timm_tower(**settings):
     )
 
 
+def loose_timm_tower():
+    return timm_tower(embed_layer=functools.partial(PatchEmbed, strict_img_size=False))
+
+
+def cnn():
+    return nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3), nn.Flatten())
+
+
+def one_channel():
+    return nn.Sequential(nn.BatchNorm2d(1), nn.Conv2d(3, 4, 3), nn.Flatten())
+
+
+def flat_norm():
+    return nn.Sequential(nn.BatchNorm1d(3), nn.Flatten())
+
+
 REFUSED = {
     "type": (
         lambda: mlp(Gated(), nn.Softmax(1)),
@@ -172,6 +197,7 @@ REFUSED = {
     ),
     "root": (Gated, ["the template is a .*Gated, which has no rule"]),
     "hooks": (hooked, ["1 has forward hooks", "2 has forward hooks"]),
+    "backward": (hooked_backwards, ["1 has backward hooks", "2 has backward hooks"]),
     "patched": (patched, ["2 has a forward of its own"]),
     "statistics": (
         lambda: mlp(nn.BatchNorm1d(6, track_running_stats=False)),
@@ -268,13 +294,50 @@ def test_all_that_is_wrong_is_said_at_once():
             call()
 
 
+def test_a_pool_is_asked_for():
+    for call in (
+        lambda: nf.expert_forward([mlp()], images_for(2)),
+        lambda: nf.mixture_forward([mlp()], images_for(2), weights_for(2)),
+    ):
+        with pytest.raises(TypeError, match="_forward: pool must be an ExpertPool, got list"):
+            call()
+
+
 @pytest.mark.parametrize(
     ("build", "images", "message"),
     [
         (clip_tower, torch.ones(2, 1, 4, 4), r"conv1: inputs must be \(B, 3, H, W\)"),
         (clip_tower, torch.ones(2, 3, 4), r"conv1: inputs must be \(B, 3, H, W\)"),
         (clip_tower, torch.ones(2, 3, 6, 6), r"\(5, 16\) meet .*\(10, 16\).* of another size"),
-        (timm_tower, torch.ones(2, 3, 6, 6), r"\(5, 16\) meet .*\(10, 16\).* of another size"),
+        (timm_tower, torch.ones(2, 3, 6, 6), r"patch_embed: images must be 4 x 4, got 6 x 6"),
+        (timm_tower, torch.ones(2, 3, 5, 5), r"patch_embed: images must be 4 x 4, got 5 x 5"),
+        (
+            loose_timm_tower,
+            torch.ones(2, 3, 4, 5),
+            "must be of whole 2 x 2 patches, got 4 x 5",
+        ),
+        (loose_timm_tower, torch.ones(2, 3, 6, 6), r"\(5, 16\) meet .*\(10, 16\).* of another si"),
+        (cnn, torch.ones(2, 3, 2, 9), r"1: images of 2 x 9 pixels do not hold a kernel of 3 x 3"),
+        (cnn, torch.ones(2, 1, 4, 4), r"0: inputs must be \(B, 3, H, W\), got \(2, 1, 4, 4\)"),
+        (cnn, torch.ones(2, 3, 4), r"0: inputs must be \(B, 3, H, W\), got \(2, 3, 4\)"),
+        (
+            one_channel,
+            torch.ones(2, 3, 4, 4),
+            r"0: inputs must be \(B, 1, H, W\), got \(2, 3",
+        ),
+        (
+            flat_norm,
+            torch.ones(2, 3, 4, 4),
+            r"0: .* \(B, 3\) or \(B, 3, L\), got \(2, 3, 4, 4",
+        ),
+        (
+            flat_norm,
+            torch.ones(2, 1, 4),
+            r"0: .* \(B, 3\) or \(B, 3, L\), got \(2, 1, 4\)",
+        ),
+        (cnn, torch.ones(2, 3, 4, 4).byte(), "0: inputs must be floating point, got torch.uint8"),
+        (mlp, torch.ones(2, 3, 4, 4).long(), "1: inputs must be floating point, got torch.int64"),
+        (clip_tower, torch.ones(2, 3, 4, 4).byte(), "conv1: inputs must be floating point, got"),
         (lambda: nn.Sequential(nn.Linear(4, 4)), torch.ones(2, 3, 4), r"to \(2, D\), got \(2, 3,"),
     ],
 )

@@ -310,7 +310,8 @@ def test_the_cache_folder_serves_the_next_engine(tmp_path):
     "options, message",
     [
         ({"heads": {}}, "heads must map at least one task"),
-        ({"heads": [1]}, "heads must map"),
+        ({"heads": [1]}, r"heads must map .*, as in \{'cars': Head\(...\)\}, got list$"),
+        ({"heads": Head(torch.ones(2, 4))}, "heads must map .*, got Head$"),
         ({"heads": {"a": torch.ones(2, 2)}}, r"heads\['a'\] must be a Head .*, got Tensor"),
         ({"alignment": "variances"}, "alignment must be one of .*; did you mean 'variance'"),
         ({"boosting": "semi"}, "boosting must be one of supervised, entropy, got 'semi'"),
@@ -381,8 +382,11 @@ def test_tasks_without_heads_and_heads_without_tasks_are_listed():
     with pytest.raises(ValueError, match=r"no head for task 'digit'; did you mean 'digits'(.|\n)*"
                        r"no loader for task 'digits'"):  # fmt: skip
         made.fit(wrong, progress=False)
-    with pytest.raises(ValueError, match="loaders must map tasks"):
-        made.fit([1, 2], progress=False)
+    example = r"as in \{'digits': loader\}, got list$"
+    with pytest.raises(ValueError, match=f"loaders must map tasks to .*, {example}"):
+        made.fit([(torch.ones(50, 1), torch.ones(50))], progress=False)
+    with pytest.raises(ValueError, match=f"validation must map tasks to .*, {example}"):
+        made.fit(loaders(), validation=[1, 2], progress=False)
     with pytest.raises(ValueError, match="loader of task 'letters' must be iterable, got int"):
         made.fit({**loaders(), "letters": 3}, progress=False)
     assert made.cache.computed == 0

@@ -131,6 +131,19 @@ def test_the_same_input_gives_the_same_report(engine, data):
     assert one.agreement == two.agreement
 
 
+def test_autocast_changes_no_report():
+    heads = {"left": Head(torch.randn(40, D)), "right": Head(torch.randn(40, D))}
+    engine = NeuLig(ExpertPool([encoder().float() for _ in range(N)]), heads)
+    images = torch.randn(200, 3, 2, 2)
+    batches = {task: [(images, torch.arange(200) % 40)] for task in heads}
+    engine.calibration = {task: torch.full((N,), 1 / N) for task in heads}
+    expected = run(engine, batches)
+    with torch.autocast("cpu", torch.bfloat16):
+        report = run(engine, batches)
+    assert report.accuracy == expected.accuracy and report.agreement == expected.agreement
+    assert report.coopvec == expected.coopvec
+
+
 def test_coopvec_statistics(engine, data):
     report = run(engine, loaders(data, 16), own={"left": 1, "right": 2})
     for task, own in (("left", 1), ("right", 2)):

@@ -9,13 +9,8 @@ from neulig_fast import testing
 from neulig_fast._registry import OPS
 
 OP = OPS["expert_layer_norm"]
-DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-BACKENDS = [
-    pytest.param(device, backend, id=f"{backend}-{device}")
-    for device in DEVICES
-    for op, backend in testing.backends_here(device)
-    if op is OP
-]
+DEVICES = testing.devices()
+BACKENDS = testing.backends_of(OP)
 on_every_backend = pytest.mark.parametrize("device, backend", BACKENDS)
 in_every_dtype = pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
 
@@ -189,9 +184,9 @@ X, W = torch.ones(2, 3, 4), torch.ones(2, 4)
     [
         ((X[0, 0], W, None), {}, r"x must have at least two dimensions, got \(4,\)"),
         ((X, W[0], None), {}, r"2 problems(?s:.*)weight must be \(N, D\) with N >= 1, got \(4,\)"),
-        ((X, W[:, :3], None), {}, r"x must have rows of length D with D = 3, got \(2, 3, 4\)"),
+        ((X, W[:, :3], None), {}, "x must have rows of length D = 3, got 4"),
         ((X[..., :0], W[:, :0], None), {}, r"x must have D >= 1, got 0"),
-        ((X[:1], W, None), {}, r"x must be of N = 2 experts, got \(1, 3, 4\)"),
+        ((X[:1], W, None), {}, "x must be of N = 2 experts, got 1"),
         ((X, W, W[0]), {}, r"bias must be \(N, D\) = \(2, 4\), got \(4,\)"),
         ((X, W.half(), None), {}, r"weight must be torch.float32 like x, got torch.float16"),
         ((X, W, None, -1e-5), {}, r"eps must be zero or positive, got -1e-05"),

@@ -450,3 +450,13 @@ def test_a_damaged_or_foreign_file_is_named(pool, images, tmp_path, damage):
         safetensors.torch.save_file({"x": torch.zeros(1)}, path)
     with pytest.raises(ValueError, match=rf"features: .*{path.name}.*delete it"):
         FeatureCache(pool, tmp_path)
+
+
+def test_a_cache_begun_in_inference_mode_goes_on_outside(pool):
+    cache, some = FeatureCache(pool), torch.randn(7, 2, 3)
+    with torch.inference_mode():
+        for images in (some[:4], some[4:5]):  # the second leaves room for more
+            cache.features(images)
+    got = cache.features(some)
+    assert not got.is_inference() and cache.computed == 7
+    torch.testing.assert_close(got, FeatureCache(pool).features(some))

@@ -18,7 +18,7 @@ from neulig_fast._registry import BACKENDS, OPS
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = {"cpu": "csrc/cpu/{}.cpp", "cuda": "csrc/cuda/{}.cu", "triton": "kernels/{}.py"}
 ALWAYS = ("neulig_fast/ops/{}.py", "tests/test_{}.py", "docs/ops/{}.md", "benchmarks/bench_{}.py")
-DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+DEVICES = testing.devices()
 
 on_every_device = pytest.mark.parametrize("device", DEVICES)
 on_every_op = pytest.mark.parametrize("name", sorted(OPS))

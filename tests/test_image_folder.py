@@ -146,6 +146,27 @@ def test_split_needs_something_left(tmp_path):
         image_folder.split(image_folder.scan(tmp_path), 0.1, 0)
 
 
+def test_unlabelled_images_are_gathered_in_an_order_of_their_own(root):
+    found = image_folder.gather(root, seed=0)
+    names = {path.relative_to(root).as_posix() for path in found.files}
+    assert names == {"cat/10.png", "cat/9.png", "cat/deep/er/1.PNG", "dog/a.bmp"}
+    assert found.ignored == 3 and set(found.labels) == {0}
+    for k in range(200):
+        image(root / f"cat/{k + 100}.png")
+        image(root / f"dog/{k}.png")
+    many = image_folder.gather(root, seed=0)
+    dogs = sum("dog" in path.parts for path in many.files[:100])
+    assert 30 < dogs < 70  # a batch is a mixture
+    assert [path for path in many.files if path in found.files] == list(found.files)
+    assert many.files != image_folder.gather(root, seed=1).files
+
+
+def test_a_folder_without_any_image_is_refused(tmp_path):
+    (tmp_path / "x.txt").touch()
+    with pytest.raises(ValueError, match=r"no images \(\.bmp, .*\) at any depth"):
+        image_folder.gather(tmp_path, 0)
+
+
 def test_class_names():
     named = image_folder.named
     assert named(["a_b", "c"], None) == ["a b", "c"]

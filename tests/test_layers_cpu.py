@@ -184,3 +184,20 @@ def test_skipping_nothing_costs_nothing():
     x, coef = normal(2, 3, 8), torch.tensor([0.2, 0.3, 0.5])  # of one model
     y, bound = mixture_linear(x, weight, bias, coef, skip_below=0.1)
     assert bound.tolist() == [0.0, 0.0] and torch.equal(y, mixture_linear(x, weight, bias, coef))
+
+
+def test_what_takes_no_part_adds_nothing_to_the_bound():
+    weight, bias = layer(3, 8, 4)
+    weight[1, 0, 0], bias[1, 1] = torch.nan, torch.inf
+    x = normal(2, 3, 8)
+    y, bound = mixture_linear(x, weight, bias, torch.tensor([1.0, 0.0, 0.01]), skip_below=0.1)
+    most = x.norm(dim=2).max() * weight[2].norm(dim=1).max() + bias[2].abs().max()
+    torch.testing.assert_close(bound, (0.01 * most).expand(2))
+    assert torch.equal(y, mixture_linear(x, weight, bias, torch.tensor([1.0, 0.0, 0.0])))
+
+
+@pytest.mark.parametrize("limit", [float("nan"), -0.1])
+def test_a_limit_below_which_nothing_is_skipped(limit):
+    x, (weight, bias) = normal(2, 3, 8), layer(3, 8, 4)
+    with pytest.raises(ValueError, match=f"skip_below must be zero or positive, got {limit}"):
+        mixture_linear(x, weight, bias, torch.ones(3), skip_below=limit)

@@ -9,13 +9,8 @@ from neulig_fast import testing
 from neulig_fast._registry import OPS
 
 OP = OPS["mixture_layer_norm"]
-DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-BACKENDS = [
-    pytest.param(device, backend, id=f"{backend}-{device}")
-    for device in DEVICES
-    for op, backend in testing.backends_here(device)
-    if op is OP
-]
+DEVICES = testing.devices()
+BACKENDS = testing.backends_of(OP)
 on_every_backend = pytest.mark.parametrize("device, backend", BACKENDS)
 in_every_dtype = pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
 
@@ -182,11 +177,30 @@ def test_gradients_of_coefficients_are_those_of_blending(device, backend):
 
 
 @on_every_backend
+def test_an_expert_with_coefficient_zero_takes_no_part_in_gradients(device, backend):
+    x, weight, bias, coef = layer(3, 2, 2, 5, device)
+    coef[0, 1], coef[1, 0] = 0, 0
+    inputs = [t.requires_grad_() for t in (x, weight, bias)]
+    grad = torch.randn(3, 2, 5, dtype=torch.float64, device=device)
+    expected = torch.autograd.grad(run(backend, *inputs, coef), inputs, grad)
+    with torch.no_grad():
+        weight[1, 2], bias[1, 0], grad[1, 0, 3] = torch.nan, torch.inf, torch.nan
+    dx, dW, db = torch.autograd.grad(run(backend, *inputs, coef), inputs, grad)
+    testing.assert_within_rule(dx[0], expected[0][0], expected[0][0], terms=5)
+    testing.assert_within_rule(dW[0], expected[1][0], expected[1][0], terms=6)
+    testing.assert_within_rule(db[0], expected[2][0], expected[2][0], terms=6)
+
+
+@on_every_backend
 def test_autocast_does_not_change_the_type(device, backend):
-    args = layer(2, 3, 2, 8, device, torch.float32)
+    args = [t.requires_grad_() for t in layer(2, 3, 2, 8, device, torch.float32)]
+    got = run(backend, *args)
+    grads = torch.autograd.grad(got, args, got.detach())
     with torch.autocast(device, torch.bfloat16):
-        got = run(backend, *args)
-    assert torch.equal(got, run(backend, *args)) and got.dtype == torch.float32
+        cast = run(backend, *args)
+        cast_grads = torch.autograd.grad(cast, args, got.detach())
+    assert torch.equal(cast, got) and cast.dtype == torch.float32
+    assert all(map(torch.equal, cast_grads, grads))
 
 
 def test_triton_reads_rows_as_wide_as_it_says():
@@ -209,12 +223,14 @@ X, W, C = torch.ones(2, 3, 4), torch.ones(3, 4), torch.ones(2, 3)
     "args, options, message",
     [
         ((X[0, 0], W, None, C), {}, r"x must have at least two dimensions, got \(4,\)"),
-        ((X, W[:, :3], None, C), {}, r"x must have rows of length D with D = 3, got \(2, 3, 4\)"),
+        ((X, W[:, :3], None, C), {}, "x must have rows of length D = 3, got 4"),
         ((X, W, W[0], C), {}, r"bias must be \(N, D\) = \(3, 4\), got \(4,\)"),
-        ((X, W, None, C.T), {}, r"coef must be \(B, N\) = \(2, 3\), got \(3, 2\)"),
-        ((X, W, None, C[0, :2]), {}, r"coef must be \(B, N\) = \(2, 3\), got \(2, 2\)"),
+        ((X, W, None, C[:, :2]), {}, "coef must have a value for each of N = 3 experts, got 2"),
+        ((X, W, None, C[0, :2]), {}, "coef must have a value for each of N = 3 experts, got 2"),
+        ((X, W, None, C[:1]), {}, "coef must have a row for each of B = 2 samples, got 1"),
+        ((X, W, None, C[0, 0]), {}, r"coef must be \(B, N\) or \(N,\), got \(\)"),
         ((X, W, None, C.int()), {}, r"coef must be floating point, got torch.int32"),
-        ((X, W.half(), None, C.T), {}, r"2 problems(?s:.*)weight must be(?s:.*)coef must be"),
+        ((X, W.half(), None, C[:1]), {}, r"2 problems(?s:.*)weight must be(?s:.*)coef must have"),
         ((X, W, None, C, -1.0), {}, r"eps must be zero or positive, got -1.0"),
         ((X, W, None, C), {"residual": X[:, :2]}, r"residual must be \(2, 3, 4\) like x, got"),
     ],

@@ -9,13 +9,8 @@ from neulig_fast import testing
 from neulig_fast._registry import OPS
 
 OP = OPS["mixture_linear"]
-DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-BACKENDS = [
-    pytest.param(device, backend, id=f"{backend}-{device}")
-    for device in DEVICES
-    for op, backend in testing.backends_here(device)
-    if op is OP
-]
+DEVICES = testing.devices()
+BACKENDS = testing.backends_of(OP)
 on_every_backend = pytest.mark.parametrize("device, backend", BACKENDS)
 in_every_dtype = pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
 ACTIVATIONS = (None, "relu", "gelu", "gelu_tanh", "quick_gelu")
@@ -119,10 +114,11 @@ def test_a_zero_masks_in_its_own_sample_only(device, backend):
     assert run(backend, x, weight, bias, coef)[0].isnan().all()
 
 
+@pytest.mark.parametrize("T", [1, 40], ids=["by results", "by weights"])
 @on_every_backend
-def test_without_any_expert_it_is_the_activation_of_zero(device, backend):
-    x, weight, bias, coef = layer(2, 3, 2, 4, 5, device, torch.float32)
-    weight[0] = torch.nan
+def test_without_any_expert_it_is_the_activation_of_zero(device, backend, T):
+    x, weight, bias, coef = layer(2, T, 2, 4, 5, device, torch.float32)
+    weight[0], x[0, 0, 0], x[1, 0] = torch.nan, torch.inf, torch.nan
     got = run(backend, x, weight, bias, torch.zeros_like(coef), activation="gelu")
     assert torch.equal(got, torch.zeros_like(got))
 
@@ -185,11 +181,30 @@ def test_gradients_of_coefficients_are_those_of_blending(device, backend):
 
 
 @on_every_backend
+def test_an_expert_with_coefficient_zero_takes_no_part_in_gradients(device, backend):
+    x, weight, bias, coef = layer(3, 2, 2, 5, 4, device)
+    coef[0, 1], coef[1, 0] = 0, 0
+    inputs = [t.requires_grad_() for t in (x, weight, bias)]
+    grad = torch.randn(3, 2, 5, dtype=torch.float64, device=device)
+    grad[2] = 0
+    expected = torch.autograd.grad(run(backend, *inputs, coef), inputs, grad)
+    with torch.no_grad():
+        weight[1, 2, 1], bias[1, 0], x[1, 0, 3] = torch.nan, torch.inf, torch.nan
+    dx, dW, db = torch.autograd.grad(run(backend, *inputs, coef), inputs, grad)
+    assert torch.equal(dx[0], expected[0][0])
+    assert torch.equal(dW[0], expected[1][0]) and torch.equal(db[0], expected[2][0])
+
+
+@on_every_backend
 def test_autocast_does_not_change_the_type(device, backend):
-    args = layer(2, 3, 2, 5, 4, device, torch.float32)
+    args = [t.requires_grad_() for t in layer(2, 3, 2, 5, 4, device, torch.float32)]
+    got = run(backend, *args)
+    grads = torch.autograd.grad(got, args, got.detach())
     with torch.autocast(device, torch.bfloat16):
-        got = run(backend, *args)
-    assert torch.equal(got, run(backend, *args)) and got.dtype == torch.float32
+        cast = run(backend, *args)
+        cast_grads = torch.autograd.grad(cast, args, got.detach())
+    assert torch.equal(cast, got) and cast.dtype == torch.float32
+    assert all(map(torch.equal, cast_grads, grads))
 
 
 X, W, C = torch.ones(2, 3, 4), torch.ones(3, 5, 4), torch.ones(2, 3)
@@ -200,14 +215,18 @@ X, W, C = torch.ones(2, 3, 4), torch.ones(3, 5, 4), torch.ones(2, 3)
     [
         ((X[0, 0], W, None, C), r"x must be \(B, ..., I\), got \(4,\)"),
         ((X, W[:, 0], None, C), r"weight must be \(N, O, I\) with N >= 1, got \(3, 4\)"),
-        ((X[..., :3], W, None, C), r"x must be \(B, T, I\) with I = 4, got \(2, 3, 3\)"),
+        ((X[..., :3], W, None, C), r"x must have rows of length I = 4, got 3"),
+        ((X[..., :3], W, None, C[0]), r"x must have rows of length I = 4, got 3"),
         ((X, W, torch.ones(3, 4), C), r"bias must be \(N, O\) = \(3, 5\), got \(3, 4\)"),
-        ((X, W, None, C.T), r"coef must be \(B, N\) = \(2, 3\), got \(3, 2\)"),
-        ((X, W, None, C[0, :2]), r"coef must be \(B, N\) = \(1, 3\), got \(1, 2\)"),
+        ((X, W, None, C[:, :2]), r"coef must have a value for each of N = 3 experts, got 2"),
+        ((X, W, None, C[0, :2]), r"coef must have a value for each of N = 3 experts, got 2"),
+        ((X, W, None, C[:1]), r"coef must have a row for each of B = 2 samples, got 1"),
+        ((X, W, None, C.T), r"2 problems(?s:.*)coef must(?s:.*)coef must"),
+        ((X, W, None, C[None]), r"coef must be \(B, N\) or \(N,\), got \(1, 2, 3\)"),
         ((X, W, None, C.int()), r"coef must be floating point, got torch.int32"),
         ((X, W, None, C.to("meta")), r"coef must be on cpu like x, got meta"),
         ((X, W.half(), None, C), r"weight must be torch.float32 like x, got torch.float16"),
-        ((X, W.half(), None, C.T), r"2 problems(?s:.*)weight must be(?s:.*)coef must be"),
+        ((X, W.half(), None, C[:1]), r"2 problems(?s:.*)weight must be(?s:.*)coef must have"),
     ],
 )
 def test_wrong_arguments_are_named(args, message):

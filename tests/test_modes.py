@@ -473,3 +473,24 @@ def test_task_arithmetic_lists_what_does_not_fit():
     base["3.bias"] = torch.zeros(2)
     with pytest.raises(ValueError, match=r"(?s)1\.weight is missing.*3\.bias must be \(8,\)"):
         modes.task_arithmetic(engine.pool, base)
+
+
+@pytest.mark.parametrize("mode", modes.MODES)
+def test_autocast_changes_neither_coopvecs_nor_features(mode):
+    engine = NeuLig(ExpertPool([mlp() for _ in range(3)]), {"a": Head(torch.randn(CLASSES, D))})
+    engine.calibration = {"a": weights_for(1)[0]}
+    images, seen = torch.randn(4, *SIZES[mlp]), []
+    engine.heads["a"] = lambda features: seen.append(features)
+    coopvec = engine.coopvec(images)
+    engine.merged_forward(images, "a", mode=mode)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(engine.coopvec(images), coopvec)
+        engine.merged_forward(images, "a", mode=mode)
+    assert torch.equal(*seen) and seen[1].dtype == torch.float32
+
+
+@pytest.mark.parametrize("mode", modes.MODES)
+def test_images_that_are_no_tensor_are_named(mode):
+    engine = engine_of(mlp)
+    with pytest.raises(TypeError, match="merged_forward: images must be a tensor, got list"):
+        engine.merged_forward([1.0], "a", mode=mode)

@@ -275,6 +275,8 @@ def arguments():
     "change, message",
     [
         ({"features": torch.randn(4, 15)}, r"features must be \(B, N, D\)"),
+        ({"features": torch.randn(0, 3, 5)}, r"features must be .* with no size zero, got \(0, 3"),
+        ({"portland_weight": torch.randn(3, 15).to_sparse()}, "portland_weight must be dense"),
         (
             {"portland_weight": torch.randn(3, 14)},
             r"portland_weight .* = \(3, 15\), got \(3, 14\)",
@@ -297,6 +299,13 @@ def arguments():
 def test_what_does_not_fit_is_named(change, message):
     with pytest.raises(ValueError, match=f"neulig_loss: .*{message}"):
         neulig_loss(**{**arguments(), **change})
+
+
+def test_what_is_no_tensor_is_named():
+    for change in ({"features": [1.0]}, {"head_bias": 0.0}, {"alignment": None}):
+        (name,) = change
+        with pytest.raises(TypeError, match=f"neulig_loss: {name} must be a tensor, got"):
+            neulig_loss(**{**arguments(), **change})
 
 
 def test_all_faults_come_in_one_error():

@@ -10,20 +10,13 @@ import torch
 
 import neulig_fast
 from neulig_fast import testing
+from neulig_fast._registry import OPS
 from neulig_fast.ops.offset_gram import offset_gram_reference
 
 ROOT = Path(__file__).resolve().parents[1]
-DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-BACKENDS = [
-    pytest.param(device, backend, id=f"{backend}-{device}")
-    for device in DEVICES
-    for op, backend in testing.backends_here(device)
-    if op.name == "offset_gram"
-]
+BACKENDS = testing.backends_of(OPS["offset_gram"])
 on_every_backend = pytest.mark.parametrize("device, backend", BACKENDS)
-needs_cpu = pytest.mark.skipif(
-    not any(p.values == ("cpu", "cpu") for p in BACKENDS), reason="no native cpu backend"
-)
+needs_cpu = pytest.mark.skipif(("cpu", "cpu") not in BACKENDS, reason="no native cpu backend")
 
 
 def run(backend, *args):

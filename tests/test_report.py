@@ -79,6 +79,10 @@ def test_json_round_trip_and_keys(tmp_path):
     assert set(content["accuracy"]["ensemble"]) == {*TASKS, "mean"}
     assert {"max", "entropy", "argmax_is_task"} <= set(content["coopvec"])
     assert content["gap"]["dataset"]["mean"] == pytest.approx(-2)
+    assert content["gap_is"] == "ensemble minus row, in points: above zero the row is behind"
+    mean = {row: values["mean"] for row, values in content["accuracy"].items()}
+    for row, values in content["gap"].items():  # what the sentence says
+        assert values["mean"] == pytest.approx(mean["ensemble"] - mean[row])
 
 
 def test_a_long_history_is_thinned_to_means_and_survives_nan(tmp_path):

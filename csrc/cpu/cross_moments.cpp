@@ -26,9 +26,9 @@
 namespace neulig_fast {
 namespace {
 
-constexpr int64_t kChunkBlocks = 4;
+constexpr int64_t kChunkBlocks = 8;
 constexpr int64_t kBlockSize = kBlockRows * kUnits;
-// Groups of units of a tile: the blocks of x and the sums of cross stay in a second-level cache.
+// Groups of units of a tile: the blocks of x and the sums stay in a second-level cache.
 constexpr int64_t kTileX = 4, kTileY = 8;
 
 int64_t groups_of(int64_t units) {

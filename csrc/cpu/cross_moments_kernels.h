@@ -14,7 +14,7 @@
 namespace neulig_fast {
 
 constexpr int64_t kUnits = 32;       // whole panels at every level, in fp32 and in fp64
-constexpr int64_t kBlockRows = 256;  // an AVX2 panel of them fills half of a first-level cache
+constexpr int64_t kBlockRows = 128;  // two AVX2 panels of them fill half of a first-level cache
 
 // Some rows, one stride apart, of up to kUnits units to where they belong in a block.
 template <typename T>

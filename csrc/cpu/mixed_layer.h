@@ -161,10 +161,14 @@ struct MixedLayer {
       A* sums = space.totals.data();
       for (const Piece* p = begin; p < end;) {
         const int64_t first = starts[p->sample], samples = alike(p, end);
-        mix_tiles(experts.data() + first, coef.data() + first, starts[p->sample + 1] - first,
-                  samples, output, input, depth, space.tiles.data());
-        for (int64_t s = 0; s < samples; ++s, sums += p++->rows * kTileOutputs)
-          multiply(*p, input, depth, &space.tiles[s * kTileOutputs * kTileDepth], sums);
+        const int64_t count = starts[p->sample + 1] - first;
+        mix_tiles(experts.data() + first, coef.data() + first, count, samples, output, input, depth,
+                  space.tiles.data());
+        for (int64_t s = 0; s < samples; ++s, sums += p++->rows * kTileOutputs) {
+          // Weights of no expert are zeros, but zero times infinity is not.
+          if (count == 0) std::fill_n(sums, p->rows * kTileOutputs, A(0));
+          else multiply(*p, input, depth, &space.tiles[s * kTileOutputs * kTileDepth], sums);
+        }
       }
     }
   }

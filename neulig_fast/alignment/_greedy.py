@@ -61,7 +61,6 @@ class _RowMaxima:
         # One column more, so that the last row has an entry to find.
         self.entries = np.full((total, total + 1), -np.inf)
         self.entries[:, :total] = upper + upper.T
-        np.fill_diagonal(self.entries, -np.inf)
         self.first = np.arange(1, total + 1)
         self.bound = np.full(total, np.inf)
         self.partner = np.full(total, -1)

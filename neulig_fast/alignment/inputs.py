@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -20,12 +20,12 @@ def example_inputs(model: nn.Module, generator: torch.Generator) -> Tensor:
     Raises:
         ValueError: the first layer says too little, or the model takes none of what it suggests.
     """
-    failure: RuntimeError | None = None
+    failure: Exception | None = None
     for inputs in _candidates(model, generator):
         try:
             with torch.no_grad():
                 model(inputs.clone())
-        except RuntimeError as error:
+        except (RuntimeError, AssertionError) as error:  # timm checks sizes by assertion
             failure = error
         else:
             return inputs
@@ -54,16 +54,17 @@ def _candidates(model: nn.Module, generator: torch.Generator) -> Iterator[Tensor
         return
 
 
-def _image_sizes(model: nn.Module, dimensions: int) -> Iterator[tuple[int, ...]]:
+def _image_sizes(model: nn.Module, dimensions: int) -> Iterable[tuple[int, ...]]:
+    """What modules say of the size of their images; the usual sizes where none does."""
+    found: dict[tuple[int, ...], None] = {}
     for module in model.modules():
         for name in ("image_size", "img_size"):
             size = getattr(module, name, None)
             if isinstance(size, int):
                 size = (size,) * dimensions
             if isinstance(size, tuple | list) and len(size) == dimensions:
-                yield tuple(size)
-                return
-    yield from ((size,) * dimensions for size in _SIZES)
+                found[tuple(size)] = None
+    return found or [(size,) * dimensions for size in _SIZES]
 
 
 def as_float64(inputs: Any) -> tuple[Any, ...]:

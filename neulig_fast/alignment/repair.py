@@ -62,7 +62,7 @@ def rescale(
         data: batches of images, or (images, ...) tuples; read once per network.
 
     Raises:
-        ValueError: no batches; data that can be read only once.
+        ValueError: no batches; data that can be read only once; no layer with a bias.
     """
     if iter(data) is data:
         raise ValueError("rescale: data is read once per network, got an iterator: give a list")
@@ -112,11 +112,18 @@ def _run(
     floats = [tensor for tensor in tensors.values() if tensor.is_floating_point()]
     layers = _Outputs(tensors, set(names), targets)
     with evaluating(template), layers:
+        batches = 0
         for batch in data:
+            batches += 1
             images = images_of(batch)
             call(template, tensors, images.to(floats[0].device, floats[0].dtype))
-    if not layers.sums:
+    if not batches:
         raise ValueError("rescale: data must yield at least one batch of images, got none")
+    if not layers.sums:
+        raise ValueError(
+            "rescale: no layer that makes units has a bias to shift; for networks with BatchNorm "
+            "there is reestimate_batchnorm"
+        )
     return {name: layers.moments(name) for name in layers.sums}
 
 

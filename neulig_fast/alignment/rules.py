@@ -30,6 +30,9 @@ class Rule(NamedTuple):
     why_not: WhyNot
 
 
+# What to do about a module that nothing is known of.
+ADVICE = "Pass a Spec, or say which axes belong together with alignment.register"
+
 RULES: dict[type[nn.Module] | str, Rule] = {}
 
 

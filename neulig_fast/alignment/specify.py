@@ -8,6 +8,7 @@ from torch import nn
 
 from . import builders  # noqa: F401  (its files fill the table of rules)
 from .draft import Draft
+from .rules import ADVICE
 from .spec import Spec, check_tensors
 from .tracer import traced
 from .verifier import verify
@@ -41,7 +42,6 @@ def spec_for(model: nn.Module, inputs: Any = None) -> Spec:
         except ValueError as error:
             raise ValueError(
                 f"spec_for: no rule for {'; '.join(draft.guessed)}, and what its trace proposes "
-                f"was not confirmed. Pass a Spec, or say which axes belong together with "
-                f"alignment.register. {error}"
+                f"was not confirmed. {ADVICE}. {error}"
             ) from error
     return spec

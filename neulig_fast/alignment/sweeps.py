@@ -98,7 +98,7 @@ class Sweeps:
                 self._visit(list(self.groups), self.activations.__getitem__)
                 outcome.matchings = dict(self.matchings.current)
                 outcome.values.append(dict(self._values))
-                outcome.value = _mean(self._values)
+                outcome.value = mean(self._values)
                 advance(outcome.value)
             if self.weights is not None:
                 self._sweep_until_stalled(self.weights, schedule, outcome, advance)
@@ -133,7 +133,7 @@ class Sweeps:
             if best is None or value > best:
                 best, stalled = value, 0
                 outcome.matchings = dict(self.matchings.current)
-                outcome.value = _mean(self._values)
+                outcome.value = mean(self._values)
                 continue
             stalled += 1
             if stalled == patience:
@@ -201,7 +201,7 @@ class Sweeps:
     def _objective(self, weights: WeightSimilarity) -> float:
         """What has to grow: the mean over nodes, or the sum over units of inner products."""
         if weights.kind == "correlation":
-            return _mean(self._values)
+            return mean(self._values)
         return sum(self.spec.nodes[name].size * value for name, value in self._values.items())
 
 
@@ -213,5 +213,6 @@ def grouped(spec: Spec) -> dict[str, list[str]]:
     return groups
 
 
-def _mean(values: Mapping[str, float]) -> float:
+def mean(values: Mapping[str, float]) -> float:
+    """Over nodes; what an alignment's value is."""
     return sum(values.values()) / max(len(values), 1)

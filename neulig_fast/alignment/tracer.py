@@ -7,20 +7,18 @@ understood. What comes out is a proposal: ``alignment.verify`` judges it.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn import functional as F
 
 from ..encoders.rules import join, kind
 from .builders.attention import multihead
 from .builders.layers import flattened
 from .draft import Draft, Units
-from .rules import rule_of, where
+from .rules import ADVICE, rule_of, where
 from .spec import Spec, check_tensors
 
 
@@ -55,8 +53,7 @@ def traced(draft: Draft, module: nn.Module, path: str, x: Units) -> Any:
         except _NotUnderstoodError as reason:
             raise ValueError(
                 f"spec_for: {where(path)} is a {kind(module)}, which has no rule, and its trace is "
-                f"not understood at {node.format_node()}: {reason}. Pass a Spec, or say which axes "
-                "belong together with alignment.register"
+                f"not understood at {node.format_node()}: {reason}. {ADVICE}"
             ) from None
     return None
 
@@ -96,8 +93,7 @@ def _graph(module: nn.Module, path: str) -> fx.Graph:
     except (TypeError, ValueError, RuntimeError, AttributeError, AssertionError) as error:
         raise ValueError(
             f"spec_for: {where(path)} is a {kind(module)}, which has no rule, and torch.fx cannot "
-            f"trace it ({error}). Pass a Spec, or say which axes belong together with "
-            "alignment.register"
+            f"trace it ({error}). {ADVICE}"
         ) from error
 
 
@@ -133,7 +129,7 @@ def _call(step: _Step, args: tuple, kwargs: dict) -> Any:
             return follow(step, *args, **kwargs)
     for names, follow in _CALLS_OF_UNITS:
         if name in names:
-            if not isinstance(args[0], Units):
+            if not args or not isinstance(args[0], Units):
                 raise _NotUnderstoodError(f"{name} of anything but an activation")
             return follow(step, *args, **kwargs)
     raise _NotUnderstoodError(f"{name} is not in the tables of what is")
@@ -251,32 +247,37 @@ def _picked(step: _Step, x: Any, index: Any) -> Any:
 
 
 def _length(step: _Step, x: Any, *args: Any, **kwargs: Any) -> Any:
-    """A shape or a length, which no table looks into."""
+    """A length, which no table looks into."""
     return None
 
 
-_SAME = set(dir(F)) & {
+def _attribute(step: _Step, x: Any, name: str) -> Any:
+    """A shape or a type, which no table looks into; a transpose is no such thing."""
+    if name not in ("shape", "ndim", "dtype", "device"):
+        raise _NotUnderstoodError(f"attribute {name} of an activation")
+    return None
+
+
+# fmt: off
+_ELEMENT_WISE = {
     "relu", "relu6", "gelu", "silu", "elu", "selu", "celu", "leaky_relu", "sigmoid", "tanh",
     "softplus", "mish", "hardswish", "hardsigmoid", "hardtanh", "logsigmoid", "softsign",
-    "dropout", "dropout1d", "dropout2d", "alpha_dropout",
-}  # fmt: skip
+    "dropout", "dropout1d", "dropout2d", "alpha_dropout", "contiguous", "clone", "float", "double",
+    "add", "iadd", "sub", "isub", "mul", "imul", "truediv", "div", "neg", "pow", "abs", "exp",
+    "log", "sqrt", "rsqrt", "square", "reciprocal", "erf", "clamp", "maximum", "minimum", "where",
+    "relu_", "sigmoid_", "tanh_", "clamp_", "add_", "sub_", "mul_", "div_",
+}
+# fmt: on
 _CALLS: list[tuple[set[str], Callable[..., Any]]] = [
-    (
-        _SAME
-        | {f"{name}_" for name in ("relu", "sigmoid", "tanh", "clamp", "add", "mul", "sub", "div")}
-        | {"add", "iadd", "sub", "isub", "mul", "imul", "truediv", "div", "neg", "pow", "abs"}
-        | {"exp", "sqrt", "square", "clamp", "maximum", "minimum", "contiguous", "clone", "float"}
-        | {"double", "where", "erf", "log", "rsqrt", "reciprocal"},
-        _element_wise,
-    ),
-    ({operator.getitem.__name__}, _picked),
-    ({"size", "getattr", "dim"}, _length),
+    (_ELEMENT_WISE, _element_wise),
+    ({"getitem"}, _picked),
+    ({"getattr"}, _attribute),
+    ({"size", "dim"}, _length),
 ]
 _CALLS_OF_UNITS: list[tuple[set[str], Callable[..., Any]]] = [
     (
         {f"{kind}_pool{d}d" for kind in ("max", "avg") for d in (1, 2, 3)}
-        | {f"adaptive_{kind}_pool{d}d" for kind in ("max", "avg") for d in (1, 2, 3)}
-        | {"boolean_dispatch"},
+        | {f"adaptive_{kind}_pool{d}d" for kind in ("max", "avg") for d in (1, 2, 3)},
         _pooled,
     ),
     ({"mean", "sum", "amax"}, _reduced),

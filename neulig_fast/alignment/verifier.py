@@ -110,13 +110,16 @@ class _Trial:
 
     def change(self, moves: list[_Move], seed: int) -> float:
         """The largest difference that ``moves`` make, relative to the largest output."""
-        match = self.spec.identity()
         blocks = {node.name for move in moves if not move.inside for node in move.nodes}
         inside = {node.name for move in moves if move.inside for node in move.nodes}
-        for name in blocks | inside:
-            node = self.spec.nodes[name]
-            match[name] = random_order(node, seed, name in blocks, name in inside)
-        outputs = self._run(reorder(self.spec, match, self.state))
+        moving = {name: self.spec.nodes[name] for name in blocks | inside}
+        match = {
+            name: random_order(node, seed, name in blocks, name in inside)
+            for name, node in moving.items()
+        }
+        # Gigabytes stay where they are if the spec of what stays is not asked.
+        part = Spec(moving.values(), [use for use in self.spec.uses if use.node in moving])
+        outputs = self._run(reorder(part, match, self.state))
         pairs = zip(outputs, self.outputs, strict=True)
         found = torch.tensor([float((y - x).abs().max()) for y, x in pairs if y.numel()])
         return float(found.nan_to_num(nan=float("inf")).max()) / self.scale

@@ -175,16 +175,14 @@ def _summed(
         found.append(f"tensor must have an axis of the {units} units, got {got}")
     _checks.raise_all(subject, found)
     dtype = _checks.accumulation_dtype(tensor.dtype)
-    sums = torch.zeros(
-        (*tensor.shape[:axis], zipped.size, *tensor.shape[axis + 1 :]),
-        dtype=dtype,
-        device=tensor.device,
-    )
-    sums.index_add_(axis, zipped.merged[network].to(tensor.device), tensor.to(dtype))
+    # On the CPU, whose additions have an order; a GPU's index_add has none.
+    shape = (*tensor.shape[:axis], zipped.size, *tensor.shape[axis + 1 :])
+    sums = torch.zeros(shape, dtype=dtype, device="cpu")
+    sums.index_add_(axis, zipped.merged[network], tensor.to("cpu", dtype))
     if scale is not None:
         trailing = (1,) * (tensor.ndim - axis - 1)
-        sums *= scale.to(tensor.device, dtype).view(-1, *trailing)
-    return sums.to(tensor.dtype)
+        sums *= scale.to(dtype).view(-1, *trailing)
+    return sums.to(tensor.device, tensor.dtype)
 
 
 def _join(similarity: Tensor, networks: int, size: int, repeat: float, within: float) -> Zip:

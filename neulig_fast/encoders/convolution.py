@@ -24,6 +24,11 @@ class Geometry(NamedTuple):
         steps = zip(kernel, self.stride, strict=True)
         return any(self.padding) or any(size > step for size, step in steps)
 
+    def fits(self, image: torch.Size, kernel: Pair) -> bool:
+        """Whether there is a window at all."""
+        sides = zip(image, kernel, self.padding, self.dilation, strict=True)
+        return all(pixels + 2 * pad > apart * (size - 1) for pixels, size, pad, apart in sides)
+
     def positions(self, image: torch.Size, kernel: torch.Size) -> int:
         """How many windows there are."""
         count = 1

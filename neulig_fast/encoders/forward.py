@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import functools
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import _checks
+from ..pool import ExpertPool
 from . import rules, torch_func
 from .expert_run import ExpertRun
 from .merged_rows import as_input, as_weights, blended_rows
 from .mixture_run import MixtureRun
 from .runs import Run, stack_of
-
-if TYPE_CHECKING:
-    from ..pool import ExpertPool
 
 POLICIES = ("blend", "mixture_moments")
 FALLBACKS = (None, "torch.func")
@@ -45,9 +43,10 @@ def expert_forward(pool: ExpertPool, images: Tensor, *, fallback: str | None = N
     Raises:
         ValueError: a pool without template; a module that no rule covers, each named with its path
             and type; images that do not fit; a template that does not map them to (B, D).
-        TypeError: images that are no tensor.
+        TypeError: a pool that is no pool, images that are no tensor.
     """
-    template = _template("expert_forward", pool, images, fallback)
+    _check_types("expert_forward", pool, images=images)
+    template = _template("expert_forward", pool, images, fallback, [])
     images = as_input(pool, images)
     with torch.autocast(images.device.type, enabled=False):
         if not _covered("expert_forward", template, fallback):
@@ -83,12 +82,11 @@ def mixture_forward(
 
     Raises:
         ValueError: as :func:`expert_forward`; coefficients of another shape; an unknown policy.
-        TypeError: images or coefficients that are no tensor.
+        TypeError: a pool that is no pool, images or coefficients that are no tensor.
     """
-    _checks.check_tensors("mixture_forward", coef=coef)
-    template = _template(
-        "mixture_forward", pool, images, fallback, _mixture_faults(pool, images, coef, batchnorm)
-    )
+    _check_types("mixture_forward", pool, images=images, coef=coef)
+    found = _mixture_faults(pool, images, coef, batchnorm)
+    template = _template("mixture_forward", pool, images, fallback, found)
     images = as_input(pool, images)
     with torch.autocast(images.device.type, enabled=False):
         if coef.ndim == 1:
@@ -110,16 +108,16 @@ def _merged_features(
     return _features(ExpertRun(lambda name: state[name][None], 1, len(images)), template, images)
 
 
+def _check_types(subject: str, pool: Any, **tensors: object) -> None:
+    if not isinstance(pool, ExpertPool):
+        raise TypeError(f"{subject}: pool must be an ExpertPool, got {type(pool).__name__}")
+    _checks.check_tensors(subject, **tensors)
+
+
 def _template(
-    subject: str,
-    pool: ExpertPool,
-    images: Any,
-    fallback: str | None,
-    more: list[str] | None = None,
+    subject: str, pool: ExpertPool, images: Tensor, fallback: str | None, found: list[str]
 ) -> nn.Module:
-    """The pool's template, all arguments being right."""
-    _checks.check_tensors(subject, images=images)
-    found = more or []
+    """The pool's template, all arguments being right; ``found``: what else is wrong with them."""
     if not images.ndim:
         found.append("images must be a batch (B, ...), got ()")
     if fallback not in FALLBACKS:
@@ -130,10 +128,10 @@ def _template(
     return pool.template
 
 
-def _mixture_faults(pool: ExpertPool, images: Any, coef: Tensor, batchnorm: str) -> list[str]:
+def _mixture_faults(pool: ExpertPool, images: Tensor, coef: Tensor, batchnorm: str) -> list[str]:
     found = []
     N = pool.num_experts
-    B = len(images) if isinstance(images, Tensor) and images.ndim else 0
+    B = len(images) if images.ndim else 0
     if tuple(coef.shape) not in ((B, N), (N,)) or not coef.is_floating_point():
         found.append(
             f"coef must be a float tensor (B, N) = ({B}, {N}) or (N,) = ({N},), "

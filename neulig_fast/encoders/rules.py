@@ -103,6 +103,8 @@ def _faults(module: nn.Module) -> Iterator[str]:
         yield f"is a {name} that the rule does not cover: {reason}"
     if module._forward_hooks or module._forward_pre_hooks:
         yield "has forward hooks, which no rule would call"
+    if module._backward_hooks or module._backward_pre_hooks:
+        yield "has backward hooks, which no rule would call"
     if "forward" in vars(module):
         yield "has a forward of its own, which no rule would call"
 

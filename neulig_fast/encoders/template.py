@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -15,12 +16,14 @@ from .._checks import shape
 def run(encoder: nn.Module, state: Mapping[str, Tensor], images: Tensor) -> Tensor:
     """(B, D): ``encoder`` in the modes its submodules are in, with the tensors of ``state``.
 
+    Without autocast: their dtype is the type of the arithmetic, as it is where rules run.
     Where the encoder returns a tuple (pooled, tokens), the first entry counts.
 
     Raises:
         ValueError: the encoder does not map the batch to (B, D).
     """
-    output = call(encoder, state, images)
+    with torch.autocast(images.device.type, enabled=False):
+        output = call(encoder, state, images)
     features = output[0] if isinstance(output, tuple | list) else output
     if not isinstance(features, Tensor) or features.ndim != 2 or len(features) != len(images):
         got = shape(features) if isinstance(features, Tensor) else type(features).__name__

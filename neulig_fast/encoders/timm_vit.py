@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
 
 from .attention import attend, merge_heads, split_heads
-from .rules import register
+from .rules import register, where
 from .runs import Run
 from .torch_layers import chain
 from .transformers import as_tokens, residual_branches, with_tokens
@@ -58,7 +59,21 @@ def _resizes(module: Any) -> str | None:
 
 @register("timm.layers.patch_embed.PatchEmbed", why_not=_resizes)
 def patch_embed(run: Run, module: Any, path: str, x: Tensor) -> Tensor:
+    if module.img_size is not None and (wanted := _other_size(module, x.shape[-2:])):
+        raise ValueError(f"{where(path)}: images must be {wanted}, got {_by(x.shape[-2:])}")
     return run.child(module, path, "norm", as_tokens(run.child(module, path, "proj", x)))
+
+
+def _other_size(module: Any, size: Iterable[int]) -> str | None:
+    """What ``PatchEmbed`` asks of an image beside the number of patches, if ``size`` is not so."""
+    if module.strict_img_size:
+        return None if tuple(size) == tuple(module.img_size) else _by(module.img_size)
+    whole = all(n % step == 0 for n, step in zip(size, module.patch_size, strict=True))
+    return None if whole else f"of whole {_by(module.patch_size)} patches"
+
+
+def _by(size: Iterable[int]) -> str:
+    return " x ".join(map(str, size))
 
 
 @register("timm.models.vision_transformer.Block")

@@ -89,8 +89,7 @@ def activation_of(module: nn.Module) -> str | None:
 )
 def linear(run: Run, module: Any, path: str, x: Tensor, activation: str | None = None) -> Tensor:
     width = module.in_features
-    if x.ndim < 2 or x.shape[-1] != width:
-        raise ValueError(f"{where(path)}: inputs must be (B, ..., {width}), got {_checks.shape(x)}")
+    _check(path, x, x.ndim >= 2 and x.shape[-1] == width, f"(B, ..., {width})")
     weight, bias = run.stacks(module, path, "weight", "bias")
     return run.linear(x, weight, bias, activation)
 
@@ -106,21 +105,32 @@ def embedding(run: Run, module: Any, path: str, x: Tensor) -> Tensor:
 
 @register("torch.nn.modules.conv.Conv2d")
 def conv2d(run: Run, module: Any, path: str, x: Tensor) -> Tensor:
-    channels = module.in_channels
-    if x.ndim != 4 or x.shape[1] != channels:
-        raise ValueError(
-            f"{where(path)}: inputs must be (B, {channels}, H, W), got {_checks.shape(x)}"
-        )
-    padding = module.padding
+    channels, padding = module.in_channels, module.padding
+    _check(path, x, x.ndim == 4 and x.shape[1] == channels, f"(B, {channels}, H, W)")
     if isinstance(padding, str) or module.padding_mode != "zeros":
         # As the module itself does: torch's convolution knows equal padding with zeros alone.
         mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
         amounts = (0,) * 4 if padding == "valid" else module._reversed_padding_repeated_twice
         x, padding = F.pad(x, tuple(amounts), mode), (0, 0)
+    geometry = Geometry(module.stride, padding, module.dilation, module.groups)
+    if not geometry.fits(x.shape[-2:], module.kernel_size):
+        pixels, kernel = (" x ".join(map(str, n)) for n in (x.shape[-2:], module.kernel_size))
+        raise ValueError(
+            f"{where(path)}: images of {pixels} pixels do not hold a kernel of {kernel}"
+        )
     weight, bias = run.stacks(module, path, "weight", "bias")
-    return run.conv2d(
-        x, weight, bias, Geometry(module.stride, padding, module.dilation, module.groups)
-    )
+    return run.conv2d(x, weight, bias, geometry)
+
+
+def _check(path: str, x: Tensor, fits: bool, form: str) -> None:
+    """ValueError for inputs that do not fit, or that no layer with parameters takes.
+
+    Parameters would be broadcast to some of them without a word.
+    """
+    if not fits:
+        raise ValueError(f"{where(path)}: inputs must be {form}, got {_checks.shape(x)}")
+    if not x.is_floating_point():
+        raise ValueError(f"{where(path)}: inputs must be floating point, got {x.dtype}")
 
 
 def _without_statistics(module: Any) -> str | None:
@@ -135,6 +145,9 @@ def _without_statistics(module: Any) -> str | None:
     why_not=_without_statistics,
 )
 def batch_norm(run: Run, module: Any, path: str, x: Tensor) -> Tensor:
+    channels, flat = module.num_features, type(module) is nn.BatchNorm1d
+    form = f"(B, {channels}) or (B, {channels}, L)" if flat else f"(B, {channels}, H, W)"
+    _check(path, x, x.ndim in ((2, 3) if flat else (4,)) and x.shape[1] == channels, form)
     names = ("weight", "bias", "running_mean", "running_var")
     weight, bias, mean, variance = run.stacks(module, path, *names)
     return run.batch_norm(x, weight, bias, mean, variance, module.eps)

@@ -65,7 +65,8 @@ def setting_faults(engine: NeuLig, loaders: Any, options: FitOptions) -> Iterato
 
 def _task_faults(name: str, loaders: Any, engine: NeuLig) -> Iterator[str]:
     if not isinstance(loaders, Mapping):
-        yield f"{name} must map tasks to iterables of (images, labels), got {loaders!r}"
+        wanted = f"iterables of (images, labels), as in {{{next(iter(engine.heads))!r}: loader}}"
+        yield f"{name} must map tasks to {wanted}, got {type(loaders).__name__}"
         return
     for task in loaders:
         if task not in engine.heads:

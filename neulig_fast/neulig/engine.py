@@ -241,8 +241,12 @@ class NeuLig:
 def _faults(
     heads: Any, alignment: str, boosting: str, scaling: float | None, seed: int
 ) -> Iterator[str]:
-    if not isinstance(heads, Mapping) or not heads:
-        yield f"heads must map at least one task to its Head, got {heads!r}"
+    if not isinstance(heads, Mapping):
+        example = "as in {'cars': Head(...)}"
+        yield f"heads must map tasks to their Heads, {example}, got {type(heads).__name__}"
+        return
+    if not heads:
+        yield "heads must map at least one task to its Head, got none"
         return
     for task, head in heads.items():
         if not isinstance(task, str) or not isinstance(head, Head):

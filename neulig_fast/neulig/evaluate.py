@@ -1,6 +1,6 @@
 """Evaluation in one pass: the ensemble, its merged counterparts and the baselines, side by side.
 
-Deterministic: eval mode, the loaders' own order, nothing shuffled and nothing augmented. Each
+Deterministic: eval mode, the loaders' own order, nothing shuffled, augmented or autocast. Each
 frozen expert sees each image once (``engine.features``); the CoopVecs of a batch are computed once
 and handed to every mode. Accuracy is 100 * correct / samples per task, and the mean is the
 unweighted mean over tasks.
@@ -174,7 +174,8 @@ def _evaluate_task(engine: NeuLig, task: str, plan: _Plan, progress: bool) -> Ta
         images, labels = unpack(pair, head.num_classes, f"task {task!r}: batch {number}")
         features = engine.features(images)
         batch = Batch(images, features, engine.portland.coopvec(features))
-        predictions = {row: head(f(batch)).argmax(1).cpu() for row, f in predictors.items()}
+        with torch.autocast(features.device.type, enabled=False):  # logits of bf16 have ties
+            predictions = {row: head(f(batch)).argmax(1).cpu() for row, f in predictors.items()}
         tally.add(predictions, labels, batch.coopvec.cpu())
     return tally
 

@@ -211,6 +211,7 @@ class FeatureCache:
         raise_all("features", _width_faults(self.widths, features.shape[2]))
         return features
 
+    @torch.inference_mode(False)  # else rows of a cache begun in it could not be added to outside
     def _append(self, keys: list[bytes], block: Tensor) -> None:
         count = len(self)
         if self._rows.ndim == 1:

@@ -90,8 +90,9 @@ def merged_forward(
         ValueError: an unknown mode or policy; a policy that the mode cannot have; weights of the
             wrong shape; a mode that needs a data set's vector where there is none, or a head of
             several tasks; an encoder without rules that vmap cannot batch (``chunk=1`` runs it).
-        TypeError: ``head`` is neither a head nor a name.
+        TypeError: ``images`` is no tensor, ``head`` neither a head nor a name.
     """
+    _checks.check_tensors("merged_forward", images=images)
     check_mode(mode)
     known, tasks = resolve_head(engine, head)
     faults = chunk_faults(chunk) + bn.policy_faults(

@@ -44,6 +44,8 @@ class Portland(nn.Module):
     def coopvec(self, features: Tensor) -> Tensor:
         """CoopVecs (B, N) of features (B, N, D); rows are non-negative and sum to one.
 
+        Without autocast: they are coefficients of parameters.
+
         Raises:
             ValueError: features of another shape.
         """
@@ -53,7 +55,8 @@ class Portland(nn.Module):
                 f"got {shape(features)}"
             )
         inputs = features.flatten(1).to(self.weight.dtype)
-        return torch.softmax(nn.functional.linear(inputs, self.weight, self.bias), dim=1)
+        with torch.autocast(inputs.device.type, enabled=False):
+            return torch.softmax(nn.functional.linear(inputs, self.weight, self.bias), dim=1)
 
     forward = coopvec
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .history import History
 
 _MOST_POINTS = 1000
+_GAP = "ensemble minus row, in points: above zero the row is behind"
 
 
 class Row(NamedTuple):
@@ -113,8 +114,12 @@ class Report:
         }
 
     def to_json(self, path: str | Path) -> None:
-        """Write everything to ``path``, atomically: an old file stays intact until the end."""
-        write_json(Path(path), {**dataclasses.asdict(self), "gap": self.gap})
+        """Write everything to ``path``, atomically: an old file stays intact until the end.
+
+        Beside the attributes: ``gap``, and ``gap_is``, which says how its sign is meant.
+        """
+        gap = {"gap": self.gap, "gap_is": _GAP}
+        write_json(Path(path), {**dataclasses.asdict(self), **gap})
 
     @classmethod
     def from_json(cls, path: str | Path) -> Report:

@@ -27,11 +27,11 @@ def faults(
 ) -> list[str]:
     """What is wrong with the arguments that both have."""
     found = _layers.weight_faults(x, weight, bias, rank=2)
-    if x.ndim != 3 or (weight.ndim == 2 and x.shape[2] != weight.shape[1]):
-        width = f" with D = {weight.shape[1]}" if weight.ndim == 2 else ""
-        found.append(f"x must have rows of length D{width}, got {_checks.shape(x)}")
+    if x.ndim != 3:
+        found.append(f"x must be (G, R, D), got {_checks.shape(x)}")
     elif x.shape[2] == 0:
         found.append("x must have D >= 1, got 0")
+    found += _layers.width_faults(x, "D", weight)
     if residual is not None:
         found += _layers.like(residual, "residual", x)
     if not eps >= 0:

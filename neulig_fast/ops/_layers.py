@@ -39,6 +39,13 @@ def weight_faults(x: Tensor, weight: Tensor, bias: Tensor | None, rank: int) -> 
     return found
 
 
+def width_faults(x: Tensor, letter: str, weight: Tensor) -> list[str]:
+    """What is wrong with the length, called ``letter``, of x's rows."""
+    if not x.ndim or weight.ndim < 2 or x.shape[-1] == weight.shape[-1]:
+        return []
+    return [f"x must have rows of length {letter} = {weight.shape[-1]}, got {x.shape[-1]}"]
+
+
 def coef_faults(x: Tensor, weight: Tensor, coef: Tensor) -> list[str]:
     """What is wrong with coefficients (B, N) of inputs (B, T, I)."""
     found = _checks.layout_faults("coef", coef)
@@ -46,9 +53,16 @@ def coef_faults(x: Tensor, weight: Tensor, coef: Tensor) -> list[str]:
         found.append(f"coef must be floating point, got {coef.dtype}")
     if coef.device != x.device:
         found.append(f"coef must be on {x.device} like x, got {coef.device}")
-    if x.ndim and weight.ndim and tuple(coef.shape) != (x.shape[0], weight.shape[0]):
-        wanted = f"(B, N) = ({x.shape[0]}, {weight.shape[0]})"
-        found.append(f"coef must be {wanted}, got {_checks.shape(coef)}")
+    if coef.ndim != 2:
+        found.append(f"coef must be (B, N) or (N,), got {_checks.shape(coef)}")
+        return found
+    # Of coefficients (N,) a row was made, so their shape is not what the caller knows.
+    if weight.ndim and coef.shape[1] != weight.shape[0]:
+        wanted = f"a value for each of N = {weight.shape[0]} experts"
+        found.append(f"coef must have {wanted}, got {coef.shape[1]}")
+    if x.ndim and coef.shape[0] != x.shape[0]:
+        wanted = f"a row for each of B = {x.shape[0]} samples"
+        found.append(f"coef must have {wanted}, got {coef.shape[0]}")
     return found
 
 
@@ -79,4 +93,9 @@ def like(tensor: Tensor, name: str, x: Tensor) -> Iterator[str]:
 
 def weighted(w: Tensor, term: Tensor) -> Tensor:
     """``w * term``, and zero where w is zero: such an expert takes no part, not even its NaN."""
-    return w * term.masked_fill((w == 0) & ~term.isfinite(), 0)
+    return w * taking_part(w, term)
+
+
+def taking_part(w: Tensor, term: Tensor) -> Tensor:
+    """``term`` as it may be multiplied by w: finite where w is zero."""
+    return term.masked_fill((w == 0) & ~term.isfinite(), 0)

@@ -55,7 +55,7 @@ def _faults(
 ) -> list[str]:
     found = _layer_norm.faults(x, weight, bias, eps, residual)
     if x.ndim and weight.ndim and x.shape[0] != weight.shape[0]:
-        found.append(f"x must be of N = {weight.shape[0]} experts, got {_checks.shape(x)}")
+        found.append(f"x must be of N = {weight.shape[0]} experts, got {x.shape[0]}")
     return found
 
 

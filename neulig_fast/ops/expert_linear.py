@@ -53,12 +53,11 @@ def _faults(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None
 ) -> list[str]:
     found = _layers.weight_faults(x, weight, bias, rank=3)
-    if weight.ndim == 3:
-        N, _, width = weight.shape
-        per_expert = x.ndim == 3 and x.shape[0] == N
-        if not (x.ndim == 2 or per_expert) or x.shape[-1] != width:
-            forms = f"(R, I) or (N, R, I) with I = {width} and N = {N}"
-            found.append(f"x must be {forms}, got {_checks.shape(x)}")
+    if x.ndim not in (2, 3):
+        found.append(f"x must be (R, I) or (N, R, I), got {_checks.shape(x)}")
+    elif x.ndim == 3 and weight.ndim and x.shape[0] != weight.shape[0]:
+        found.append(f"x must be of N = {weight.shape[0]} experts, got {x.shape[0]}")
+    found += _layers.width_faults(x, "I", weight)
     return found + _activation.faults(activation)
 
 

@@ -85,6 +85,11 @@ def mixed(w: Tensor, values: Tensor) -> Tensor:
     return total
 
 
+def _per_expert(w: Tensor, values: Tensor) -> Tensor:
+    """(N, D): sum_b w_bi values_b, of coefficients (B, N) and values (B, D)."""
+    return torch.stack([_layers.weighted(w_i[:, None], values).sum(0) for w_i in w.unbind(1)])
+
+
 def _fake(
     x: Tensor, weight: Tensor, bias: Tensor | None, coef: Tensor, eps: float,
     residual: Tensor | None = None,
@@ -111,10 +116,11 @@ def _backward(ctx: Any, grad_y: Tensor, grad_s: Tensor | None) -> tuple[Tensor |
     if ctx.has_residual and grad_s is not None:
         ds = ds + grad_s.to(acc)
     ds = ds.to(s.dtype)
+    _, need_weight, need_bias, *_ = ctx.needs_input_grad
     return (
         ds,
-        (w.T @ dgain).to(weight.dtype),
-        None if bias is None else (w.T @ dshift).to(bias.dtype),
+        _per_expert(w, dgain).to(weight.dtype) if need_weight else None,
+        _per_expert(w, dshift).to(bias.dtype) if bias is not None and need_bias else None,
         dcoef.to(coef.dtype),
         None,
         ds if ctx.has_residual else None,

@@ -9,7 +9,8 @@ is exactly zero takes no part in that sample. Coefficients need not sum to one.
 Numerics: sums in fp32 (fp64 for fp64 x), rounded once at the end, after the activation. Whether a
 backend mixes weights, W_b = sum_i w_bi W_i, or results is its own choice: both obey the tolerance
 rule. Where T is large against N the first is far cheaper: 2 B O I (N + T) flops, else 2 B T N O I.
-A sample's bits do not depend on the other samples of the batch.
+In C++ a sample's bits do not depend on the other samples of the batch; docs/ops/mixture_linear.md
+says what the others promise.
 """
 
 from __future__ import annotations
@@ -51,7 +52,8 @@ def mixture_linear(
         no result of sample b is further than bound[b] from the exact one, roundings apart.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit, all of them named.
+        ValueError: shapes, dtypes or devices that do not fit, or a negative ``skip_below``, all of
+            them named.
     """
     _checks.check_tensors("mixture_linear", x=x, weight=weight, coef=coef)
     if x.ndim < 2:
@@ -63,7 +65,10 @@ def mixture_linear(
     if skip_below is None:
         y = OP(rows, weight, bias, coef, activation)
         return y.view(*x.shape[:-1], y.shape[-1])
-    _checks.raise_all("mixture_linear", _faults(rows, weight, bias, coef, activation))
+    found = _faults(rows, weight, bias, coef, activation)
+    if not skip_below >= 0:
+        found.append(f"skip_below must be zero or positive, got {skip_below}")
+    _checks.raise_all("mixture_linear", found)
     small = coef.abs() < skip_below
     y = OP(rows, weight, bias, coef.masked_fill(small, 0), activation)
     bound = _skip_bound(rows, weight, bias, coef.where(small, 0), activation)
@@ -83,16 +88,17 @@ def _skip_bound(
     most = longest * torch.linalg.vector_norm(weight, dim=2, dtype=acc).amax(1)  # (B, N)
     if bias is not None:
         most = most + bias.abs().amax(1).to(acc)
-    return (skipped.to(acc).abs() * most).sum(1) * _activation.ACTIVATIONS[activation].steepest
+    share = _layers.weighted(skipped.to(acc).abs(), most)
+    return share.sum(1) * _activation.ACTIVATIONS[activation].steepest
 
 
 def _faults(
     x: Tensor, weight: Tensor, bias: Tensor | None, coef: Tensor, activation: str | None = None
 ) -> list[str]:
     found = _layers.weight_faults(x, weight, bias, rank=3)
-    if x.ndim != 3 or (weight.ndim == 3 and x.shape[2] != weight.shape[2]):
-        width = f" with I = {weight.shape[2]}" if weight.ndim == 3 else ""
-        found.append(f"x must be (B, T, I){width}, got {_checks.shape(x)}")
+    if x.ndim != 3:
+        found.append(f"x must be (B, T, I), got {_checks.shape(x)}")
+    found += _layers.width_faults(x, "I", weight)
     found += _layers.coef_faults(x, weight, coef)
     return found + _activation.faults(activation)
 
@@ -135,16 +141,18 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     dx = torch.zeros_like(rows) if need_x else None
     parts: list[list[Tensor]] = [[], [], []]  # of weight, bias, coef
     for i in range(weight.shape[0]):
-        share = _layers.weighted(w[:, i, None, None], g)
+        w_i = w[:, i, None, None]
+        share = _layers.weighted(w_i, g)
         if need_x or need_coef:
             W = weight[i].to(acc)
             if dx is not None:
-                dx = dx + share @ W
+                dx = dx + _layers.weighted(w_i, g @ W)
             if need_coef:
                 term = rows @ W.T if bias is None else rows @ W.T + bias[i].to(acc)
                 parts[2].append((g * term).sum((1, 2)))
         if need_weight:
-            parts[0].append(share.flatten(0, 1).T @ rows.flatten(0, 1))
+            own = _layers.taking_part(w_i, rows)
+            parts[0].append(share.flatten(0, 1).T @ own.flatten(0, 1))
         if need_bias and bias is not None:
             parts[1].append(share.sum((0, 1)))
     dW, db, dcoef = (

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._checks import FLOAT_DTYPES, accumulation_dtype, shape
+from .._checks import FLOAT_DTYPES, accumulation_dtype, check_tensors, layout_faults, shape
 from .._registry import Op
 from .neulig_loss_backward import ENTROPY_EPSILON, ensemble_logits, for_cpu, why_not_cpu
 
@@ -57,16 +57,27 @@ def neulig_loss(
     """The loss above; differentiable with respect to every float tensor, once.
 
     Raises:
+        TypeError: what is no tensor.
         ValueError: shapes, dtypes or settings that do not fit, all of them named; on the CPU also
             targets outside [0, C).
     """
+    named = {
+        "features": features, "portland_weight": portland_weight, "portland_bias": portland_bias,
+        "head_weight": head_weight, "alignment": alignment,
+    }  # fmt: skip
+    optional = {"head_bias": head_bias, "targets": targets}
+    named |= {name: tensor for name, tensor in optional.items() if tensor is not None}
+    check_tensors("neulig_loss", **named)
     tensors = (features, portland_weight, portland_bias, head_weight, head_bias, targets, alignment)
     return NeuLigLoss(*OP(*tensors, boosting, float(scaling), normalize, centered))
 
 
 def _faults(z, W, c, H, h, t, A, boosting: str, scaling: float, *_flags: bool) -> Iterator[str]:
     if z.ndim != 3 or H.ndim != 2 or 0 in z.shape or 0 in H.shape:
-        yield f"features must be (B, N, D) and head_weight (C, D), got {shape(z)} and {shape(H)}"
+        yield (
+            "features must be (B, N, D) and head_weight (C, D), with no size zero, "
+            f"got {shape(z)} and {shape(H)}"
+        )
         return
     (B, N, D), C = z.shape, H.shape[0]
     expected = (
@@ -78,12 +89,16 @@ def _faults(z, W, c, H, h, t, A, boosting: str, scaling: float, *_flags: bool) -
         ("alignment", "(N, N)", A, (N, N)),
     )
     for name, words, tensor, wanted in expected:
-        if tensor is not None and tensor.shape != wanted:
+        if tensor is None:
+            continue
+        yield from layout_faults(name, tensor)
+        if tensor.shape != wanted:
             yield f"{name} must be {words} = {wanted}, got {shape(tensor)}"
-        if tensor is not None and name != "targets" and tensor.dtype not in FLOAT_DTYPES:
+        if name != "targets" and tensor.dtype not in FLOAT_DTYPES:
             yield f"{name} must be a float tensor, got {tensor.dtype}"
-        if tensor is not None and tensor.device != z.device:
+        if tensor.device != z.device:
             yield f"{name} must be on {z.device} like features, got {tensor.device}"
+    yield from layout_faults("features", z)
     if z.dtype not in FLOAT_DTYPES:
         yield f"features must be a float tensor, got {z.dtype}"
     if boosting not in BOOSTING:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import nn
+
 from ..draft import Draft, Units
 from ..rules import register
 from .layers import flattened
@@ -74,4 +76,5 @@ def _concatenates(module: Any) -> str | None:
 @register("timm.layers.adaptive_avgmax_pool.SelectAdaptivePool2d", why_not=_concatenates)
 def select_pool(draft: Draft, module: Any, path: str, x: Units) -> Units:
     draft.expect(x, path, "channels")
-    return flattened(x)
+    flat = isinstance(module.flatten, nn.Flatten) or getattr(module.pool, "flatten", False)
+    return flattened(x) if flat else x

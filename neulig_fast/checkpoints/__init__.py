@@ -1,0 +1,1 @@
+"""Whole checkpoints: what they hold, checked before a byte of weights is read."""
