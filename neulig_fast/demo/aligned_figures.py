@@ -89,7 +89,9 @@ def similarities(before: Tensor, order: Tensor, title: str, path: Path) -> None:
         figure = Figure(figsize=(8.6, 4.3), layout="constrained")
         axes = figure.subplots(1, 2, sharey=True)
         for axis, (name, matrix) in zip(axes, panels.items(), strict=True):
-            image = axis.imshow(matrix.numpy(), cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
+            image = axis.imshow(
+                matrix.numpy(), cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest"
+            )
             mean = f"{matrix.diagonal().mean().item():.2f}".replace("-", "−")
             axis.set_title(f"{name}: diagonal {mean} on average", loc="left")
             axis.set_xlabel("unit of the second expert")
