@@ -62,7 +62,7 @@ def test_the_shards_gradients_are_the_batchs(pretrained):
     prompts = torch.nn.functional.pad(prompts, (0, 13))
     images = tasks.normalise(made[0].images[:6]).double()
     labels = torch.tensor([0, 1, 2, 0, 1, 1])
-    with training._thread_pool(2) as pool:
+    with training.thread_pool(2) as pool:
         loss = training._contrast(pool, model, prompts, images, labels)
     features = model(images, prompts)
     logits = model.logit_scale.exp() * features[0] @ features[1].T

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +32,7 @@ NamedProgress = Callable[[str, int, int, float], None]  # the same, after the ta
 
 
 @contextmanager
-def _thread_pool(threads: int) -> Iterator[ThreadPoolExecutor]:
+def thread_pool(threads: int) -> Iterator[ThreadPoolExecutor]:
     """Python threads that each run torch's operators on one thread, and the faster matrix product.
 
     torch's own two threads gain about as much on quiet cores, but where another program keeps a
@@ -84,16 +85,16 @@ def _updater(model: nn.Module, lr: float, matrix_lr: float, steps: int) -> Calla
     named = dict(model.named_parameters())
     blocks = {name: p for name, p in named.items() if "resblocks" in name and p.ndim == 2}
     rest = [p for name, p in named.items() if name not in blocks]
-    optimisers = (
-        Muon(blocks.values(), lr=matrix_lr),
-        torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
-    )
+    adam = torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+    rates: list[tuple[torch.optim.Optimizer, float]] = [(adam, lr)]
+    if blocks:
+        rates.append((Muon(blocks.values(), lr=matrix_lr), matrix_lr))
     warm_up = max(1, steps // 10)
 
     def update(step: int) -> None:
         rise = (step + 1) / warm_up
         fall = 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
-        for optimiser, rate in zip(optimisers, (matrix_lr, lr), strict=True):
+        for optimiser, rate in rates:
             for group in optimiser.param_groups:
                 group["lr"] = rate * (rise if step < warm_up else fall)
             optimiser.step()
@@ -152,7 +153,7 @@ def pretrain(
     steps = settings.pretrain_steps
     update = _updater(model, settings.pretrain_lr, settings.pretrain_matrix_lr, steps)
     every_class = torch.arange(prompts.shape[1])
-    with _thread_pool(settings.threads) as pool:
+    with thread_pool(settings.threads) as pool:
         batches = _batches(len(images), settings.pretrain_batch, steps, generator)
         for step, batch in enumerate(batches):
             drawn = torch.randint(len(prompts), every_class.shape, generator=generator)
@@ -166,6 +167,54 @@ def pretrain(
     return expand_vocabulary(model, tokens, settings)
 
 
+# ---- training in front of a frozen head --------------------------------------------------------
+
+
+class Recipe(NamedTuple):
+    """How long and how fast an image tower is trained, and the seed of its batches."""
+
+    steps: int
+    batch: int
+    lr: float
+    matrix_lr: float  # of the transformer blocks' matrices
+    seed: int
+
+
+def fit_tower(
+    visual: nn.Module,
+    head_weight: Tensor,
+    task: TaskData,
+    recipe: Recipe,
+    progress: Progress | None = None,
+) -> None:
+    """Train an image tower in place, in front of a frozen head.
+
+    Args:
+        head_weight: (C, D), the unit text features times exp(logit_scale); logits are its product
+            with the images' unit features.
+        task: the training images.
+
+    Raises:
+        ValueError: the head has another number of classes than the task.
+    """
+    if len(head_weight) != len(task.class_names):
+        raise ValueError(
+            f"fit_tower: head_weight for {task.name} must be ({len(task.class_names)}, D), "
+            f"got {tuple(head_weight.shape)}"
+        )
+    visual.train()
+    generator = torch.Generator().manual_seed(recipe.seed)
+    update = _updater(visual, recipe.lr, recipe.matrix_lr, recipe.steps)
+    batches = _batches(len(task.images), recipe.batch, recipe.steps, generator)
+    for step, batch in enumerate(batches):
+        features = F.normalize(visual(_augment(task.images[batch], generator)), dim=-1)
+        loss = F.cross_entropy(features @ head_weight.T, task.labels[batch])
+        loss.backward()
+        update(step)
+        if progress is not None:
+            progress(step + 1, recipe.steps, loss.item())
+
+
 # ---- fine-tuning -------------------------------------------------------------------------------
 
 
@@ -176,13 +225,7 @@ def fine_tune(
     settings: DemoSettings,
     progress: Progress | None = None,
 ) -> dict[str, Tensor]:
-    """Fine-tune a copy of an image tower on one task in front of its frozen head.
-
-    Args:
-        visual: the tower; it stays as it is.
-        head_weight: (C, D), the unit text features times exp(logit_scale); logits are its product
-            with the images' unit features.
-        task: the training images.
+    """Fine-tune a copy of an image tower on one of the demo's tasks; see :func:`fit_tower`.
 
     Returns:
         The trained tower's state dict.
@@ -190,24 +233,15 @@ def fine_tune(
     Raises:
         ValueError: the head has another number of classes than the task.
     """
-    if len(head_weight) != len(task.class_names):
-        raise ValueError(
-            f"fine_tune: head_weight for {task.name} must be ({len(task.class_names)}, D), "
-            f"got {tuple(head_weight.shape)}"
-        )
-    visual = copy.deepcopy(visual).train()
-    purpose = TASK_NAMES.index(task.name)
-    generator = torch.Generator().manual_seed(derived_seed(settings.seed, 2, purpose))
-    steps = settings.fine_tune_steps_per_class * len(task.class_names)
-    update = _updater(visual, settings.fine_tune_lr, settings.fine_tune_matrix_lr, steps)
-    batches = _batches(len(task.images), settings.fine_tune_batch, steps, generator)
-    for step, batch in enumerate(batches):
-        features = F.normalize(visual(_augment(task.images[batch], generator)), dim=-1)
-        loss = F.cross_entropy(features @ head_weight.T, task.labels[batch])
-        loss.backward()
-        update(step)
-        if progress is not None:
-            progress(step + 1, steps, loss.item())
+    visual = copy.deepcopy(visual)
+    recipe = Recipe(
+        steps=settings.fine_tune_steps_per_class * len(task.class_names),
+        batch=settings.fine_tune_batch,
+        lr=settings.fine_tune_lr,
+        matrix_lr=settings.fine_tune_matrix_lr,
+        seed=derived_seed(settings.seed, 2, TASK_NAMES.index(task.name)),
+    )
+    fit_tower(visual, head_weight, task, recipe, progress)
     return {name: tensor.detach().clone() for name, tensor in visual.state_dict().items()}
 
 
@@ -248,6 +282,6 @@ def fine_tune_all(
         return fine_tune(visual, head_weights[name], tasks[name], settings, report)
 
     longest_first = sorted(tasks, key=lambda name: -len(tasks[name].class_names))
-    with _thread_pool(settings.threads) as pool:
+    with thread_pool(settings.threads) as pool:
         experts = dict(zip(longest_first, pool.map(train, longest_first), strict=True))
     return {name: experts[name] for name in tasks}
