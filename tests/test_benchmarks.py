@@ -449,7 +449,7 @@ def test_old_files_are_still_read(tmp_path):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["blnd"], "unknown op 'blnd'; known: blend, "),
+        (["blnd"], "unknown op 'blnd'; known: align, blend, "),
         (["--shapes", "ViT-B-32,vit"], "unknown shape 'vit'; known: toy, ViT-B-32, "),
         (["--dtype", "int8"], "unknown dtype 'int8'; known: float32, "),
         (["offset_gram", "--providers", "copmile"], "unknown provider 'copmile'; known: flat "),
