@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
@@ -175,9 +176,15 @@ def draw(member: Member, settings: OriginSettings, split: str) -> TaskData:
     )
 
 
+_RANDOM_STATE = threading.Lock()
+
+
 def build(architecture: str, settings: OriginSettings, features: int, seed: int = 0) -> nn.Module:
-    """A network with seeded random weights; the global random state stays as it is."""
-    with torch.random.fork_rng(devices=[]):
+    """A network with seeded random weights; the global random state stays as it is.
+
+    Threads share that state: one of them builds at a time.
+    """
+    with _RANDOM_STATE, torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if architecture == "resnet":
             return ResNet(BasicBlock, [1, 1, 1, 1], num_classes=features)
