@@ -1,8 +1,9 @@
 """mergekit's YAML, taken verbatim: from the content of a file to a recipe.
 
 Exactly one of ``models``, ``slices`` and ``modules`` says what is merged; ``models`` is one slice
-of all layers. Keys that are neither mergekit's nor ours are warned of, since files of other versions
-have some; keys below ``neulig_fast``, our own, are errors. Every fault of a file is found at once.
+of all layers. Keys that are neither mergekit's nor ours are warned of, since files of other
+versions have some; keys below ``neulig_fast``, our own, are errors. Every fault of a file is found
+at once.
 """
 
 from __future__ import annotations
