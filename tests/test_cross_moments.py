@@ -261,7 +261,7 @@ def test_triton_adds_up_slices_of_the_rows():
 
     device = "cpu" if _launch.INTERPRETED else "cuda"
     if _launch.missing(device) is not None or device not in DEVICES:
-        pytest.skip("nothing to run on")
+        pytest.skip("neither Triton's interpreter nor a GPU")
     x, y, a = (normal(*s, device=device) for s in ((3, 100, 16), (3, 100, 7), (16,)))
     tile = Tile(16, 16, 16, num_warps=1, stages=1)
     for pair in ((x, y), (x[:, 1:], y[:, 1:])):  # in one run of 300 rows, and sample by sample

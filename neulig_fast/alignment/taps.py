@@ -8,9 +8,8 @@ projection to a function, and no hook of a module would ever see its input.
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -62,9 +61,9 @@ class Layers(TorchDispatchMode):
         torch.backends.mha.set_fastpath_enabled(self._fastpath)
         super().__exit__(*error)
 
-    @abstractmethod
     def product(self, x: Tensor, part: Part, bias: Part | None, result: Tensor) -> Tensor:
         """Called with the channels of ``x`` and ``result`` last; returns what counts as result."""
+        raise NotImplementedError
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
@@ -138,6 +137,6 @@ class Taps(Layers):
 
 def taps_of(spec: Spec, node: str) -> tuple[Use, ...]:
     """The uses at which a node is seen."""
-    uses: Iterable[Use] = [use for use in spec.uses_of(node) if not use.inner]
+    uses = [use for use in spec.uses_of(node) if not use.inner]
     consumed = tuple(use for use in uses if use.role == "in")
     return consumed or tuple(use for use in uses if use.role == "out")
