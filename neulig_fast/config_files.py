@@ -86,7 +86,12 @@ def _usable(value: str) -> str:
     return value
 
 
-def _device(value: str) -> str:
+def usable_device(value: str) -> str:
+    """The name of a device that is here; ``auto`` is ``cuda`` where there is one, else ``cpu``.
+
+    Raises:
+        ValueError: no such device.
+    """
     if value == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch(r"(cpu|cuda|mps|xpu)(:\d+)?", value):
@@ -110,7 +115,7 @@ Folder = Annotated[Path, AfterValidator(located), AfterValidator(_folder)]
 Output = Annotated[Path, AfterValidator(located), AfterValidator(_output)]
 Name = Annotated[str, BeforeValidator(as_name), AfterValidator(_usable)]
 ModelName = Annotated[str, AfterValidator(_name_or_json)]  # or the absolute path of a .json file
-Device = Annotated[str, AfterValidator(_device), Field(validate_default=True)]
+Device = Annotated[str, AfterValidator(usable_device), Field(validate_default=True)]
 Count = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Workers = Annotated[int, Field(ge=0)]
@@ -134,6 +139,22 @@ class Section(BaseModel):
 Config = TypeVar("Config", bound=Section)
 
 
+def read(path: str | Path) -> Any:
+    """The content of a YAML file.
+
+    Raises:
+        OSError: no such file, or not readable.
+        ValueError: broken YAML, with line and column; a key that appears twice.
+    """
+    path = Path(path)
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not a text file in UTF-8 (byte {error.start})") from error
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: {_why_broken(error)}") from error
+
+
 def load(path: str | Path, kind: type[Config]) -> Config:
     """Read and check a configuration file.
 
@@ -146,12 +167,7 @@ def load(path: str | Path, kind: type[Config]) -> Config:
             content, listed at once.
     """
     path = Path(path)
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not a text file in UTF-8 (byte {error.start})") from error
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: {_why_broken(error)}") from error
+    content = read(path)
     if not isinstance(content, dict):
         found = "is empty" if content is None else f"holds a {type(content).__name__}"
         first, second, third = list(kind.model_fields)[:3]

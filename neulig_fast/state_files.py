@@ -258,10 +258,10 @@ def _replace(path: str | os.PathLike[str], write: Callable[[BinaryIO], None]) ->
         raise OSError(error.errno, reason) from error
     finally:
         temporary.unlink(missing_ok=True)
-    _sync_folder(target.parent)
+    sync_folder(target.parent)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Make the new directory entry survive a power cut, where the file system can."""
     handle = os.open(folder, os.O_RDONLY)
     try:

@@ -35,7 +35,7 @@ ITEM_BYTES = {
     "BOOL": 1,
 }
 _LONGEST_HEADER = 100_000_000  # bytes, the format's own limit
-_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
 class Entry(NamedTuple):
@@ -167,6 +167,11 @@ class Checkpoint(NamedTuple):
     metadata: Mapping[str, str]
 
     @property
+    def files(self) -> list[Path]:
+        """Those with its tensors."""
+        return sorted({entry.file for entry in self.entries.values()})
+
+    @property
     def bytes(self) -> int:
         """Of all tensors."""
         return sum(entry.stop - entry.start for entry in self.entries.values())
@@ -187,22 +192,22 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         return _of_headers(path, [read_header(path)])
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: no such file or folder")
-    if (path / _INDEX).is_file():
+    if (path / INDEX).is_file():
         return _sharded(path)
-    if (path / _SINGLE).is_file():
-        return _of_headers(path, [read_header(path / _SINGLE)])
+    if (path / SINGLE).is_file():
+        return _of_headers(path, [read_header(path / SINGLE)])
     files = sorted(path.glob("*.safetensors"))
     if len(files) != 1:
         found = ", ".join(file.name for file in files[:4]) or "none"
         raise ValueError(
-            f"{path}: needs {_SINGLE}, or {_INDEX} with its shards, or one .safetensors file; "
+            f"{path}: needs {SINGLE}, or {INDEX} with its shards, or one .safetensors file; "
             f"found {found}"
         )
     return _of_headers(path, [read_header(files[0])])
 
 
 def _sharded(folder: Path) -> Checkpoint:
-    index = folder / _INDEX
+    index = folder / INDEX
     try:
         content = json.loads(index.read_text(encoding="utf-8"), object_pairs_hook=_unique)
         weight_map = content["weight_map"]

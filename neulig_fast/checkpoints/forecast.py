@@ -1,0 +1,151 @@
+"""What a merge would do, from headers and rates measured in a second: ``--dry-run``."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from ..methods import BLOCK, Method
+from . import dtypes, sizes
+from .pipeline import Resources, merged_alone
+from .plan import Plan, Planned
+from .read import Reader
+
+_SECONDS = 0.3  # for each rate
+_PIECE = 16 << 20  # bytes
+
+
+class Forecast(NamedTuple):
+    """What is to be done and what will bound it.
+
+    Attributes:
+        bytes_in, bytes_out: to read, each once or ``passes`` times, and to write.
+        passes: how often a tensor that does not fit into memory is read.
+        peak: bytes of memory, above those of ``import torch``.
+        read, write, merge: bytes a second, of inputs or, for ``write``, of the result.
+        seconds: predicted.
+        bound: what takes them.
+    """
+
+    bytes_in: int
+    bytes_out: int
+    passes: int
+    peak: int
+    read: float
+    write: float
+    merge: float
+    seconds: float
+    bound: str
+
+    def __str__(self) -> str:
+        rates = f"read {_rate(self.read)}, write {_rate(self.write)}, merge {_rate(self.merge)}"
+        again = f" (tensors beyond memory {self.passes} times)" if self.passes > 1 else ""
+        return (
+            f"reads {sizes.text(self.bytes_in)}{again}, writes {sizes.text(self.bytes_out)}\n"
+            f"memory: at most {sizes.text(self.peak)}\n"
+            f"rates measured just now: {rates}\n"
+            f"about {self.seconds:.2g} s, bound by {self.bound}"
+        )
+
+
+def forecast(plan: Plan, folder: Path, resources: Resources, overhead: int) -> Forecast:
+    """Measure rates of the disk and of merging, and predict from them.
+
+    Args:
+        folder: of the result; a temporary file is written beside it.
+        overhead: bytes of memory beside buffers.
+    """
+    read = _read_rate(plan)
+    write = _write_rate(folder)
+    merge = _merge_rate(plan, resources) * resources.threads
+    bytes_in, bytes_out = plan.bytes_in, plan.layout.bytes
+    needed = {
+        "the disk": bytes_in / read + bytes_out / write,
+        f"{plan.method.name} on {resources.threads} threads": bytes_in / merge,
+    }
+    bound = max(needed, key=lambda name: needed[name])
+    passes = 1 + plan.method.passes
+    peak = resources.memory + overhead
+    return Forecast(bytes_in, bytes_out, passes, peak, read, write, merge, needed[bound], bound)
+
+
+def _rate(bytes_: float) -> str:
+    return f"{sizes.text(round(bytes_))}/s"
+
+
+def _measured(step: Callable[[], int]) -> float:
+    """Bytes a second of something that is done again and again."""
+    started, done = time.perf_counter(), step()
+    while time.perf_counter() - started < _SECONDS:
+        done += step()
+    return done / (time.perf_counter() - started)
+
+
+def _read_rate(plan: Plan) -> float:
+    """Of pieces all over the inputs: what lies in the system's cache is read as from there."""
+    entries = [source for tensor in plan.tensors for source in tensor.sources]
+    elements = _PIECE // 8
+    buffers: dict[str, torch.Tensor] = {}
+    at = 0
+
+    def step() -> int:
+        nonlocal at
+        entry = entries[at % len(entries)]
+        at += max(len(entries) // 61, 1)
+        dtype = dtypes.as_torch(entry.dtype)
+        buffer = buffers.setdefault(entry.dtype, torch.empty(elements, dtype=dtype))
+        part = buffer[: min(entry.elements, elements)]
+        reader.read(entry, 0, part)
+        return max(part.nbytes, 1)
+
+    with Reader() as reader:
+        return _measured(step)
+
+
+def _write_rate(folder: Path) -> float:
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
+    data = bytes(_PIECE)
+    with tempfile.TemporaryFile(dir=nearest) as file:
+
+        def step() -> int:
+            written = os.pwrite(file.fileno(), data, 0)
+            os.fdatasync(file.fileno())
+            return written
+
+        return _measured(step)
+
+
+def _merge_rate(plan: Plan, resources: Resources) -> float:
+    """Of one thread, on random numbers in the place of the largest tensor's."""
+    merged = [tensor for tensor in plan.tensors if tensor.task is not None]
+    if not merged:
+        return float("inf")
+    largest = max(merged, key=lambda tensor: tensor.output.elements)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return _measured(_merging(plan.method, largest, resources))
+    finally:
+        torch.set_num_threads(before)
+
+
+def _merging(method: Method, tensor: Planned, resources: Resources) -> Callable[[], int]:
+    elements = min(tensor.output.elements, 16 * BLOCK)
+    dtype = dtypes.as_torch(tensor.dtype)
+    rows = torch.randn(len(tensor.sources), elements, device=resources.device).to(dtype)
+    out = rows.new_empty(elements, dtype=dtypes.as_torch(tensor.output.dtype))
+
+    def step() -> int:
+        merged_alone(method, tensor, rows, out)
+        if rows.is_cuda:
+            torch.cuda.synchronize(rows.device)
+        return max(rows.nbytes, 1)
+
+    step()  # kernels are loaded or compiled
+    return step

@@ -1,0 +1,65 @@
+"""Models by folder, or by Hugging Face id: from the cache, or fetched into it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from .._checks import raise_all
+from .headers import Checkpoint, open_checkpoint
+from .recipe import ModelRef
+
+# What a merge may need of a repository: no other framework's weights.
+_PATTERNS = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "tokenizer*")
+
+
+def open_models(models: Sequence[ModelRef], base: Path) -> Mapping[ModelRef, Checkpoint]:
+    """The headers of all models.
+
+    Args:
+        base: relative folders are relative to it, or, as in mergekit, to the working directory.
+
+    Raises:
+        ValueError: models that cannot be had, or are broken; all of them.
+    """
+    found, faults = {}, []
+    for model in models:
+        if model.lora is not None:
+            faults.append(f"{model}: LoRA adapters are not merged on the way; merge it first")
+            continue
+        try:
+            found[model] = open_checkpoint(folder_of(model, base))
+        except (OSError, ValueError) as error:
+            faults.append(str(error))
+    raise_all("merge", faults)
+    return found
+
+
+def folder_of(model: ModelRef, base: Path) -> Path:
+    """Where a model lies; fetched from Hugging Face if it is no folder here.
+
+    Raises:
+        ValueError: neither a folder nor an id whose files can be had.
+    """
+    for path in (base / Path(model.path).expanduser(), Path(model.path).expanduser()):
+        if path.exists():
+            if model.revision is not None:
+                raise ValueError(f"{model}: {path} is a folder here, which has no revisions")
+            return path
+    if model.path.count("/") > 1 or model.path.startswith((".", "/", "~")):
+        raise ValueError(f"{model}: no such folder")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        folder = snapshot_download(
+            model.path, revision=model.revision, allow_patterns=list(_PATTERNS)
+        )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        offline = " (offline: HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
+        raise ValueError(
+            f"{model}: no folder here, and not to be had from Hugging Face{offline}: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+    return Path(folder)

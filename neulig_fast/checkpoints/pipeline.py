@@ -1,0 +1,243 @@
+"""Reading, merging and writing, by as many threads as there are processors.
+
+A thread takes the next tensor, reads a tile of all models into its own memory, merges and writes
+it, and so on to the tensor's end; while one waits for the disk, others compute. Nothing depends on
+who did what: statistics are added up block after block, and every tensor has its place in the
+result. Memory is taken once and is all that there is, however large the models are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from ..methods import Apply, Method, Statistic, Task, Tile
+from .plan import Planned
+from .read import Reader
+from .write import Staging
+from .workspace import Workspace, tile_elements
+
+# Elements of a tile where a method does not look at tensors first: rows of some models stay in a
+# processor's caches between being read and being merged.
+_STREAMED = 1 << 19
+
+Job: TypeAlias = Sequence[Planned]  # a tensor of every output, from the same sources
+
+
+class Resources(NamedTuple):
+    """What a merge may use.
+
+    Attributes:
+        threads: that read, merge and write.
+        memory: bytes of buffers, of all threads.
+        device: where tiles are merged.
+    """
+
+    threads: int
+    memory: int
+    device: torch.device = torch.device("cpu")
+
+
+class Stopped(Exception):
+    """Another thread failed, or the user asked for an end."""
+
+
+class Pipeline:
+    """Merges tensors into stagings, one for each output.
+
+    Args:
+        method: how.
+        reader: of all models.
+        stagings: in the order of a job's tensors.
+        resources: what may be used.
+        advance: told of bytes that were read and written, from any thread.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        reader: Reader,
+        stagings: Sequence[Staging],
+        resources: Resources,
+        advance: Callable[[int], Any] = int,
+    ) -> None:
+        self.method, self.reader, self.stagings = method, reader, stagings
+        self.resources, self.advance = resources, advance
+        self._stopped = threading.Event()
+
+    def run(self, jobs: Iterable[Job]) -> None:
+        """Do the jobs that the stagings do not have yet.
+
+        Raises:
+            Whatever a thread meets first; the others end after their tile.
+        """
+        todo = deque(jobs)
+        count = self.resources.threads
+        before = torch.get_num_threads()
+        with ThreadPoolExecutor(count, thread_name_prefix="merge") as pool:
+            working = [pool.submit(self._work, todo, max(before // count, 1)) for _ in range(count)]
+            try:
+                wait(working, return_when=FIRST_EXCEPTION)
+            finally:
+                self._stopped.set()
+        torch.set_num_threads(before)  # the last thread's number is what new threads begin with
+        errors = [error for error in (future.exception() for future in working) if error]
+        for error in sorted(errors, key=lambda error: isinstance(error, Stopped)):
+            raise error
+
+    def is_done(self, job: Job) -> bool:
+        """Whether all stagings have the tensor."""
+        pairs = zip(self.stagings, job, strict=True)
+        return all(planned.output.name in staging.sums for staging, planned in pairs)
+
+    def check(self) -> None:
+        """Ends a thread whose result nobody waits for any more."""
+        if self._stopped.is_set():
+            raise Stopped
+
+    def _work(self, todo: deque[Job], threads: int) -> None:
+        torch.set_num_threads(threads)
+        worker = Worker(self)
+        while True:
+            try:
+                job = todo.popleft()
+            except IndexError:
+                return
+            with contextlib.suppress(IndexError):
+                for source in todo[0][0].sources:
+                    self.reader.expect(source)
+            if not self.is_done(job):
+                worker.merge(job)
+
+
+class Worker:
+    """One thread's part in the work: whole tensors, tile by tile, in memory of its own."""
+
+    def __init__(self, pipeline: Pipeline) -> None:
+        resources = pipeline.resources
+        self._pipeline, self._method, self._device = pipeline, pipeline.method, resources.device
+        self._gpu = resources.device.type == "cuda"
+        self._workspace = Workspace(resources.memory // resources.threads, pinned=self._gpu)
+        self._stream = torch.cuda.Stream(resources.device) if self._gpu else None
+
+    def merge(self, job: Job) -> None:
+        """A tensor of all outputs."""
+        with torch.cuda.stream(self._stream):  # None: no other stream than the usual
+            self._merge(job)
+
+    def _merge(self, job: Job) -> None:
+        pairs = list(zip(self._pipeline.stagings, job, strict=True))
+        writers = [staging.tensor(planned.output.name) for staging, planned in pairs]
+        tiles = _Tiles(job[0], self._workspace, self._pipeline, self._device)
+        applied = [_applied(self._method, planned.task, tiles.total) for planned in job]
+        for tile in tiles.read(streamed=self._method.passes == 0):
+            for apply, writer in zip(applied, writers, strict=True):
+                out = tiles.out(tile)
+                apply(tile, out)
+                writer.write(tiles.bytes(out))
+        for writer in writers:
+            writer.finish()
+        self._pipeline.advance(job[0].bytes + sum(planned.output.bytes for planned in job))
+
+
+def merged_alone(method: Method, planned: Planned, rows: Tensor, out: Tensor) -> None:
+    """Merge a tensor whose elements are at hand, ``rows`` (N, P), into ``out`` (P,)."""
+    tile = Tile(rows, 0)
+
+    def total(statistic: Statistic) -> Tensor:
+        return _sum(statistic.of(tile))
+
+    _applied(method, planned.task, total)(tile, out)
+
+
+def _applied(
+    method: Method, task: Task | None, total: Callable[[Statistic], Tensor | None]
+) -> Apply:
+    """How a task's tiles are merged, once all is measured that the method wants to know."""
+    if task is None:
+        return _take_first
+    if method.measure is None:
+        return method.apply(task, None)
+    steps = method.measure(task)
+    try:
+        statistic = next(steps)
+        while True:
+            statistic = steps.send(total(statistic))
+    except StopIteration as done:
+        return method.apply(task, done.value)
+
+
+def _sum(blocks: Iterable[Tensor], total: Tensor | None = None) -> Tensor:
+    """In order: no other order has the same bits."""
+    for block in blocks:
+        total = block if total is None else total + block
+    return total
+
+
+def _take_first(tile: Tile, out: Tensor) -> None:
+    out.copy_(tile.rows[0])
+
+
+class _Tiles:
+    """A tensor's tiles, read into a workspace and moved to the device."""
+
+    def __init__(
+        self, planned: Planned, workspace: Workspace, pipeline: Pipeline, device: torch.device
+    ) -> None:
+        self._planned, self._pipeline, self._device = planned, pipeline, device
+        self._fits = tile_elements(planned, workspace.bytes)
+        self._views = workspace.views(planned, self._fits)
+        self._whole: Tile | None = None  # what was read, if it is all
+
+    def read(self, streamed: bool = False) -> Iterator[Tile]:
+        """All tiles in order; a tensor that fits as a whole is read once.
+
+        Args:
+            streamed: nothing else reads it: small tiles, for the caches.
+        """
+        elements = self._planned.output.elements
+        if self._whole is not None:
+            yield self._whole
+            return
+        step = min(self._fits, _STREAMED) if streamed else self._fits
+        for start in range(0, elements, step):
+            self._pipeline.check()
+            tile = self._tile(start, min(step, elements - start))
+            if step >= elements:
+                self._whole = tile
+            yield tile
+
+    def _tile(self, start: int, length: int) -> Tile:
+        rows = self._views.rows[:, :length]
+        for source, row in zip(self._planned.sources, rows, strict=True):
+            self._pipeline.reader.read(source, start, row, self._views.scratch)
+        return Tile(rows.to(self._device, non_blocking=True), start)
+
+    def out(self, tile: Tile) -> Tensor:
+        """Where the result of a tile goes, on the device."""
+        length = tile.rows.shape[1]
+        out = self._views.out[:length]
+        return out if self._device.type == "cpu" else torch.empty_like(out, device=self._device)
+
+    def bytes(self, out: Tensor) -> memoryview:
+        """A result's, on the CPU."""
+        if self._device.type != "cpu":
+            out = self._views.out[: len(out)].copy_(out)
+        return memoryview(out.view(torch.uint8).numpy())
+
+    def total(self, statistic: Statistic) -> Tensor | None:
+        """A statistic of the whole tensor; None if it has to see all at once and cannot."""
+        total = None
+        for tile in self.read():
+            whole = tile.rows.shape[1] == self._planned.output.elements
+            if statistic.whole and not whole:
+                return None
+            total = _sum(statistic.of(tile), total)
+        return total

@@ -1,0 +1,343 @@
+"""From a recipe and the headers of its models to what will be done, tensor by tensor.
+
+No weight is read. Everything that is wrong (names, shapes, dtypes, parameters, layers) is found
+here and listed at once.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+from .._checks import did_you_mean, raise_all
+from ..methods import Method, Task
+from . import dtypes, names, parameters
+from .headers import Checkpoint, Entry
+from .layout import Layout, Output, lay_out
+from .recipe import ModelRef, Recipe, Slice, Source
+
+_SHOWN = 20  # faults of a kind; a wrong model would have thousands
+
+
+class Planned(NamedTuple):
+    """One tensor of the result.
+
+    Attributes:
+        task: what the method does; None where the first source is taken as it is.
+        sources: where it is read from: the experts', then the base's.
+        dtype: in memory, such that no input is rounded.
+        output: its name, dtype and shape in the result.
+    """
+
+    task: Task | None
+    sources: tuple[Entry, ...]
+    dtype: str
+    output: Output
+
+    @property
+    def bytes(self) -> int:
+        """To be read, once."""
+        return sum(source.stop - source.start for source in self.sources)
+
+
+class Plan(NamedTuple):
+    """All tensors in the order in which they are read: that of the donor's files.
+
+    Attributes:
+        donor: the model whose names, configuration and tokenizer the result has.
+        warnings: what is worth knowing, in words.
+    """
+
+    method: Method
+    tensors: tuple[Planned, ...]
+    layout: Layout
+    donor: ModelRef
+    layers: Mapping[str, int]
+    warnings: tuple[str, ...]
+
+    @property
+    def bytes_in(self) -> int:
+        """Of all inputs, each read once."""
+        return sum(tensor.bytes for tensor in self.tensors)
+
+
+def make_plan(
+    recipe: Recipe,
+    method: Method,
+    models: Mapping[ModelRef, Checkpoint],
+    shard_bytes: int,
+    seed: int = 0,
+) -> Plan:
+    """Check everything that headers tell, and say what will be done.
+
+    Args:
+        models: every model that ``recipe.models()`` names.
+        shard_bytes: the largest size of a shard, headers apart.
+
+    Raises:
+        ValueError: everything that is wrong.
+    """
+    planner = _Planner(recipe, method, models, seed)
+    tensors = planner.tensors()
+    raise_all("merge", planner.faults)
+    layout = lay_out([tensor.output for tensor in tensors], shard_bytes)
+    counts = names.layer_counts(tensor.output.name for tensor in tensors)
+    warned = tuple(dict.fromkeys(planner.warnings))
+    return Plan(method, tuple(tensors), layout, planner.donor, counts, warned)
+
+
+class _Piece(NamedTuple):
+    """A slice with its checkpoints at hand."""
+
+    experts: tuple[Source, ...]
+    base: ModelRef | None
+    scopes: tuple[parameters.Scope, ...]  # from the slice outwards
+
+
+class _Planner:
+    """Collects planned tensors, faults and warnings."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        method: Method,
+        models: Mapping[ModelRef, Checkpoint],
+        seed: int,
+    ) -> None:
+        self.recipe, self.method, self.models, self.seed = recipe, method, models, seed
+        self.faults: list[str] = []
+        self.warnings: list[str] = list(recipe.warnings)
+        self.parity = str(recipe.ours.get("parity", method.parities[0]))
+        self.pieces = self._pieces()
+        first = self.pieces[0]
+        self.donor = first.base or recipe.base or first.experts[0].model
+
+    # -- slices -----------------------------------------------------------------------------------
+
+    def _pieces(self) -> list[_Piece]:
+        if set(self.recipe.parts) != {""}:
+            raise ValueError("merge: modules are not merged one by one; use models or slices")
+        part = self.recipe.parts[""]
+        scopes = (part.parameters, self.recipe.parameters)
+        pieces = []
+        for piece in part.slices:
+            base = piece.base or part.base or self.recipe.base
+            pieces.append(self._piece(piece, base, (piece.parameters, *scopes)))
+        self._check_parity()
+        raise_all("merge", self.faults)
+        return pieces
+
+    def _piece(
+        self, piece: Slice, base: ModelRef | None, scopes: tuple[parameters.Scope, ...]
+    ) -> _Piece:
+        method = self.method
+        if method.base == "needed" and base is None:
+            self.faults.append(f"{method.name} needs a base_model: it merges differences to it")
+        experts = piece.sources
+        if method.base == "one more":
+            base = None
+        elif base is not None:
+            experts = tuple(source for source in experts if source.model != base)
+        most = method.most
+        if len(experts) < method.fewest or (most is not None and len(experts) > most):
+            wanted = f"{method.fewest}" if most == method.fewest else f"at least {method.fewest}"
+            if most is not None and most != method.fewest:
+                wanted = f"{method.fewest} to {most}"
+            besides = " besides the base" if base is not None else ""
+            self.faults.append(f"{method.name} merges {wanted} models{besides}, got {len(experts)}")
+        return _Piece(experts, base, scopes)
+
+    def _check_parity(self) -> None:
+        known = self.method.parities
+        if self.parity not in known:
+            hint = did_you_mean(self.parity, known)
+            name = self.method.name
+            self.faults.append(
+                f"neulig_fast.parity: {name} has {', '.join(known)}, got {self.parity!r}{hint}"
+            )
+
+    # -- tensors ----------------------------------------------------------------------------------
+
+    def tensors(self) -> list[Planned]:
+        """Everything of the result, in the order of the donor's files."""
+        if len(self.pieces) == 1 and all(s.layers is None for s in self.pieces[0].experts):
+            return list(self._whole(self.pieces[0]))
+        return list(self._sliced())
+
+    def _whole(self, piece: _Piece) -> Iterator[Planned]:
+        donor = self.models[self.donor]
+        counts = names.layer_counts(donor.entries)
+        self._report_names(piece, donor.entries)
+        for name, entry in donor.entries.items():
+            parts = names.split(name)
+            at = parameters.depth(parts and parts.layer, counts[parts.stack] if parts else 0)
+            yield from self._named(name, entry, piece, at)
+
+    def _named(self, name: str, like: Entry, piece: _Piece, at: float) -> Iterator[Planned]:
+        """A tensor that has the same name everywhere."""
+        found = [self._entry(source.model, name) for source in piece.experts]
+        base = self._entry(piece.base, name) if piece.base is not None else None
+        yield from self._tensor(name, like, piece, found, base, at)
+
+    def _sliced(self) -> Iterator[Planned]:
+        """Layers of all slices one after the other; what is of no layer from the ends."""
+        counts = {model: self._stack(model) for model in self._used()}
+        raise_all("merge", self.faults)
+        entries = self.models[self.donor].entries.items()
+        plain = [(name, entry) for name, entry in entries if names.split(name) is None]
+        for name, entry in plain:
+            if names.is_before_layers(name):
+                yield from self._named(name, entry, self.pieces[0], 0.0)
+        first = 0
+        for piece in self.pieces:
+            ranges = [s.layers or (0, counts[s.model][1]) for s in piece.experts]
+            length = ranges[0][1] - ranges[0][0]
+            yield from self._layers(piece, ranges, counts, first)
+            first += length
+        for name, entry in plain:
+            if not names.is_before_layers(name):
+                yield from self._named(name, entry, self.pieces[-1], 0.0)
+
+    def _layers(
+        self,
+        piece: _Piece,
+        ranges: Sequence[tuple[int, int]],
+        counts: Mapping[ModelRef, tuple[str, int]],
+        first: int,
+    ) -> Iterator[Planned]:
+        lead = piece.experts[0].model
+        entries = self.models[lead].entries
+        start = ranges[0][0]
+        length = ranges[0][1] - start
+        for name, entry in entries.items():
+            parts = names.split(name)
+            if parts is None or not start <= parts.layer < ranges[0][1]:
+                continue
+            layer = parts.layer - start
+            found = [
+                self._entry(s.model, parts._replace(stack=counts[s.model][0]).at(a + layer))
+                for s, (a, _) in zip(piece.experts, ranges, strict=True)
+            ]
+            base = self._entry(piece.base, name) if piece.base is not None else None
+            at = parameters.depth(layer, length)
+            yield from self._tensor(parts.at(first + layer), entry, piece, found, base, at)
+
+    def _used(self) -> list[ModelRef]:
+        used = [s.model for piece in self.pieces for s in piece.experts]
+        used += [piece.base for piece in self.pieces if piece.base is not None]
+        return list(dict.fromkeys([self.donor, *used]))
+
+    def _stack(self, model: ModelRef) -> tuple[str, int]:
+        """The one stack of layers of a model that slices are cut from, and its layers."""
+        counts = names.layer_counts(self.models[model].entries)
+        if len(counts) != 1:
+            found = ", ".join(f"{stack}0..{n - 1}" for stack, n in counts.items()) or "none"
+            self.faults.append(f"slices need models with one stack of layers; {model} has {found}")
+            return "", 0
+        stack, layers = next(iter(counts.items()))
+        for piece in self.pieces:
+            for source in piece.experts:
+                if source.model == model and source.layers and source.layers[1] > layers:
+                    self.faults.append(
+                        f"layer_range {list(source.layers)} of {model}, which has {layers} layers"
+                    )
+        return stack, layers
+
+    # -- one tensor -------------------------------------------------------------------------------
+
+    def _entry(self, model: ModelRef, name: str) -> Entry | None:
+        entry = self.models[model].entries.get(name)
+        if entry is None:
+            self._fault(f"{model} has no {name!r}")
+        return entry
+
+    def _tensor(
+        self,
+        name: str,
+        like: Entry,
+        piece: _Piece,
+        found: Sequence[Entry | None],
+        base: Entry | None,
+        at: float,
+    ) -> Iterator[Planned]:
+        wanted = [*found, base] if piece.base is not None else found
+        sources = [entry for entry in wanted if entry is not None]
+        if len(sources) < len(wanted) or not self._agree(name, sources, piece):
+            return
+        if not dtypes.is_float(like.dtype):
+            yield Planned(None, (like,), like.dtype, Output(name, like.dtype, like.shape))
+            return
+        task = Task(
+            name=name,
+            shape=like.shape,
+            models=len(found),
+            base=base is not None,
+            settings=self._settings(name, piece, at),
+            seed=self.seed,
+            parity=self.parity,
+        )
+        for fault in self.method.faults(task):
+            self._fault(f"{name!r}: {fault}")
+        stored = self.recipe.out_dtype or self.recipe.dtype
+        dtype = dtypes.TO_FORMAT[stored] if stored else like.dtype
+        memory = dtypes.common([source.dtype for source in sources])
+        yield Planned(task, tuple(sources), memory, Output(name, dtype, like.shape))
+
+    def _agree(self, name: str, sources: Sequence[Entry], piece: _Piece) -> bool:
+        shapes = {entry.shape for entry in sources}
+        kinds = {dtypes.is_float(entry.dtype) for entry in sources}
+        models = [*(s.model for s in piece.experts), *([piece.base] if piece.base else [])]
+        if len(shapes) > 1:
+            each = zip(models, sources, strict=True)
+            got = ", ".join(f"{list(entry.shape)} in {model}" for model, entry in each)
+            hint = "; another vocabulary?" if names.is_before_layers(name) else ""
+            self._fault(f"{name!r} must have one shape, got {got}{hint}")
+        if len(kinds) > 1:
+            each = zip(models, sources, strict=True)
+            got = ", ".join(f"{entry.dtype} in {model}" for model, entry in each)
+            self._fault(f"{name!r} must be of floats in all models or in none, got {got}")
+        return len(shapes) == len(kinds) == 1
+
+    def _settings(self, name: str, piece: _Piece, at: float) -> dict[str, object]:
+        """Values of all parameters of the method for a tensor."""
+        found: dict[str, object] = {}
+        for key, parameter in self.method.parameters.items():
+            find = functools.partial(self._setting, key, name, at)
+            if parameter.each:
+                experts = piece.experts
+                found[key] = [find((s.parameters, *piece.scopes), f" for {s.model}") for s in experts]
+            else:
+                found[key] = find(piece.scopes, "")
+        return found
+
+    def _setting(
+        self, key: str, name: str, at: float, scopes: Sequence[parameters.Scope], whose: str
+    ) -> object:
+        parameter = self.method.parameters[key]
+        value = parameters.look_up(key, name, at, scopes, parameter.default)
+        if value is None:
+            self._fault(f"{key} is missing{whose}: {self.method.name} needs it")
+        else:
+            self.faults += [f"{key}{whose} {fault}" for fault in parameter.faults(value)]
+        return value
+
+    # -- faults -----------------------------------------------------------------------------------
+
+    def _report_names(self, piece: _Piece, known: Mapping[str, Entry]) -> None:
+        """Tensors that the donor lacks would be lost."""
+        for source in piece.experts:
+            extra = [name for name in self.models[source.model].entries if name not in known]
+            for name in extra:
+                if name.endswith("lm_head.weight"):
+                    self.warnings.append(
+                        f"{source.model} has {name!r}, {self.donor} ties it to its embedding: "
+                        "the result does so too"
+                    )
+                else:
+                    hint = did_you_mean(name, known) if len(extra) <= _SHOWN else ""
+                    self._fault(f"{self.donor} has no {name!r}, {source.model} has{hint}")
+
+    def _fault(self, fault: str) -> None:
+        if fault not in self.faults:
+            self.faults.append(fault)

@@ -1,0 +1,91 @@
+"""A thread's memory: one buffer, taken once, in which every tile of every tensor finds its place."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..methods import BLOCK
+from . import dtypes
+from .headers import ITEM_BYTES
+from .plan import Planned
+
+_ALIGNMENT = 128  # bytes, of each row, as in the arena
+
+
+class Views(NamedTuple):
+    """Memory for P elements of a tensor.
+
+    Attributes:
+        rows: (N, P), of the experts and the base.
+        out: (P,), of the result.
+        scratch: bytes, for values of another type than the rows'.
+    """
+
+    rows: Tensor
+    out: Tensor
+    scratch: Tensor
+
+
+def element_bytes(planned: Planned) -> int:
+    """What one element of a tensor takes of a workspace."""
+    rows = len(planned.sources) * ITEM_BYTES[planned.dtype]
+    return rows + ITEM_BYTES[planned.output.dtype] + _scratch_bytes(planned)
+
+
+def _scratch_bytes(planned: Planned) -> int:
+    others = [ITEM_BYTES[s.dtype] for s in planned.sources if s.dtype != planned.dtype]
+    return max(others, default=0)
+
+
+def tile_elements(planned: Planned, memory: int) -> int:
+    """How many elements fit: whole blocks, but for tensors that fit as a whole.
+
+    Raises:
+        ValueError: not one block does.
+    """
+    elements = planned.output.elements
+    space = memory - _ALIGNMENT * (len(planned.sources) + 2)
+    fits = space // element_bytes(planned)
+    if fits >= elements:
+        return max(elements, 1)
+    if fits < BLOCK:
+        needed = element_bytes(planned) * BLOCK + memory - space
+        raise ValueError(f"memory of {memory} bytes: {planned.output.name!r} needs {needed}")
+    return fits // BLOCK * BLOCK
+
+
+class Workspace:
+    """Memory of one thread.
+
+    Args:
+        memory: bytes.
+        pinned: for copies to a GPU that do not wait.
+    """
+
+    def __init__(self, memory: int, pinned: bool = False) -> None:
+        self._memory = torch.empty(memory, dtype=torch.uint8, pin_memory=pinned)
+
+    @property
+    def bytes(self) -> int:
+        """Of its memory."""
+        return self._memory.numel()
+
+    def views(self, planned: Planned, elements: int) -> Views:
+        """Memory for a tile, which was a tile before."""
+        at = 0
+
+        def take(bytes_: int) -> Tensor:
+            nonlocal at
+            view = self._memory[at : at + bytes_]
+            at += -(-bytes_ // _ALIGNMENT) * _ALIGNMENT
+            return view
+
+        dtype = dtypes.as_torch(planned.dtype)
+        width = -(-elements * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
+        rows = take(width * len(planned.sources)).view(dtype).view(len(planned.sources), -1)
+        out = take(elements * ITEM_BYTES[planned.output.dtype])
+        scratch = take(elements * _scratch_bytes(planned))
+        return Views(rows[:, :elements], out.view(dtypes.as_torch(planned.output.dtype)), scratch)

@@ -1,0 +1,256 @@
+"""A checkpoint in the making: written beside the old one, then put in its place.
+
+Everything goes to ``<folder>/.merging`` first: shards at their full size with headers, tensors in
+any order at their places, and a journal with a line for every tensor that is complete, with the
+checksum of its bytes. Whoever looks into the folder meanwhile finds the old checkpoint, or none.
+When all is written and has reached the disk, the old files are removed and the new ones moved, the
+file that makes them a checkpoint last: between two moves there is nothing that could be loaded.
+
+What interrupts the process leaves the journal, from which the next run goes on. It believes no line
+of it: the bytes of each tensor that is listed are read again and compared with their checksum.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from ..state_files import sync_folder
+from .headers import INDEX, SINGLE
+from .layout import Layout, Place
+from .manifest import MANIFEST, Manifest
+
+STAGING, _JOURNAL = ".merging", "journal.jsonl"
+_CHECK_BYTES = 16 << 20
+
+
+class TensorWriter:
+    """Writes one tensor from its first byte to its last."""
+
+    def __init__(self, staging: Staging, name: str, place: Place) -> None:
+        self._staging, self._name, self._place = staging, name, place
+        self._at = place.start
+        self._sum = xxhash.xxh3_128()
+
+    def write(self, data: memoryview) -> None:
+        """The next bytes."""
+        self._sum.update(data)
+        self._staging.write(self._place.file, self._at, data)
+        self._at += len(data)
+
+    def finish(self) -> None:
+        """All bytes have been written: the journal gets its line."""
+        if self._at != self._place.stop:
+            left = self._place.stop - self._at
+            raise ValueError(f"{self._name}: {left} bytes were not written")
+        self._staging.record(self._name, self._sum.hexdigest())
+
+
+class Staging:
+    """The folder of a checkpoint while it is written.
+
+    Args:
+        folder: of the finished checkpoint; created if it is missing.
+        layout: of its shards.
+        identity: what a run must share with an interrupted one to go on with it, as JSON.
+    """
+
+    def __init__(self, folder: Path, layout: Layout, identity: Mapping[str, Any]) -> None:
+        self.folder, self.layout, self.identity = folder, layout, identity
+        self.sums: dict[str, str] = {}
+        self._stage = folder / STAGING
+        self._handles: dict[str, int] = {}
+        self._journal = -1
+        self._lock = threading.Lock()
+
+    # -- beginning --------------------------------------------------------------------------------
+
+    def begin(self, resume: bool) -> None:
+        """Create the files, or find what an interrupted run has written.
+
+        Args:
+            resume: go on with an interrupted run if there is one, else begin anew.
+
+        Raises:
+            ValueError: the folder holds files that no merge wrote; or an interrupted run of
+                something else is to be resumed.
+            OSError: the disk is full, or the folder cannot be written.
+        """
+        done = Manifest.find(self._stage)
+        if done is not None:
+            self._move(done)  # an earlier run was interrupted after all had been written
+        self._refuse_foreign_files()
+        known = self._interrupted() if resume else None
+        if known is None:
+            shutil.rmtree(self._stage, ignore_errors=True)
+            self._stage.mkdir(parents=True)
+        for shard in self.layout.shards:
+            handle = os.open(self._stage / shard.name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            self._handles[shard.name] = handle
+            _reserve(handle, shard.bytes, self._stage / shard.name)
+            _write_all(handle, shard.header, 0)
+        path = self._stage / _JOURNAL
+        self._journal = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        if known is None:
+            self._append({"merge": self.identity})
+        else:
+            self.sums = {name: text for name, text in known.items() if self._holds(name, text)}
+
+    def _refuse_foreign_files(self) -> None:
+        if not self.folder.exists():
+            return
+        manifest = Manifest.find(self.folder)
+        ours = {MANIFEST, STAGING, *(manifest.files if manifest else ())}
+        foreign = sorted(path.name for path in self.folder.iterdir() if path.name not in ours)
+        if foreign:
+            names = ", ".join(foreign[:5]) + (", ..." if len(foreign) > 5 else "")
+            raise ValueError(
+                f"{self.folder}: holds {len(foreign)} files that no merge wrote ({names}); they "
+                "would be mixed with the result: name another folder, or move them"
+            )
+
+    def _interrupted(self) -> dict[str, str] | None:
+        """Checksums that the journal of an interrupted run lists; None if there was none."""
+        path = self._stage / _JOURNAL
+        if not path.exists():
+            return None
+        lines = list(_lines(path))
+        if not lines or "merge" not in lines[0]:
+            return None
+        different = sorted(_differences(lines[0]["merge"], self.identity))
+        if different:
+            raise ValueError(
+                f"{self.folder}: holds an interrupted merge that differs in "
+                f"{', '.join(different)}; finish that one, or start anew with resume off"
+            )
+        known = {line["tensor"]: line["xxh3"] for line in lines[1:] if "tensor" in line}
+        return {name: text for name, text in known.items() if name in self.layout.places}
+
+    def _holds(self, name: str, checksum: str) -> bool:
+        place = self.layout.places[name]
+        found = xxhash.xxh3_128()
+        for at in range(place.start, place.stop, _CHECK_BYTES):
+            length = min(_CHECK_BYTES, place.stop - at)
+            found.update(os.pread(self._handles[place.file], length, at))
+        return found.hexdigest() == checksum
+
+    # -- writing ----------------------------------------------------------------------------------
+
+    def tensor(self, name: str) -> TensorWriter:
+        """Where a tensor is written to."""
+        return TensorWriter(self, name, self.layout.places[name])
+
+    def write(self, file: str, at: int, data: memoryview) -> None:
+        """Bytes of a shard."""
+        _write_all(self._handles[file], data, at)
+
+    def record(self, name: str, checksum: str) -> None:
+        """A tensor is complete."""
+        with self._lock:
+            self.sums[name] = checksum
+            self._append({"tensor": name, "xxh3": checksum})
+
+    def _append(self, line: Mapping[str, Any]) -> None:
+        _write_all(self._journal, json.dumps(line, sort_keys=True).encode() + b"\n")
+
+    def close(self) -> None:
+        """Close all files; what was written stays for the next run."""
+        for handle in [*self._handles.values(), *([self._journal] if self._journal >= 0 else [])]:
+            os.close(handle)
+        self._handles, self._journal = {}, -1
+
+    # -- finishing --------------------------------------------------------------------------------
+
+    def commit(self, manifest: Manifest, texts: Mapping[str, bytes]) -> None:
+        """Put the finished checkpoint in the place of the old one.
+
+        Args:
+            manifest: of the new one.
+            texts: small files by name, the index of shards among them.
+
+        Raises:
+            OSError: the disk is full or the like; the old checkpoint is untouched if it was before
+                the first move, else the next run goes on moving.
+        """
+        for name, text in texts.items():
+            (self._stage / name).write_bytes(text)
+            _sync(self._stage / name)
+        for handle in self._handles.values():
+            os.fsync(handle)
+        (self._stage / MANIFEST).write_text(manifest.text())
+        _sync(self._stage / MANIFEST)
+        sync_folder(self._stage)
+        self._move(manifest)
+
+    def _move(self, new: Manifest) -> None:
+        """May be interrupted anywhere and called again.
+
+        While the old manifest is there, nothing was moved yet; when it is gone, so are its files.
+        """
+        old = Manifest.find(self.folder)
+        if old is not None:
+            for name in (*sorted(old.files, key=_makes_whole, reverse=True), MANIFEST):
+                (self.folder / name).unlink(missing_ok=True)
+            sync_folder(self.folder)
+        for name in (*sorted(new.files, key=_makes_whole), MANIFEST):
+            if (self._stage / name).exists():
+                os.replace(self._stage / name, self.folder / name)
+        sync_folder(self.folder)
+        self.close()
+        shutil.rmtree(self._stage)
+
+
+def _makes_whole(name: str) -> bool:
+    """Whether loaders take a folder with this file for a checkpoint."""
+    return name in (INDEX, SINGLE)
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Whole lines of a journal: a crash may have cut the last one."""
+    for line in path.read_bytes().split(b"\n")[:-1]:
+        try:
+            content = json.loads(line)
+        except ValueError:
+            return
+        if isinstance(content, dict):
+            yield content
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
+    for key in {*old, *new}:
+        if old.get(key) != new.get(key):
+            yield key
+
+
+def _reserve(handle: int, length: int, path: Path) -> None:
+    """Take the disk space now, so that a full disk is met before the work."""
+    try:
+        os.posix_fallocate(handle, 0, length)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+            raise OSError(error.errno, f"{path}: {error.strerror} ({length} bytes)") from error
+    os.ftruncate(handle, length)
+
+
+def _write_all(handle: int, data: bytes | memoryview, at: int | None = None) -> None:
+    view = memoryview(data)
+    done = 0
+    while done < len(view):
+        rest = view[done:]
+        done += os.write(handle, rest) if at is None else os.pwrite(handle, rest, at + done)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,54 @@
+"""``neulig-fast merge CONFIG.yaml FOLDER``: whole checkpoints, under a ceiling of memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ._errors import reported
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command()(merge)
+
+
+def merge(
+    config: Annotated[Path, typer.Argument(help="A YAML file as mergekit's; see docs/merge.md.")],
+    folder: Annotated[Path, typer.Argument(help="For the result; an earlier merge is replaced.")],
+    max_ram: Annotated[str, typer.Option(help="Ceiling of memory, such as 512M or 8G.")] = "2G",
+    shard_size: Annotated[str, typer.Option(help="Of each file of weights, at most.")] = "5G",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")] = "auto",
+    threads: Annotated[int | None, typer.Option(help="Default: as many as torch uses.")] = None,
+    seed: Annotated[int, typer.Option(help="Of methods that drop elements at random.")] = 0,
+    resume: Annotated[
+        bool, typer.Option(help="Go on with an interrupted merge, or begin anew.")
+    ] = True,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and plan; merge not.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
+) -> None:
+    """Merge checkpoints as CONFIG says: safetensors in, safetensors out.
+
+    Everything is checked before a weight is read. Repeating the command goes on with an interrupted
+    merge; until it has ended, FOLDER holds what it held before.
+    """
+    with reported("what is done is kept: repeat the command to go on from there"):
+        from ..checkpoints import merging
+
+        use = {"max_ram": max_ram, "device": device, "threads": threads}
+        if dry_run:
+            typer.echo(merging.foresee(config, folder, shard_size=shard_size, **use))
+            return
+        with merging.progress_bar(quiet) as advance:
+            report = merging.merge(
+                config,
+                folder,
+                shard_size=shard_size,
+                seed=seed,
+                resume=resume,
+                progress=advance,
+                **use,
+            )
+        typer.echo(report)

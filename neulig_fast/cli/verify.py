@@ -1,0 +1,30 @@
+"""``neulig-fast verify FOLDER``: whether a merged checkpoint is whole, and what it is made from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ._errors import reported
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command()(verify)
+
+
+def verify(folder: Annotated[Path, typer.Argument(help="What `neulig-fast merge` wrote.")]) -> None:
+    """Read a merged checkpoint and compare all its bytes with the checksums of its merge."""
+    with reported():
+        from ..checkpoints import sizes
+        from ..checkpoints.manifest import verify as verified
+
+        manifest = verified(folder)
+        models = ", ".join(manifest.recipe["models"])
+        typer.echo(
+            f"{folder}: {len(manifest.tensors)} tensors, {sizes.text(manifest.bytes)}, all as "
+            f"written by neulig-fast {manifest.version}\n"
+            f"{manifest.recipe['method']} of {models}"
+        )

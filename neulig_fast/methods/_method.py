@@ -1,0 +1,165 @@
+"""What a merge method is: a name, its parameters, and how a tile of a tensor is merged.
+
+Tensors may be larger than memory. They come as *tiles*: some elements of one tensor, of all models
+at once, as rows of a small arena. A method that only needs the elements themselves is a function
+that says how to compute a tile. One that must know something of a whole tensor first, or of the
+whole model (a threshold, a norm), is a generator of the statistics it needs:
+
+    def measure(task):
+        squares = yield Statistic(squares_of)      # summed over all tiles of the tensor
+        return squares.sqrt()
+
+    def apply(task, norms):
+        return lambda tile, out: ...
+
+Statistics of tiles are added up in the order of elements, in pieces of ``BLOCK`` elements whatever
+the size of a tile: results depend on neither tiles, threads, ranks nor a restart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import isinf
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+BLOCK = 1 << 16  # elements; tiles are whole blocks, but for the last one of a tensor
+
+Value: TypeAlias = "float | bool | str"
+
+
+class Parameter(NamedTuple):
+    """A setting of a method in a recipe.
+
+    Attributes:
+        default: None where a recipe must give it (mergekit: for every model but the base).
+        each: it belongs to a model (``weight``), else to the merge (``lambda``).
+        low, high: bounds of numbers, inclusive.
+        kind: of its values; an int is a float too.
+    """
+
+    default: Value | None
+    each: bool = False
+    low: float = float("-inf")
+    high: float = float("inf")
+    kind: type = float
+
+    def faults(self, value: Value) -> Iterator[str]:
+        """What is wrong with a value."""
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if self.kind in (int, float):
+            whole = self.kind is float or isinstance(value, int)
+            if not number or not whole or not self.low <= float(value) <= self.high:
+                kind = "a number" if self.kind is float else "a whole number"
+                yield f"must be {kind}{self._bounds()}, got {value!r}"
+        elif not isinstance(value, self.kind):
+            kind = "true or false" if self.kind is bool else "a word"
+            yield f"must be {kind}, got {value!r}"
+
+    def _bounds(self) -> str:
+        if isinf(self.low) and isinf(self.high):
+            return ""
+        if isinf(self.high):
+            return f" of at least {self.low:g}"
+        return f" from {self.low:g} to {self.high:g}"
+
+
+@dataclass(frozen=True)
+class Task:
+    """One tensor to be merged.
+
+    Attributes:
+        name: of the result.
+        shape: of the result, and of every model's tensor.
+        models: how many experts there are; rows 0 .. models - 1 of a tile.
+        base: whether row ``models`` is the base model's.
+        settings: by parameter: a value, or one for each expert.
+        seed: of random methods; with the name, an expert's number and an element's, all that a
+            random decision depends on.
+        parity: the framework whose meaning of the method is asked for.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    models: int
+    base: bool
+    settings: Mapping[str, Any]
+    seed: int = 0
+    parity: str = "mergekit"
+
+    def each(self, parameter: str) -> list[Any]:
+        """Its value for every expert."""
+        return list(self.settings[parameter])
+
+    def value(self, parameter: str) -> Any:
+        """Its value for the merge."""
+        return self.settings[parameter]
+
+
+class Tile(NamedTuple):
+    """Elements ``start ..`` of a tensor: ``rows`` (N, P), an expert each, then the base."""
+
+    rows: Tensor
+    start: int
+
+
+class Statistic(NamedTuple):
+    """What is measured of tensors.
+
+    Attributes:
+        of: (blocks, ...) of a tile, summed over blocks in order.
+        whole: it has no sum: the tile must be a whole tensor, its one block the result. Where a
+            tensor does not fit as a whole, None is the answer.
+    """
+
+    of: Callable[[Tile], Tensor]
+    whole: bool = False
+
+
+# Merges a tile into its second argument, (P,) in the type of the result.
+Apply: TypeAlias = "Callable[[Tile, Tensor], None]"
+Measure: TypeAlias = "Generator[Statistic, Tensor | None, Any]"
+
+
+@dataclass(frozen=True)
+class Method:
+    """A merge method.
+
+    Attributes:
+        name: in recipes.
+        title, source: for people: what it is called and where it is from.
+        apply: how to merge tiles of a task, given what ``measure`` returned (None without).
+        measure: what must be known of a task first.
+        passes: how often ``measure`` looks at a tensor.
+        base: ``needed`` for methods of task vectors; ``subtracted`` where there is one; ``one more``
+            model otherwise.
+        fewest, most: numbers of experts, without the base.
+        parities: frameworks whose meaning of it there is; the first is the default.
+        faults: what is wrong with a task beyond its parameters' bounds.
+    """
+
+    name: str
+    title: str
+    source: str
+    apply: Callable[[Task, Any], Apply]
+    parameters: Mapping[str, Parameter] = field(default_factory=dict)
+    measure: Callable[[Task], Measure] | None = None
+    passes: int = 0
+    base: str = "one more"
+    fewest: int = 1
+    most: int | None = None
+    parities: tuple[str, ...] = ("mergekit",)
+    faults: Callable[[Task], Sequence[str]] = lambda task: ()
+
+
+def weights_tensor(values: Sequence[float], rows: Tensor) -> Tensor:
+    """(N,) on the device of ``rows``, in the type that sums of them are formed in."""
+    import torch
+
+    from .._checks import accumulation_dtype
+
+    return torch.tensor(values, dtype=accumulation_dtype(rows.dtype), device=rows.device)

@@ -1,0 +1,198 @@
+"""Means on spheres: slerp, nuslerp, multislerp, the Karcher mean; and Model Stock.
+
+Each reads inner products first and is a weighted sum of rows then:
+
+    slerp        theta = (sin((1-t) a) theta_0 + sin(t a) theta_1) / sin a, a the angle between the
+                 base theta_0 and theta_1 (Shoemake, SIGGRAPH 1985); t = 0 is the base
+    nuslerp      the same of two models with t = w_1 / (w_0 + w_1), or of their task vectors
+    multislerp   one step from the normalised weighted mean m: the weighted mean of log_m of the
+                 unit vectors, back by exp_m, times the weighted mean of norms
+    karcher      the same with equal weights, repeated until the step is short: the Karcher mean
+                 (Karcher, 1977), times the mean of norms
+    model_stock  theta_0 + r (mean - theta_0), r = N c / (1 + (N - 1) c), c the mean cosine between
+                 task vectors (Jang, Yun, Han, "Model Stock", ECCV 2024)
+
+Where an angle is too small for its sine (cosine above 0.9995, for nuslerp sine below 1e-8), slerp
+is linear, as mergekit's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from ._gram import gram
+from ._method import Apply, Measure, Method, Parameter, Task
+from .linear import blended
+
+if TYPE_CHECKING:
+    import numpy as np
+
+_PARALLEL = 0.9995  # cosine
+_SMALL = 1e-8
+
+
+def _measure_rows(task: Task) -> Measure:
+    return (yield from gram(base=False))
+
+
+def _measure_deltas(task: Task) -> Measure:
+    return (yield from gram(base=task.base))
+
+
+def _on_rows(task: Task, coefficients: Sequence[float]) -> Apply:
+    """The sum of task vectors, or of models without a base, with these coefficients."""
+    weights = [float(c) for c in coefficients]
+    return blended([*weights, 1.0 - sum(weights)] if task.base else weights)
+
+
+def _between(g: np.ndarray, t: float, parallel: float) -> tuple[float, float]:
+    """Coefficients of two vectors at ``t`` on the arc between them."""
+    import numpy as np
+
+    norms = np.sqrt(np.diagonal(g))
+    cosine = float(np.clip(g[0, 1] / max(norms[0] * norms[1], 1e-300), -1, 1))
+    angle = np.arccos(cosine)
+    if abs(cosine) > parallel or np.sin(angle) < _SMALL or 0 in norms:
+        return 1 - t, t
+    return float(np.sin((1 - t) * angle) / np.sin(angle)), float(np.sin(t * angle) / np.sin(angle))
+
+
+def _slerp(task: Task, total: Any) -> Apply:
+    g = total.numpy()[::-1, ::-1]  # the base, in the last row, is where t = 0
+    own, other = _between(g, task.value("t"), _PARALLEL)
+    return blended([other, own])
+
+
+def _nuslerp(task: Task, total: Any) -> Apply:
+    first, second = task.each("weight")
+    return _on_rows(task, _between(total.numpy(), second / (first + second), 1.0))
+
+
+def _mean_on_sphere(
+    g: np.ndarray, weights: np.ndarray, steps: int, tolerance: float
+) -> np.ndarray:
+    """Coefficients of the unit vector that weighted unit vectors have as their mean."""
+    import numpy as np
+
+    norms = np.sqrt(np.diagonal(g))
+    unit = np.diag(1 / np.where(norms > 0, norms, 1))
+    cosines = unit @ g @ unit
+    mean = weights / np.sqrt(max(weights @ cosines @ weights, 1e-300))  # over unit vectors
+    for _ in range(steps):
+        along = np.clip(cosines @ mean, -1, 1)
+        angles = np.arccos(along)
+        scale = np.where(angles > _SMALL, angles / np.maximum(np.sin(angles), _SMALL), 1.0)
+        step = weights * scale - (weights @ (scale * along)) * mean
+        length = float(np.sqrt(max(step @ cosines @ step, 0.0)))
+        if length < tolerance:
+            break
+        mean = np.cos(length) * mean + np.sin(length) / length * step
+        mean = mean / np.sqrt(max(mean @ cosines @ mean, 1e-300))
+    return unit @ mean
+
+
+def _multislerp(task: Task, total: Any) -> Apply:
+    import numpy as np
+
+    g = total.numpy()
+    weights = np.array(task.each("weight"), dtype=float)
+    if task.value("normalize_weights"):
+        weights = weights / weights.sum()
+    norms = np.sqrt(np.diagonal(g))
+    mean = _mean_on_sphere(g, weights, 1, task.value("eps"))
+    return _on_rows(task, mean * (weights @ norms))
+
+
+def _karcher(task: Task, total: Any) -> Apply:
+    import numpy as np
+
+    g = total.numpy()
+    norms = np.sqrt(np.diagonal(g))
+    present = norms > 0
+    weights = present / max(present.sum(), 1)
+    mean = _mean_on_sphere(g, weights, task.value("max_iter"), task.value("tol"))
+    return _on_rows(task, mean * (weights @ norms))
+
+
+def _model_stock(task: Task, total: Any) -> Apply:
+    import numpy as np
+
+    g, n = total.numpy(), task.models
+    norms = np.sqrt(np.diagonal(g))
+    cosines = g / np.maximum(np.outer(norms, norms), 1e-300)
+    mean = (cosines.sum() - np.trace(cosines)) / (n * (n - 1))
+    ratio = n * mean / (1 + (n - 1) * mean)
+    return _on_rows(task, [ratio / n] * n)
+
+
+def _sums_to_zero(task: Task) -> list[str]:
+    weights = task.each("weight")
+    return [f"weights {weights} sum to zero"] if sum(weights) == 0 else []
+
+
+_WEIGHT = {"weight": Parameter(None, each=True)}
+
+METHODS = (
+    Method(
+        "slerp",
+        "SLERP",
+        "Shoemake, SIGGRAPH 1985",
+        _slerp,
+        {"t": Parameter(None)},
+        _measure_rows,
+        passes=1,
+        base="needed",
+        most=1,
+    ),
+    Method(
+        "nuslerp",
+        "NuSLERP",
+        "Shoemake, SIGGRAPH 1985",
+        _nuslerp,
+        _WEIGHT,
+        _measure_deltas,
+        passes=1,
+        base="subtracted",
+        fewest=2,
+        most=2,
+        faults=_sums_to_zero,
+    ),
+    Method(
+        "multislerp",
+        "Multi-SLERP",
+        "a step of Karcher's mean",
+        _multislerp,
+        {
+            **_WEIGHT,
+            "normalize_weights": Parameter(True, kind=bool),
+            "eps": Parameter(1e-8, low=0),
+        },
+        _measure_deltas,
+        passes=1,
+        base="subtracted",
+        fewest=2,
+        faults=_sums_to_zero,
+    ),
+    Method(
+        "karcher",
+        "Karcher mean",
+        "Karcher, 1977",
+        _karcher,
+        {"max_iter": Parameter(10, low=1, kind=int), "tol": Parameter(1e-5, low=0)},
+        _measure_deltas,
+        passes=1,
+        fewest=2,
+    ),
+    Method(
+        "model_stock",
+        "Model Stock",
+        "Jang, Yun, Han, ECCV 2024",
+        _model_stock,
+        {},
+        _measure_deltas,
+        passes=1,
+        base="needed",
+        fewest=2,
+    ),
+)
