@@ -6,6 +6,7 @@ from pathlib import Path
 from ._backends import read_environment, show_backends, use_backend
 from ._registry import NeuligFastWarning
 from .alignment import Alignment, align
+from .checkpoints import MergeReport, merge
 from .coefficients import CoefficientModule
 from .encoders import expert_forward, mixture_forward
 from .neulig import Head, NeuLig, Report, zero_shot_head
@@ -50,6 +51,7 @@ __all__ = [
     "CrossMoments",
     "ExpertPool",
     "Head",
+    "MergeReport",
     "NeuLig",
     "NeuLigLoss",
     "NeuligFastWarning",
@@ -67,6 +69,7 @@ __all__ = [
     "expert_forward",
     "expert_layer_norm",
     "expert_linear",
+    "merge",
     "mixture_forward",
     "mixture_layer_norm",
     "mixture_linear",

@@ -1,1 +1,5 @@
-"""Whole checkpoints: what they hold, checked before a byte of weights is read."""
+"""Whole checkpoints: merged under a ceiling of memory, checked before a byte of weights is read."""
+
+from .merging import MergeReport, merge
+
+__all__ = ["MergeReport", "merge"]

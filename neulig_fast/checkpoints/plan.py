@@ -6,7 +6,6 @@ here and listed at once.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -265,18 +264,13 @@ class _Planner:
         sources = [entry for entry in wanted if entry is not None]
         if len(sources) < len(wanted) or not self._agree(name, sources, piece):
             return
-        if not dtypes.is_float(like.dtype):
+        if not dtypes.is_float(like.dtype) or like.elements == 0:
             yield Planned(None, (like,), like.dtype, Output(name, like.dtype, like.shape))
             return
-        task = Task(
-            name=name,
-            shape=like.shape,
-            models=len(found),
-            base=base is not None,
-            settings=self._settings(name, piece, at),
-            seed=self.seed,
-            parity=self.parity,
-        )
+        settings = self._settings(name, piece, at)
+        if settings is None:
+            return
+        task = Task(name, like.shape, len(found), base is not None, settings, self.seed, self.parity)
         for fault in self.method.faults(task):
             self._fault(f"{name!r}: {fault}")
         stored = self.recipe.out_dtype or self.recipe.dtype
@@ -299,28 +293,22 @@ class _Planner:
             self._fault(f"{name!r} must be of floats in all models or in none, got {got}")
         return len(shapes) == len(kinds) == 1
 
-    def _settings(self, name: str, piece: _Piece, at: float) -> dict[str, object]:
-        """Values of all parameters of the method for a tensor."""
+    def _settings(self, name: str, piece: _Piece, at: float) -> dict[str, object] | None:
+        """Values of all parameters of the method for a tensor; None if one has a fault."""
         found: dict[str, object] = {}
+        right = True
         for key, parameter in self.method.parameters.items():
-            find = functools.partial(self._setting, key, name, at)
-            if parameter.each:
-                experts = piece.experts
-                found[key] = [find((s.parameters, *piece.scopes), f" for {s.model}") for s in experts]
-            else:
-                found[key] = find(piece.scopes, "")
-        return found
-
-    def _setting(
-        self, key: str, name: str, at: float, scopes: Sequence[parameters.Scope], whose: str
-    ) -> object:
-        parameter = self.method.parameters[key]
-        value = parameters.look_up(key, name, at, scopes, parameter.default)
-        if value is None:
-            self._fault(f"{key} is missing{whose}: {self.method.name} needs it")
-        else:
-            self.faults += [f"{key}{whose} {fault}" for fault in parameter.faults(value)]
-        return value
+            whose = [(s.parameters, f" for {s.model}") for s in piece.experts]
+            values = []
+            for own, whom in whose if parameter.each else [({}, "")]:
+                value = parameters.look_up(key, name, at, (own, *piece.scopes), parameter.default)
+                faults = list(parameter.faults(value)) if value is not None else ["is missing"]
+                for fault in faults:
+                    self._fault(f"{key}{whom} {fault}")
+                right = right and not faults
+                values.append(value)
+            found[key] = values if parameter.each else values[0]
+        return found if right else None
 
     # -- faults -----------------------------------------------------------------------------------
 

@@ -1,0 +1,77 @@
+"""Small checkpoints shaped as Llama's: what examples, tests and benchmarks merge."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+INDEX = "model.safetensors.index.json"
+
+
+def tensors(seed: int, layers: int = 2, width: int = 24, words: int = 50) -> dict[str, Tensor]:
+    """fp32 values by name."""
+    g = torch.Generator().manual_seed(seed)
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (words, width)}
+    for layer in range(layers):
+        prefix = f"model.layers.{layer}."
+        shapes |= {prefix + f"self_attn.{n}_proj.weight": (width, width) for n in "qo"}
+        shapes[prefix + "mlp.up_proj.weight"] = (3 * width, width)
+        shapes[prefix + "input_layernorm.weight"] = (width,)
+    shapes |= {"model.norm.weight": (width,), "lm_head.weight": (words, width)}
+    return {name: torch.randn(shape, generator=g) for name, shape in shapes.items()}
+
+
+def write(
+    folder: Path,
+    state: Mapping[str, Tensor],
+    dtype: torch.dtype = torch.bfloat16,
+    shards: int = 2,
+    config: Mapping[str, object] | None = None,
+) -> dict[str, Tensor]:
+    """A checkpoint as Hugging Face writes it; what it holds."""
+    folder.mkdir(parents=True, exist_ok=True)
+    stored = {n: t.to(dtype) if t.is_floating_point() else t for n, t in state.items()}
+    names = list(stored)
+    count = -(-len(names) // shards)
+    weight_map = {}
+    for k in range(shards):
+        part = {name: stored[name] for name in names[k * count : (k + 1) * count]}
+        file = f"model-{k + 1:05d}-of-{shards:05d}.safetensors"
+        save_file(part, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(part, file)
+    total = sum(t.nbytes for t in stored.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / INDEX).write_text(json.dumps(index))
+    content = {"model_type": "llama", "num_hidden_layers": 2, "torch_dtype": "float32"}
+    (folder / "config.json").write_text(json.dumps(content | dict(config or {})))
+    return stored
+
+
+def family(
+    root: Path, count: int = 3, dtype: torch.dtype = torch.bfloat16
+) -> dict[str, dict[str, Tensor]]:
+    """``base`` and ``m0`` ...: models near it. What each holds, by its folder's name."""
+    base = tensors(0)
+    found = {"base": write(root / "base", base, dtype)}
+    for i in range(count):
+        near = {name: base[name] + 0.1 * t for name, t in tensors(i + 1).items()}
+        found[f"m{i}"] = write(root / f"m{i}", near, dtype, shards=1 + i % 2)
+    return found
+
+
+def load(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a merged folder, by the safetensors library."""
+    found: dict[str, Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        found |= load_file(file)
+    return found
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file's bytes."""
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}
