@@ -1,36 +1,15 @@
-"""neulig_fast: merge fine-tuned networks so that the merge performs like their ensemble."""
+"""neulig_fast: merge fine-tuned networks so that the merge performs like their ensemble.
 
+Names are imported when they are first used, and torch with them: ``neulig-fast --help`` need not
+wait for it. What there is stands in ``__init__.pyi``.
+"""
+
+import sys
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from ._backends import read_environment, show_backends, use_backend
-from ._registry import NeuligFastWarning
-from .alignment import Alignment, align
-from .checkpoints import MergeReport, merge
-from .coefficients import CoefficientModule
-from .encoders import expert_forward, mixture_forward
-from .neulig import Head, NeuLig, Report, zero_shot_head
-from .offsets import OffsetStats
-from .ops import (
-    BlendTelemetry,
-    CrossMoments,
-    NeuLigLoss,
-    blend,
-    blend_,
-    blend_lists,
-    blend_lists_,
-    blend_telemetry,
-    blend_weight_grad,
-    cross_moments,
-    expert_layer_norm,
-    expert_linear,
-    mixture_layer_norm,
-    mixture_linear,
-    neulig_loss,
-    offset_gram,
-)
-from .pool import ExpertPool
-from .tensor_lists import TensorLists
+import lazy_loader
 
 try:
     __version__ = version("neulig-fast")
@@ -42,40 +21,8 @@ if not (_ROOT / "neulig_fast" / "kernels").exists() and (_ROOT / "kernels/__init
     # A source tree: kernels/ stands beside the package and is mapped into it when installed.
     __path__.append(str(_ROOT))
 
-read_environment()
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
 
-__all__ = [
-    "Alignment",
-    "BlendTelemetry",
-    "CoefficientModule",
-    "CrossMoments",
-    "ExpertPool",
-    "Head",
-    "MergeReport",
-    "NeuLig",
-    "NeuLigLoss",
-    "NeuligFastWarning",
-    "OffsetStats",
-    "Report",
-    "TensorLists",
-    "align",
-    "blend",
-    "blend_",
-    "blend_lists",
-    "blend_lists_",
-    "blend_telemetry",
-    "blend_weight_grad",
-    "cross_moments",
-    "expert_forward",
-    "expert_layer_norm",
-    "expert_linear",
-    "merge",
-    "mixture_forward",
-    "mixture_layer_norm",
-    "mixture_linear",
-    "neulig_loss",
-    "offset_gram",
-    "show_backends",
-    "use_backend",
-    "zero_shot_head",
-]
+if "torch" in sys.modules:
+    # Whoever has torch expects torch.ops.neulig_fast after this import, and waits for nothing.
+    import_module(".ops", __name__)

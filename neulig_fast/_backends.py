@@ -9,7 +9,11 @@ import os
 import threading
 from collections.abc import Mapping
 
-from . import _native, _registry
+from . import (
+    _native,
+    _registry,
+    ops,  # noqa: F401 -- what is forced and explained is what is registered
+)
 from ._registry import BACKENDS, DEVICES, OPS, Op, log, no_device
 
 VARIABLE = "NEULIG_FAST_BACKEND"

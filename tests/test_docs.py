@@ -29,6 +29,8 @@ def test_examples_run_as_printed(page):
 def test_the_list_of_public_names_is_complete():
     page = (DOCS / "api.md").read_text()
     names = re.findall(r"^\| `([\w.]+)` \|", page, flags=re.M)
-    assert sorted(n for n in names if "." not in n) == sorted(neulig_fast.__all__)
+    assert sorted(n for n in names if "." not in n) == sorted(
+        n for n in neulig_fast.__all__ if not ismodule(getattr(neulig_fast, n))
+    )
     for name in names:
         assert operator.attrgetter(name)(neulig_fast).__doc__

@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-
 import numpy as np
 import pytest
 import torch
@@ -113,9 +112,7 @@ def test_models_of_mixed_types_are_read_exactly(tmp_path: Path) -> None:
     base = samples.tensors(0)
     one = samples.write(tmp_path / "m0", base, torch.float16)
     two = samples.write(tmp_path / "m1", samples.tensors(1), torch.bfloat16)
-    config = recipe(
-        tmp_path, "linear", ["m0", "m1"], each=[{"weight": 1}] * 2, dtype="float32"
-    )
+    config = recipe(tmp_path, "linear", ["m0", "m1"], each=[{"weight": 1}] * 2, dtype="float32")
     for name, got in merged(config, tmp_path / "out").items():
         assert_rounded(got, (one[name].double() + two[name].double()) / 2)
 
@@ -243,7 +240,9 @@ def test_passthrough_stacks_layers(tmp_path: Path, models: Any) -> None:
         wanted = models[model][f"model.layers.{source}.{own}"]
         assert torch.equal(result[f"model.layers.{layer}.{own}"], wanted)
     assert f"model.layers.4.{own}" not in result
-    assert torch.equal(result["model.embed_tokens.weight"], models["m0"]["model.embed_tokens.weight"])
+    assert torch.equal(
+        result["model.embed_tokens.weight"], models["m0"]["model.embed_tokens.weight"]
+    )
     assert torch.equal(result["model.norm.weight"], models["m2"]["model.norm.weight"])
     written = json.loads((tmp_path / "out/config.json").read_text())
     assert written["num_hidden_layers"] == 4
@@ -254,9 +253,7 @@ def test_slices_are_merged_with_depths_of_their_own(tmp_path: Path, models: Any)
         {"model": str(tmp_path / "m0"), "layer_range": [0, 2], "parameters": {"weight": [1, 0]}},
         {"model": str(tmp_path / "m1"), "layer_range": [0, 2], "parameters": {"weight": [0, 1]}},
     ]
-    result = merged(
-        {"merge_method": "linear", "slices": [{"sources": sources}]}, tmp_path / "out"
-    )
+    result = merged({"merge_method": "linear", "slices": [{"sources": sources}]}, tmp_path / "out")
     own = "mlp.up_proj.weight"
     for layer, model in ((0, "m0"), (1, "m1")):
         name = f"model.layers.{layer}.{own}"

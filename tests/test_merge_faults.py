@@ -265,7 +265,9 @@ def test_an_input_that_shrinks_is_an_error(
     assert not loadable(tmp_path / "out")
 
 
-@pytest.mark.parametrize("name", ["../evil.safetensors", "/tmp/evil.safetensors", "a/b.safetensors"])
+@pytest.mark.parametrize(
+    "name", ["../evil.safetensors", "/tmp/evil.safetensors", "a/b.safetensors"]
+)
 def test_manifests_do_not_reach_out_of_their_folder(
     tmp_path: Path, config: dict[str, Any], name: str
 ) -> None:

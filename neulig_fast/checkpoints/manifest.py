@@ -86,9 +86,7 @@ def verify(folder: Path, advance: Callable[[int], Any] = int) -> Manifest:
     return manifest
 
 
-def _differences(
-    folder: Path, manifest: Manifest, advance: Callable[[int], Any]
-) -> Iterator[str]:
+def _differences(folder: Path, manifest: Manifest, advance: Callable[[int], Any]) -> Iterator[str]:
     where = {}
     for name, wanted in manifest.files.items():
         path = folder / name

@@ -21,8 +21,8 @@ from torch import Tensor
 from ..methods import Apply, Method, Statistic, Task, Tile
 from .plan import Planned
 from .read import Reader
-from .write import Staging
 from .workspace import Workspace, tile_elements
+from .write import Staging
 
 # Elements of a tile where a method does not look at tensors first: rows of some models stay in a
 # processor's caches between being read and being merged.

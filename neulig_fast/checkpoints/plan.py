@@ -270,7 +270,9 @@ class _Planner:
         settings = self._settings(name, piece, at)
         if settings is None:
             return
-        task = Task(name, like.shape, len(found), base is not None, settings, self.seed, self.parity)
+        task = Task(
+            name, like.shape, len(found), base is not None, settings, self.seed, self.parity
+        )
         for fault in self.method.faults(task):
             self._fault(f"{name!r}: {fault}")
         stored = self.recipe.out_dtype or self.recipe.dtype

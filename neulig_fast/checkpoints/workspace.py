@@ -1,4 +1,4 @@
-"""A thread's memory: one buffer, taken once, in which every tile of every tensor finds its place."""
+"""A thread's memory: one buffer, taken once, in which every tile has its place."""
 
 from __future__ import annotations
 

@@ -24,7 +24,6 @@ from math import isinf
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
 BLOCK = 1 << 16  # elements; tiles are whole blocks, but for the last one of a tensor
@@ -135,8 +134,8 @@ class Method:
         apply: how to merge tiles of a task, given what ``measure`` returned (None without).
         measure: what must be known of a task first.
         passes: how often ``measure`` looks at a tensor.
-        base: ``needed`` for methods of task vectors; ``subtracted`` where there is one; ``one more``
-            model otherwise.
+        base: ``needed`` for methods of task vectors; ``subtracted`` where there is one; or it is
+            ``one more`` model.
         fewest, most: numbers of experts, without the base.
         parities: frameworks whose meaning of it there is; the first is the default.
         faults: what is wrong with a task beyond its parameters' bounds.

@@ -69,9 +69,7 @@ def _nuslerp(task: Task, total: Any) -> Apply:
     return _on_rows(task, _between(total.numpy(), second / (first + second), 1.0))
 
 
-def _mean_on_sphere(
-    g: np.ndarray, weights: np.ndarray, steps: int, tolerance: float
-) -> np.ndarray:
+def _mean_on_sphere(g: np.ndarray, weights: np.ndarray, steps: int, tolerance: float) -> np.ndarray:
     """Coefficients of the unit vector that weighted unit vectors have as their mean."""
     import numpy as np
 

@@ -1,5 +1,6 @@
 """The fused ops, one file each."""
 
+from .._backends import read_environment
 from ._lists_into import blend_lists_
 from .blend import blend
 from .blend_ import blend_
@@ -34,3 +35,5 @@ __all__ = [
     "neulig_loss",
     "offset_gram",
 ]
+
+read_environment()  # which may name any of them
