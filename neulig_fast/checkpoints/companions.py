@@ -35,7 +35,7 @@ def companions(
     donor = folders[plan.donor]
     donor = donor if donor.is_dir() else donor.parent
     tokens = folders.get(_tokenizer_model(recipe, plan), donor)
-    found = {}
+    found: dict[str, bytes] = {}
     for folder, names in ((donor, _MODEL), (tokens, _TOKENIZER)):
         found |= {name: (folder / name).read_bytes() for name in names if (folder / name).is_file()}
     if "config.json" in found:

@@ -63,7 +63,7 @@ class Layout(NamedTuple):
         """Of all files but the index."""
         return sum(shard.bytes for shard in self.shards)
 
-    def index(self) -> str | None:
+    def index_text(self) -> str | None:
         """The text of the index of shards, as Hugging Face writes it; None for a single file."""
         if len(self.shards) == 1:
             return None

@@ -263,7 +263,7 @@ def _commit(prepared: Prepared, record: dict[str, Any], staging: Staging) -> Non
     plan = prepared.plan
     folders = {model: checkpoint.path for model, checkpoint in prepared.models.items()}
     texts = companions(prepared.recipe, prepared.source, plan, folders)
-    index = plan.layout.index()
+    index = plan.layout.index_text()
     if index is not None:
         texts[INDEX] = index.encode()
     files = {n: {"bytes": len(text), "xxh3": checksum(text)} for n, text in texts.items()}

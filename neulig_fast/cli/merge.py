@@ -37,18 +37,27 @@ def merge(
     with reported("what is done is kept: repeat the command to go on from there"):
         from ..checkpoints import merging
 
-        use = {"max_ram": max_ram, "device": device, "threads": threads}
         if dry_run:
-            typer.echo(merging.foresee(config, folder, shard_size=shard_size, **use))
+            forecast = merging.foresee(
+                config,
+                folder,
+                max_ram=max_ram,
+                shard_size=shard_size,
+                device=device,
+                threads=threads,
+            )
+            typer.echo(forecast)
             return
         with merging.progress_bar(quiet) as advance:
             report = merging.merge(
                 config,
                 folder,
+                max_ram=max_ram,
                 shard_size=shard_size,
+                device=device,
+                threads=threads,
                 seed=seed,
                 resume=resume,
                 progress=advance,
-                **use,
             )
         typer.echo(report)

@@ -38,7 +38,7 @@ def write(
     stored = {n: t.to(dtype) if t.is_floating_point() else t for n, t in state.items()}
     names = list(stored)
     count = -(-len(names) // shards)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for k in range(shards):
         part = {name: stored[name] for name in names[k * count : (k + 1) * count]}
         file = f"model-{k + 1:05d}-of-{shards:05d}.safetensors"

@@ -18,7 +18,7 @@ the size of a tile: results depend on neither tiles, threads, ranks nor a restar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isinf
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
@@ -152,7 +152,7 @@ class Method:
     fewest: int = 1
     most: int | None = None
     parities: tuple[str, ...] = ("mergekit",)
-    faults: Callable[[Task], Sequence[str]] = lambda task: ()
+    faults: Callable[[Task], Iterable[str]] = lambda task: ()
 
 
 def weights_tensor(values: Sequence[float], rows: Tensor) -> Tensor:
