@@ -268,7 +268,7 @@ def test_bits_depend_on_neither_threads_nor_tiles(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
     for i in range(3):
-        state = samples.tensors(i) | {"big": samples.tensors(i, words=9000)["lm_head.weight"]}
+        state = samples.tensors(i) | {"big": samples.tensors(i, words=13000)["lm_head.weight"]}
         samples.write(tmp_path / f"m{i}", state)
     each = {"each": [{"weight": 0.2 + i} for i in range(3)]} if method == "linear" else {}
     config = recipe(tmp_path, method, ["m0", "m1", "m2"], **each)
@@ -305,40 +305,25 @@ def test_shards_and_index_are_as_hugging_face_wants_them(tmp_path: Path, models:
 
 _LOADING = """
 import sys, torch, transformers
-folder = sys.argv[1]
-config = transformers.LlamaConfig(
-    vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-    num_attention_heads=2, num_key_value_heads=2,
-)
-if sys.argv[2] == "make":
-    for i in range(2):
-        torch.manual_seed(i)
-        transformers.LlamaForCausalLM(config).save_pretrained(f"{folder}/m{i}")
-else:
-    load = transformers.LlamaForCausalLM.from_pretrained
-    one, two, out = (load(f"{folder}/{name}").state_dict() for name in ("m0", "m1", "out"))
-    for name, got in out.items():
-        torch.testing.assert_close(got, (one[name] + two[name]) / 2)
-    print("all", len(out), "are right")
+load = transformers.LlamaForCausalLM.from_pretrained
+one, two, out = (load(f"{sys.argv[1]}/{name}").state_dict() for name in ("m0", "m1", "out"))
+for name, got in out.items():
+    torch.testing.assert_close(got, (one[name] + two[name]) / 2)
+print("all", len(out), "are right")
 """
 
 
 def test_transformers_loads_the_result(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
-
-    def run(what: str) -> str:
-        # In a process and folder of its own: transformers would take this project's folder of
-        # kernels for a package of that name.
-        env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-        command = [sys.executable, "-c", _LOADING, str(tmp_path), what]
-        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    run("make")
+    samples.family(tmp_path, 2, torch.float32)
     config = recipe(tmp_path, "linear", ["m0", "m1"], each=[{"weight": 1}] * 2)
     nf.merge(config, tmp_path / "out", shard_size=20_000)
-    assert "are right" in run("load")
+    # In a process and folder of its own: transformers would take this project's folder of
+    # kernels for a package of that name.
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    command = [sys.executable, "-c", _LOADING, str(tmp_path)]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert "are right" in done.stdout, done.stderr
 
 
 def test_the_recipe_is_kept_byte_for_byte(tmp_path: Path, models: Any) -> None:
@@ -377,9 +362,9 @@ def test_every_mismatch_is_listed_before_a_weight_is_read(tmp_path: Path) -> Non
     one = samples.tensors(0)
     two = dict(one)
     del two["model.norm.weight"]
-    two["model.embed_tokens.weight"] = torch.zeros(51, 24)
+    two["model.embed_tokens.weight"] = torch.zeros(51, 16)
     two["model.new.weight"] = torch.zeros(3)
-    two["lm_head.weight"] = torch.zeros(50, 24, dtype=torch.int32)
+    two["lm_head.weight"] = torch.zeros(50, 16, dtype=torch.int32)
     samples.write(tmp_path / "m0", one)
     samples.write(tmp_path / "m1", two)
     config = recipe(tmp_path, "linear", ["m0", "m1"], each=[{"weight": 1}, {}])
@@ -387,7 +372,7 @@ def test_every_mismatch_is_listed_before_a_weight_is_read(tmp_path: Path) -> Non
     for part in (
         "m1 has no 'model.norm.weight'",
         "has no 'model.new.weight'",
-        "'model.embed_tokens.weight' must have one shape, got [50, 24]",
+        "'model.embed_tokens.weight' must have one shape, got [50, 16]",
         "another vocabulary?",
         "'lm_head.weight' must be of floats in all models or in none",
         "m1 is missing",

@@ -13,17 +13,22 @@ from torch import Tensor
 INDEX = "model.safetensors.index.json"
 
 
-def tensors(seed: int, layers: int = 2, width: int = 24, words: int = 50) -> dict[str, Tensor]:
-    """fp32 values by name."""
+def tensors(
+    seed: int, layers: int = 2, width: int = 16, words: int = 50, scale: float = 1.0
+) -> dict[str, Tensor]:
+    """fp32 values by name, normal with deviation ``scale``; the width is a multiple of 8."""
     g = torch.Generator().manual_seed(seed)
+    inner = 3 * width
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (words, width)}
     for layer in range(layers):
         prefix = f"model.layers.{layer}."
-        shapes |= {prefix + f"self_attn.{n}_proj.weight": (width, width) for n in "qo"}
-        shapes[prefix + "mlp.up_proj.weight"] = (3 * width, width)
-        shapes[prefix + "input_layernorm.weight"] = (width,)
+        shapes |= {f"{prefix}self_attn.{n}_proj.weight": (width, width) for n in "qkvo"}
+        shapes |= {f"{prefix}mlp.{n}_proj.weight": (inner, width) for n in ("gate", "up")}
+        shapes[f"{prefix}mlp.down_proj.weight"] = (width, inner)
+        for place in ("input", "post_attention"):
+            shapes[f"{prefix}{place}_layernorm.weight"] = (width,)
     shapes |= {"model.norm.weight": (width,), "lm_head.weight": (words, width)}
-    return {name: torch.randn(shape, generator=g) for name, shape in shapes.items()}
+    return {name: scale * torch.randn(shape, generator=g) for name, shape in shapes.items()}
 
 
 def write(
@@ -47,9 +52,26 @@ def write(
     total = sum(t.nbytes for t in stored.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / INDEX).write_text(json.dumps(index))
-    content = {"model_type": "llama", "num_hidden_layers": 2, "torch_dtype": "float32"}
-    (folder / "config.json").write_text(json.dumps(content | dict(config or {})))
+    (folder / "config.json").write_text(json.dumps(_config(stored) | dict(config or {}), indent=1))
     return stored
+
+
+def _config(state: Mapping[str, Tensor]) -> dict[str, object]:
+    """What transformers needs to load it."""
+    embedding = state.get("model.embed_tokens.weight", torch.empty(0, 0))
+    up = state.get("model.layers.0.mlp.up_proj.weight", torch.empty(0))
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": embedding.shape[1],
+        "intermediate_size": len(up),
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "num_hidden_layers": sum(name.endswith("input_layernorm.weight") for name in state),
+        "vocab_size": len(embedding),
+        "tie_word_embeddings": False,
+        "torch_dtype": "float32",
+    }
 
 
 def family(
@@ -62,6 +84,11 @@ def family(
         near = {name: base[name] + 0.1 * t for name, t in tensors(i + 1).items()}
         found[f"m{i}"] = write(root / f"m{i}", near, dtype, shards=1 + i % 2)
     return found
+
+
+def mergekit_family(root: Path) -> dict[str, dict[str, Tensor]]:
+    """The models in fp32 that tests/data/mergekit has mergekit's merges of."""
+    return family(root, 3, torch.float32)
 
 
 def load(folder: Path) -> dict[str, Tensor]:

@@ -5,10 +5,11 @@ Each reads inner products first and is a weighted sum of rows then:
     slerp        theta = (sin((1-t) a) theta_0 + sin(t a) theta_1) / sin a, a the angle between the
                  base theta_0 and theta_1 (Shoemake, SIGGRAPH 1985); t = 0 is the base
     nuslerp      the same of two models with t = w_1 / (w_0 + w_1), or of their task vectors
-    multislerp   one step from the normalised weighted mean m: the weighted mean of log_m of the
-                 unit vectors, back by exp_m, times the weighted mean of norms
-    karcher      the same with equal weights, repeated until the step is short: the Karcher mean
-                 (Karcher, 1977), times the mean of norms
+    multislerp   one step from the normalised weighted mean m: the weighted mean of the unit
+                 vectors, projected onto the tangent space at m, back by exp_m, times the weighted
+                 mean of norms (Goddard, mergekit)
+    karcher      steps with equal weights and log_m in place of the projection, until they are
+                 short: the Karcher mean (Karcher, 1977), times the mean of norms
     model_stock  theta_0 + r (mean - theta_0), r = N c / (1 + (N - 1) c), c the mean cosine between
                  task vectors (Jang, Yun, Han, "Model Stock", ECCV 2024)
 
@@ -80,7 +81,9 @@ def _mean_on_sphere(g: np.ndarray, weights: np.ndarray, steps: int, tolerance: f
     for _ in range(steps):
         along = np.clip(cosines @ mean, -1, 1)
         angles = np.arccos(along)
-        scale = np.where(angles > _SMALL, angles / np.maximum(np.sin(angles), _SMALL), 1.0)
+        scale = np.ones_like(angles)
+        if log:
+            scale = np.where(angles > _SMALL, angles / np.maximum(np.sin(angles), _SMALL), 1.0)
         step = weights * scale - (weights @ (scale * along)) * mean
         length = float(np.sqrt(max(step @ cosines @ step, 0.0)))
         if length < tolerance:
@@ -98,7 +101,7 @@ def _multislerp(task: Task, total: Any) -> Apply:
     if task.value("normalize_weights"):
         weights = weights / weights.sum()
     norms = np.sqrt(np.diagonal(g))
-    mean = _mean_on_sphere(g, weights, 1, task.value("eps"))
+    mean = _mean_on_sphere(g, weights, 1, task.value("eps"), log=False)
     return _on_rows(task, mean * (weights @ norms))
 
 
@@ -109,7 +112,8 @@ def _karcher(task: Task, total: Any) -> Apply:
     norms = np.sqrt(np.diagonal(g))
     present = norms > 0
     weights = present / max(present.sum(), 1)
-    mean = _mean_on_sphere(g, weights, task.value("max_iter"), task.value("tol"))
+    steps, tolerance = task.value("max_iter"), task.value("tol")
+    mean = _mean_on_sphere(g, weights, steps, tolerance, log=True)
     return _on_rows(task, mean * (weights @ norms))
 
 
@@ -159,7 +163,7 @@ METHODS = (
     Method(
         "multislerp",
         "Multi-SLERP",
-        "a step of Karcher's mean",
+        "Goddard, mergekit",
         _multislerp,
         {
             **_WEIGHT,
