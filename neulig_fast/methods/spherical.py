@@ -70,8 +70,13 @@ def _nuslerp(task: Task, total: Any) -> Apply:
     return _on_rows(task, _between(total.numpy(), second / (first + second), 1.0))
 
 
-def _mean_on_sphere(g: np.ndarray, weights: np.ndarray, steps: int, tolerance: float) -> np.ndarray:
-    """Coefficients of the unit vector that weighted unit vectors have as their mean."""
+def _mean_on_sphere(
+    g: np.ndarray, weights: np.ndarray, steps: int, tolerance: float, *, log: bool
+) -> np.ndarray:
+    """Coefficients of the unit vector that weighted unit vectors have as their mean.
+
+    ``log``: of the logarithms at the mean, else of projections onto its tangent space.
+    """
     import numpy as np
 
     norms = np.sqrt(np.diagonal(g))
