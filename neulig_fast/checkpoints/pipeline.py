@@ -136,7 +136,7 @@ class Worker:
         pairs = list(zip(self._pipeline.stagings, job, strict=True))
         writers = [staging.tensor(planned.output.name) for staging, planned in pairs]
         tiles = _Tiles(job[0], self._workspace, self._pipeline, self._device)
-        applied = [_applied(self._method, planned.task, tiles.total) for planned in job]
+        applied = [_applied(self._method, planned.task, tiles.measure) for planned in job]
         for tile in tiles.read(streamed=self._method.passes == 0):
             for apply, writer in zip(applied, writers, strict=True):
                 out = tiles.out(tile)
@@ -151,15 +151,16 @@ def merged_alone(method: Method, planned: Planned, rows: Tensor, out: Tensor) ->
     """Merge a tensor whose elements are at hand, ``rows`` (N, P), into ``out`` (P,)."""
     tile = Tile(rows, 0)
 
-    def total(statistic: Statistic) -> Tensor:
-        return _sum(statistic.of(tile))
+    def measure(statistic: Statistic) -> Any:
+        value = statistic.of(tile)
+        if statistic.over == "blocks":
+            return _sum([value])
+        return [value] if statistic.over == "tiles" else value
 
-    _applied(method, planned.task, total)(tile, out)
+    _applied(method, planned.task, measure)(tile, out)
 
 
-def _applied(
-    method: Method, task: Task | None, total: Callable[[Statistic], Tensor | None]
-) -> Apply:
+def _applied(method: Method, task: Task | None, measure: Callable[[Statistic], Any]) -> Apply:
     """How a task's tiles are merged, once all is measured that the method wants to know."""
     if task is None:
         return _take_first
@@ -169,15 +170,17 @@ def _applied(
     try:
         statistic = next(steps)
         while True:
-            statistic = steps.send(total(statistic))
+            statistic = steps.send(measure(statistic))
     except StopIteration as done:
         return method.apply(task, done.value)
 
 
-def _sum(blocks: Iterable[Tensor], total: Tensor | None = None) -> Tensor:
-    """In order: no other order has the same bits."""
-    for block in blocks:
-        total = block if total is None else total + block
+def _sum(tiles: Iterable[Tensor]) -> Tensor | None:
+    """Over all blocks, in order: no other order has the same bits."""
+    total = None
+    for blocks in tiles:
+        for block in blocks:
+            total = block if total is None else total + block
     return total
 
 
@@ -232,12 +235,11 @@ class _Tiles:
             out = self._views.out[: len(out)].copy_(out)
         return memoryview(out.view(torch.uint8).numpy())
 
-    def total(self, statistic: Statistic) -> Tensor | None:
-        """A statistic of the whole tensor; None if it has to see all at once and cannot."""
-        total = None
-        for tile in self.read():
-            whole = tile.rows.shape[1] == self._planned.output.elements
-            if statistic.whole and not whole:
+    def measure(self, statistic: Statistic) -> Any:
+        """A statistic of the tensor, as its ``over`` says."""
+        if statistic.over == "whole":
+            if self._fits < self._planned.output.elements:
                 return None
-            total = _sum(statistic.of(tile), total)
-        return total
+            return statistic.of(next(self.read()))
+        values = (statistic.of(tile) for tile in self.read())
+        return list(values) if statistic.over == "tiles" else _sum(values)

@@ -271,14 +271,20 @@ class _Planner:
         if settings is None:
             return
         task = Task(
-            name, like.shape, len(found), base is not None, settings, self.seed, self.parity
+            name=name,
+            shape=like.shape,
+            models=len(found),
+            base=base is not None,
+            settings=settings,
+            dtype=dtypes.common([source.dtype for source in sources]),
+            seed=self.seed,
+            parity=self.parity,
         )
         for fault in self.method.faults(task):
             self._fault(f"{name!r}: {fault}")
         stored = self.recipe.out_dtype or self.recipe.dtype
         dtype = dtypes.TO_FORMAT[stored] if stored else like.dtype
-        memory = dtypes.common([source.dtype for source in sources])
-        yield Planned(task, tuple(sources), memory, Output(name, dtype, like.shape))
+        yield Planned(task, tuple(sources), task.dtype, Output(name, dtype, like.shape))
 
     def _agree(self, name: str, sources: Sequence[Entry], piece: _Piece) -> bool:
         shapes = {entry.shape for entry in sources}

@@ -20,8 +20,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import isinf
+from math import isinf, prod
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+
+from xxhash import xxh3_64_intdigest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -77,6 +79,7 @@ class Task:
         models: how many experts there are; rows 0 .. models - 1 of a tile.
         base: whether row ``models`` is the base model's.
         settings: by parameter: a value, or one for each expert.
+        dtype: of a tile's rows, as safetensors files name it.
         seed: of random methods; with the name, an expert's number and an element's, all that a
             random decision depends on.
         parity: the framework whose meaning of the method is asked for.
@@ -87,8 +90,19 @@ class Task:
     models: int
     base: bool
     settings: Mapping[str, Any]
+    dtype: str = "F32"
     seed: int = 0
     parity: str = "mergekit"
+
+    @property
+    def elements(self) -> int:
+        """Of the tensor."""
+        return prod(self.shape)
+
+    def streams(self) -> list[int]:
+        """For every expert, where its random numbers for this tensor come from."""
+        digests = [xxh3_64_intdigest(f"{self.name}/{i}".encode()) for i in range(self.models)]
+        return [digest - 2**63 for digest in digests]
 
     def each(self, parameter: str) -> list[Any]:
         """Its value for every expert."""
@@ -110,18 +124,19 @@ class Statistic(NamedTuple):
     """What is measured of tensors.
 
     Attributes:
-        of: (blocks, ...) of a tile, summed over blocks in order.
-        whole: it has no sum: the tile must be a whole tensor, its one block the result. Where a
-            tensor does not fit as a whole, None is the answer.
+        of: of a tile: (blocks, ...), or any one value where it is not summed.
+        over: ``blocks``: the answer is the sum over all blocks, in order. ``whole``: of a tile that
+            is the whole tensor; None is the answer where the tensor does not fit into memory.
+            ``tiles``: a list of all tiles' values, the same tiles every time.
     """
 
-    of: Callable[[Tile], Tensor]
-    whole: bool = False
+    of: Callable[[Tile], Any]
+    over: str = "blocks"
 
 
 # Merges a tile into its second argument, (P,) in the type of the result.
 Apply: TypeAlias = "Callable[[Tile, Tensor], None]"
-Measure: TypeAlias = "Generator[Statistic, Tensor | None, Any]"
+Measure: TypeAlias = "Generator[Statistic, Any, Any]"
 
 
 @dataclass(frozen=True)
