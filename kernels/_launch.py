@@ -87,6 +87,9 @@ def config(
         held = next(h for h in (experts, 5, 4, 3, 2, 1) if h <= 7 and experts % h == 0)
         columns = 1024 if held < 7 else 512  # more of either would spill
         return Config(block=columns // registers, num_warps=4, held=held)
+    if op == "merge_task_vectors":  # more experts than 8 in groups, read again for an election
+        held = next(h for h in range(8, 0, -1) if experts % h == 0)
+        return Config(block=1024 // registers, num_warps=4, held=held)
     if op == "offset_gram":
         return _offset_gram(dtype.itemsize, experts)
     if op in ("neulig_fit", "neulig_loss", "neulig_loss_backward"):

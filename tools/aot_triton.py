@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import Any
 
 import aot_layers
+import aot_merge
 import aot_moments
 import aot_neulig
 import torch
@@ -179,7 +180,7 @@ def compile_all(arch: int, dtypes: Sequence[str], few: bool = False) -> list[Com
         conversion = getattr(torch, out), seed
         kernels += compile_case("blend", modules["blend"], dtype, case, arch, *conversion)
     for case_name, launch, check in itertools.chain(
-        aot_layers.cases(modules, dtypes, few), aot_moments.cases(modules, dtypes, few)
+        *(part.cases(modules, dtypes, few) for part in (aot_layers, aot_merge, aot_moments))
     ):
         if (kernel := compile_launch(launch, arch)) is not None:
             kernel.name += f" {case_name}"
@@ -231,7 +232,7 @@ def complaints() -> list[str]:
     from triton.runtime.jit import JITFunction
 
     modules = kernel_modules()
-    called = {*CALLS, *aot_layers.CALLED, *aot_moments.CALLED}
+    called = {*CALLS, *aot_layers.CALLED, *aot_merge.CALLED, *aot_moments.CALLED}
     found = [f"kernels/{m}.py has no case in {Path(__file__).name}" for m in modules
              if m[0] != "_" and m not in called]  # fmt: skip
     jitted = {

@@ -1,5 +1,6 @@
 """The fused ops, one file each."""
 
+from . import merge_task_vectors_ as _merge_task_vectors_  # noqa: F401  (defines an op)
 from .._backends import read_environment
 from ._lists_into import blend_lists_
 from .blend import blend
@@ -10,6 +11,7 @@ from .blend_weight_grad import blend_weight_grad
 from .cross_moments import CrossMoments, cross_moments
 from .expert_layer_norm import expert_layer_norm
 from .expert_linear import expert_linear
+from .merge_task_vectors import merge_task_vectors
 from .mixture_layer_norm import mixture_layer_norm
 from .mixture_linear import mixture_linear
 from .neulig_fit import neulig_fit
@@ -29,6 +31,7 @@ __all__ = [
     "cross_moments",
     "expert_layer_norm",
     "expert_linear",
+    "merge_task_vectors",
     "mixture_layer_norm",
     "mixture_linear",
     "neulig_fit",
