@@ -206,6 +206,12 @@ def test_model_stock_against_its_formula(tmp_path: Path, models: Any) -> None:
         assert_rounded(got.flatten(), wanted, slack=1e-5)
 
 
+def test_wise_ft_lies_between(tmp_path: Path, models: Any) -> None:
+    config = recipe(tmp_path, "wise_ft", ["m0"], base_model="base", parameters={"alpha": 0.3})
+    for name, got in merged(config, tmp_path / "out").items():
+        assert_rounded(got, 0.7 * models["base"][name].double() + 0.3 * models["m0"][name].double())
+
+
 @pytest.mark.parametrize("method", ["slerp", "nuslerp", "multislerp", "karcher", "model_stock"])
 def test_zeros_and_equal_models_stay_what_they_are(tmp_path: Path, method: str) -> None:
     base = samples.tensors(0) | {"model.zero": torch.zeros(7), "model.empty": torch.zeros(0, 3)}
@@ -263,23 +269,37 @@ def test_slices_are_merged_with_depths_of_their_own(tmp_path: Path, models: Any)
 # -- the same bits --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["linear", "karcher"])
+EVERY = {
+    "linear": {"weight": 0.7},
+    "karcher": {},
+    "task_arithmetic": {"weight": 0.7},
+    "ties": {"weight": 0.7, "density": 0.3},
+    "dare_ties": {"weight": 0.7, "density": 0.6},
+    "breadcrumbs_ties": {"weight": 0.7, "density": 0.5, "gamma": 0.1},
+    "sce": {},
+}
+
+
+@pytest.mark.parametrize("method", EVERY)
 def test_bits_depend_on_neither_threads_nor_tiles(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
-    for i in range(3):
+    for i in range(4):
         state = samples.tensors(i) | {"big": samples.tensors(i, words=13000)["lm_head.weight"]}
+        state["ties"] = state["big"].round()  # some magnitudes, each many times
         samples.write(tmp_path / f"m{i}", state)
-    each = {"each": [{"weight": 0.2 + i} for i in range(3)]} if method == "linear" else {}
-    config = recipe(tmp_path, method, ["m0", "m1", "m2"], **each)
+    config = recipe(tmp_path, method, ["m0", "m1", "m2"], each=[EVERY[method]] * 3)
+    if method not in ("linear", "karcher"):
+        config["base_model"] = str(tmp_path / "m3")
+    if method == "sce":
+        config["parameters"] = {"select_topk": 0.3}
     wanted = merged(config, tmp_path / "whole", threads=1)
     block = 1 << 16
     assert wanted["big"].numel() > 3 * block
     monkeypatch.setattr(pipeline, "_STREAMED", block)
     monkeypatch.setattr(
-        workspace, "tile_elements", lambda planned, memory: min(block, planned.output.elements)
+        pipeline, "tile_elements", lambda planned, memory: min(block, planned.output.elements)
     )
-    monkeypatch.setattr(pipeline, "tile_elements", workspace.tile_elements)
     got = merged(config, tmp_path / "tiles", threads=3)
     for name, tensor in wanted.items():
         assert torch.equal(tensor, got[name]), name

@@ -27,11 +27,11 @@ name, the expert's number and the element's index, on nothing else.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ._method import BLOCK, Apply, Measure, Method, Parameter, Statistic, Task, Tile, weights_tensor
 from ._largest import largest
+from ._method import BLOCK, Apply, Measure, Method, Parameter, Statistic, Task, Tile, weights_tensor
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,7 +41,7 @@ class Kept(NamedTuple):
     """Which elements of every task vector are kept, as :func:`neulig_fast.merge_task_vectors` has
     it, and what makes up for the others."""
 
-    rule: dict[str, Any] = {}
+    rule: Mapping[str, Any]
     scales: Sequence[float] | None = None
 
 
@@ -49,7 +49,7 @@ class Kept(NamedTuple):
 
 
 def _all(task: Task) -> Measure:
-    return Kept()
+    return Kept({})
     yield  # a generator that wants to know nothing
 
 
@@ -70,7 +70,7 @@ def _without_outliers(task: Task) -> Measure:
 
 def _between(task: Task, dropped: Sequence[int], wanted: Sequence[int]) -> Measure:
     """The ``wanted`` largest that are left without the ``dropped`` largest."""
-    rule = {}
+    rule: dict[str, Any] = {}
     last = [first + count for first, count in zip(dropped, wanted, strict=True)]
     if any(count < task.elements for count in last):
         rule["lower"], rule["lower_cut"] = yield from largest(task, last)
@@ -82,12 +82,12 @@ def _between(task: Task, dropped: Sequence[int], wanted: Sequence[int]) -> Measu
 def _drawn(task: Task) -> Measure:
     density = task.each("density")
     if all(d == 1 for d in density):
-        return Kept()
+        return Kept({})
     rule = {"density": density, "seed": task.seed, "streams": task.streams()}
     return (yield from _rescaled(task, rule))
 
 
-def _rescaled(task: Task, rule: dict[str, Any]) -> Measure:
+def _rescaled(task: Task, rule: Mapping[str, Any]) -> Measure:
     if not rule or not task.value("rescale"):
         return Kept(rule)
     if task.parity != "mergekit":
@@ -96,7 +96,7 @@ def _rescaled(task: Task, rule: dict[str, Any]) -> Measure:
     return Kept(rule, (before / after.where(after > 0, before.where(before > 0, 1))).tolist())
 
 
-def _magnitude_sums(tile: Tile, rule: dict[str, Any]) -> Tensor:
+def _magnitude_sums(tile: Tile, rule: Mapping[str, Any]) -> Tensor:
     """(blocks, 2, N): sums of |d_i|, before and after elements are dropped."""
     import torch
 
@@ -125,7 +125,7 @@ def _abs_sum(x: Tensor) -> Tensor:
     return x.abs().sum(1, dtype=torch.float64)
 
 
-def _tensors(rule: dict[str, Any], rows: Tensor, expert: int | None = None) -> dict[str, Any]:
+def _tensors(rule: Mapping[str, Any], rows: Tensor, expert: int | None = None) -> dict[str, Any]:
     """A rule for all experts, or for one, on the device of ``rows``."""
     import torch
 
@@ -184,9 +184,7 @@ def _parameters(normalize: bool, **more: Parameter) -> dict[str, Parameter]:
 
 def _dropping(normalize: bool, rescale: bool, **more: Parameter) -> dict[str, Parameter]:
     density = Parameter(1.0, each=True, low=0, high=1)
-    return _parameters(
-        normalize, density=density, rescale=Parameter(rescale, kind=bool), **more
-    )
+    return _parameters(normalize, density=density, rescale=Parameter(rescale, kind=bool), **more)
 
 
 _GAMMA = Parameter(0.01, each=True, low=0, high=1)

@@ -1,7 +1,7 @@
 """The fused ops, one file each."""
 
-from . import merge_task_vectors_ as _merge_task_vectors_  # noqa: F401  (defines an op)
 from .._backends import read_environment
+from . import merge_task_vectors_ as _merge_task_vectors_  # noqa: F401  (defines an op)
 from ._lists_into import blend_lists_
 from .blend import blend
 from .blend_ import blend_
@@ -11,6 +11,8 @@ from .blend_weight_grad import blend_weight_grad
 from .cross_moments import CrossMoments, cross_moments
 from .expert_layer_norm import expert_layer_norm
 from .expert_linear import expert_linear
+from .magnitude_histogram import magnitude_histogram
+from .magnitude_select import MagnitudeSelect, magnitude_select
 from .merge_task_vectors import merge_task_vectors
 from .mixture_layer_norm import mixture_layer_norm
 from .mixture_linear import mixture_linear
