@@ -3,9 +3,8 @@
 from . import linear, selective, spherical, task_vectors
 from ._method import BLOCK, Apply, Measure, Method, Parameter, Statistic, Task, Tile
 
-METHODS = {
-    method.name: method for method in (*linear.METHODS, *spherical.METHODS, *task_vectors.METHODS)
-}
+_FAMILIES = (linear, task_vectors, spherical, selective)
+METHODS = {method.name: method for family in _FAMILIES for method in family.METHODS}
 
 __all__ = [
     "BLOCK",
