@@ -13,10 +13,8 @@ from torch import Tensor
 INDEX = "model.safetensors.index.json"
 
 
-def tensors(
-    seed: int, layers: int = 2, width: int = 16, words: int = 50, scale: float = 1.0
-) -> dict[str, Tensor]:
-    """fp32 values by name, normal with deviation ``scale``; the width is a multiple of 8."""
+def tensors(seed: int, layers: int = 2, width: int = 16, words: int = 50) -> dict[str, Tensor]:
+    """fp32 values by name, standard normal; the width is a multiple of 8."""
     g = torch.Generator().manual_seed(seed)
     inner = 3 * width
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (words, width)}
@@ -28,7 +26,7 @@ def tensors(
         for place in ("input", "post_attention"):
             shapes[f"{prefix}{place}_layernorm.weight"] = (width,)
     shapes |= {"model.norm.weight": (width,), "lm_head.weight": (words, width)}
-    return {name: scale * torch.randn(shape, generator=g) for name, shape in shapes.items()}
+    return {name: torch.randn(shape, generator=g) for name, shape in shapes.items()}
 
 
 def write(
@@ -75,13 +73,13 @@ def _config(state: Mapping[str, Tensor]) -> dict[str, object]:
 
 
 def family(
-    root: Path, count: int = 3, dtype: torch.dtype = torch.bfloat16
+    root: Path, count: int = 3, dtype: torch.dtype = torch.bfloat16, **sizes: int
 ) -> dict[str, dict[str, Tensor]]:
     """``base`` and ``m0`` ...: models near it. What each holds, by its folder's name."""
-    base = tensors(0)
+    base = tensors(0, **sizes)
     found = {"base": write(root / "base", base, dtype)}
     for i in range(count):
-        near = {name: base[name] + 0.1 * t for name, t in tensors(i + 1).items()}
+        near = {name: base[name] + 0.1 * t for name, t in tensors(i + 1, **sizes).items()}
         found[f"m{i}"] = write(root / f"m{i}", near, dtype, shards=1 + i % 2)
     return found
 

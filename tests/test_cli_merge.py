@@ -1,0 +1,99 @@
+"""``neulig-fast merge`` and ``verify`` as a user calls them."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from neulig_fast.cli import app
+from neulig_fast.demo import llamas
+
+ROOT = Path(__file__).resolve().parents[1]
+RUN = CliRunner()
+
+
+@pytest.fixture
+def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What examples/small_models.py makes, in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    spec = importlib.util.spec_from_file_location("models", ROOT / "examples/small_models.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.main(Path("models"), width=32, layers=2)
+    return tmp_path
+
+
+def test_the_readmes_commands(models: Path) -> None:
+    config = str(ROOT / "examples/ties.yml")
+    planned = RUN.invoke(app, ["merge", config, "merged", "--dry-run"])
+    assert planned.exit_code == 0, planned.output
+    assert "rates measured just now" in planned.output
+    assert not (models / "merged").exists()
+    done = RUN.invoke(app, ["merge", config, "merged"])
+    assert done.exit_code == 0, done.output
+    assert "merged: 21 tensors" in done.output
+    checked = RUN.invoke(app, ["verify", "merged"])
+    assert checked.exit_code == 0, checked.output
+    assert "ties of models/base, models/m0, models/m1, models/m2" in checked.output
+    name = "model.layers.0.mlp.up_proj.weight"
+    base, got = (llamas.load(models / folder)[name] for folder in ("models/base", "merged"))
+    changed = (base != got).float().mean()
+    assert 0.3 < changed < 0.9  # 30 % of each model's elements, of three models
+
+
+def test_what_is_wrong_is_told_without_a_traceback(models: Path) -> None:
+    Path("bad.yml").write_text("merge_method: tis\nmodels: [{model: models/m0}]\n")
+    result = RUN.invoke(app, ["merge", "bad.yml", "merged"])
+    assert result.exit_code == 2
+    assert "there is no 'tis'; did you mean 'ties'?" in result.output
+    assert RUN.invoke(app, ["merge", "none.yml", "merged"]).exit_code == 2
+    result = RUN.invoke(app, ["verify", "models/m0"])
+    assert result.exit_code == 2
+    assert "not a merge" in result.output
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    code = (
+        "import sys; from neulig_fast.cli import app\n"
+        "try: app(['--help'])\nexcept SystemExit: pass\n"
+        "print([name for name in ('torch', 'numpy', 'transformers') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "verify" in done.stdout
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+# In a process of its own: what torch itself takes, then the most that a merge took beside it.
+_MEASURED = """
+import resource, sys, torch
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+import neulig_fast as nf
+nf.merge(sys.argv[1], sys.argv[2], max_ram="512M")
+print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
+"""
+
+
+@pytest.mark.parametrize("method", ["linear", "ties", "dare_ties"])
+def test_memory_stays_below_its_ceiling(tmp_path: Path, method: str) -> None:
+    """Models of 192 MiB each, four of them: 768 MiB of inputs."""
+    for name in ("base", "m0", "m1", "m2"):
+        g = torch.Generator().manual_seed(len(name))
+        part = torch.randn(1 << 20, generator=g).to(torch.bfloat16)
+        tensors = {"embed": part.repeat(40), **{f"layers.{i}.w": part.repeat(8) for i in range(7)}}
+        llamas.write(tmp_path / name, tensors, shards=1)
+    density = {"linear": "", "ties": ", density: 0.5", "dare_ties": ", density: 0.5"}[method]
+    text = f"merge_method: {method}\nbase_model: {tmp_path}/base\nmodels:\n"
+    for name in ("m0", "m1", "m2"):
+        text += f"  - {{model: {tmp_path}/{name}, parameters: {{weight: 0.5{density}}}}}\n"
+    (tmp_path / "c.yml").write_text(text)
+    command = [sys.executable, "-c", _MEASURED, str(tmp_path / "c.yml"), str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) <= 512 << 20, f"{int(done.stdout) >> 20} MiB"
