@@ -27,6 +27,7 @@
 #include "common/checks.h"
 #include "common/parallel.h"
 #include "cpu/draw_columns.h"
+#include "cpu/merge_task_vectors_choice.h"
 #include "cpu/merge_task_vectors_kernels.h"
 
 namespace neulig_fast {

@@ -11,6 +11,7 @@
 #include "common/rounding.h"
 #include "common/stream.h"
 #include "common/vector_math.h"
+#include "cpu/bf16_pairs.h"
 #include "cpu/store_tile.h"
 
 namespace neulig_fast {
@@ -112,11 +113,9 @@ struct MergeTaskVectors {
     constexpr int kLanes = kBytes / sizeof(A), kParts = kStep / kLanes;
     using V = Vec<A, kLanes>;
     Columns<V, kParts> c;
+    load_step(call.base + p, c.base);
 #pragma GCC unroll 8
-    for (int part = 0; part < kParts; ++part) {
-      c.base[part] = load<kLanes>(call.base + p + part * kLanes);
-      c.q[part] = c.divisor[part] = c.total[part] = V{};
-    }
+    for (int part = 0; part < kParts; ++part) c.q[part] = c.divisor[part] = c.total[part] = V{};
     if constexpr (kUsual) {
 #pragma GCC unroll 8
       for (int i = 0; i < kExperts; ++i) read(call, numbers, i, p, c);
@@ -134,29 +133,50 @@ struct MergeTaskVectors {
       else if (!kUsual) q = q / call.divisor;
       c.q[part] = c.base[part] + q * call.lam;
     }
-    if (!kUsual && call.sum != nullptr) return store_all<kLanes>(call.sum + p, c.q);
-    if (!call.stream) return store_all<kLanes>(call.theta + p, c.q);
+    if constexpr (!kUsual)
+      if (call.sum != nullptr) return store_step(call.sum + p, c.q);
+    if (!call.stream) return store_step(call.theta + p, c.q);
     alignas(64) T line[kStep];
-    store_all<kLanes>(line, c.q);
+    store_step(line, c.q);
     stream_copy<sizeof line>(call.theta + p, line);
   }
 
-  template <int kLanes, typename To, typename V, int kParts>
-  static NF_INLINE void store_all(To* to, const V (&parts)[kParts]) {
+  template <int kParts>
+  static constexpr bool kPairs =
+      kUsual && std::is_same_v<T, BFloat16> && kParts % 2 == 0 && kHasPairs;
+
+  template <typename V, int kParts>
+  static NF_INLINE void load_step(const T* from, V (&to)[kParts]) {
+    constexpr int kLanes = sizeof(V) / sizeof(A), kTogether = kPairs<kParts> ? 2 : 1;
 #pragma GCC unroll 8
-    for (int part = 0; part < kParts; ++part) store<kLanes>(to + part * kLanes, parts[part]);
+    for (int part = 0; part < kParts; part += kTogether) {
+      const T* here = from + part * kLanes;
+      if constexpr (kPairs<kParts>) load_pair<kLanes>(here, to[part], to[part + 1]);
+      else to[part] = load<kLanes>(here);
+    }
+  }
+
+  template <typename To, typename V, int kParts>
+  static NF_INLINE void store_step(To* to, const V (&parts)[kParts]) {
+    constexpr int kLanes = sizeof(V) / sizeof(A), kTogether = kPairs<kParts> ? 2 : 1;
+#pragma GCC unroll 8
+    for (int part = 0; part < kParts; part += kTogether) {
+      To* here = to + part * kLanes;
+      if constexpr (kPairs<kParts>) store_pair<kLanes>(here, parts[part], parts[part + 1]);
+      else store<kLanes>(here, parts[part]);
+    }
   }
 
   // Expert i: its term, or what an election needs of it.
   template <typename V, int kParts>
   static NF_INLINE void read(const MergeCall<T>& call, const Numbers& numbers, int64_t i, int64_t p,
                              Columns<V, kParts>& c) {
-    constexpr int kLanes = sizeof(V) / sizeof(A);
+    V x[kParts];
+    load_step(call.x + i * call.stride + p, x);
 #pragma GCC unroll 8
     for (int part = 0; part < kParts; ++part) {
-      const int64_t at = p + part * kLanes;
-      V v = load<kLanes>(call.x + i * call.stride + at) - c.base[part];
-      const auto dropped = drops(call, numbers, i, at, v);
+      V v = x[part] - c.base[part];
+      const auto dropped = drops(call, numbers, i, p + part * int(sizeof(V) / sizeof(A)), v);
       if constexpr (kKeep == Keep::kRule) v = v * numbers.scales[i];
       const V t = v * numbers.weights[i];
       if constexpr (!kElects) {
@@ -169,7 +189,7 @@ struct MergeTaskVectors {
       V ballot = c.on[i][part];
       if constexpr (kVotes)
         ballot = vote(without(v, dropped), kWeighted ? numbers.weights[i] : A(1));
-      c.total[part] = c.total[part] + ballot;
+      c.total[part] = kUsual && i == 0 ? ballot : c.total[part] + ballot;
     }
   }
 
@@ -203,12 +223,27 @@ struct MergeTaskVectors {
       const V on = c.on[i][part], total = c.total[part];
       U negative = (U)(total < V{});
       if (!kUsual && call.zero_sign < 0) negative = ~(U)(total > V{});
-      U opposed = (U)((V)((U)on ^ (negative & sign_bit<U>())) <= V{});
-      if (!kUsual && call.zero_sign == 0) opposed |= (U)(total == V{}) & (U)(on == on);
+      U agrees = not_below<U>((V)((U)on ^ (negative & sign_bit<U>())));
+      if (!kUsual && call.zero_sign == 0) agrees &= (U)(total != V{}) | (U)(on != on);
       const V t = kWeighted ? on : on * numbers.weights[i];
-      c.q[part] = combined(call, c.q[part], without(t, opposed));
-      c.divisor[part] = c.divisor[part] + without(splat<V>(numbers.shares[i]), opposed);
+      const V share = (V)(agrees & (U)splat<V>(numbers.shares[i]));
+      c.q[part] = combined(call, c.q[part], (V)(agrees & (U)t));
+      c.divisor[part] = kUsual && i == 0 ? share : c.divisor[part] + share;
     }
+  }
+
+  // Not <= 0, and so true of NaN. In assembly, as gcc 12 makes a comparison and a negation of it.
+  template <typename U, typename V>
+  static NF_INLINE U not_below(V v) {
+#ifdef NF_HAVE_LEVELS
+    if constexpr (sizeof(V) == 32) {
+      U found;
+      if constexpr (sizeof(A) == 4) asm("vcmpnleps %2, %1, %0" : "=x"(found) : "x"(v), "x"(V{}));
+      else asm("vcmpnlepd %2, %1, %0" : "=x"(found) : "x"(v), "x"(V{}));
+      return found;
+    }
+#endif
+    return ~(U)(v <= V{});
   }
 
   template <typename U>
@@ -237,50 +272,5 @@ struct MergeTaskVectors {
     return divisor + (V)((U)(divisor == V{}) & (U)splat<V>(A(1)));
   }
 };
-
-// Up to how many experts have kernels of their own: task arithmetic, which waits for memory, and
-// TIES, whose terms then stay in registers.
-constexpr int own_kernels(Elect elect, Keep keep) {
-  if (elect == Elect::kNone && keep == Keep::kAll) return 8;
-  return elect == Elect::kWeightedSum && keep == Keep::kLower ? 5 : 0;
-}
-
-template <typename T, Elect kElect, Keep kKeep, int... kIndex>
-KernelFn<MergeCall<T>> choose_by_experts(int64_t usual, std::integer_sequence<int, kIndex...>) {
-  const CpuLevel level = cpu_level();
-  KernelFn<MergeCall<T>> kernel =
-      kernel_at<MergeTaskVectors<T, kElect, kKeep, 0>, MergeCall<T>>(level);
-  [[maybe_unused]] const auto consider = [&](int64_t own, KernelFn<MergeCall<T>> candidate) {
-    if (own == usual) kernel = candidate;
-  };
-  (consider(kIndex + 1,
-            kernel_at<MergeTaskVectors<T, kElect, kKeep, kIndex + 1>, MergeCall<T>>(level)),
-   ...);
-  return kernel;
-}
-
-template <typename T, Elect kElect>
-KernelFn<MergeCall<T>> choose_by_keep(int64_t rule, int64_t usual) {
-  const auto of = [&](auto keep) {
-    constexpr Keep kKeep = decltype(keep)::value;
-    return choose_by_experts<T, kElect, kKeep>(
-        usual, std::make_integer_sequence<int, own_kernels(kElect, kKeep)>());
-  };
-  if (rule == 0) return of(std::integral_constant<Keep, Keep::kAll>());
-  if (rule == kLowerBound) return of(std::integral_constant<Keep, Keep::kLower>());
-  return of(std::integral_constant<Keep, Keep::kRule>());
-}
-
-// usual: the number of experts in the usual case, else 0.
-template <typename T>
-KernelFn<MergeCall<T>> choose_kernel(Elect elect, int64_t rule, int64_t usual) {
-  switch (elect) {
-    case Elect::kNone: return choose_by_keep<T, Elect::kNone>(rule, usual);
-    case Elect::kWeightedSum: return choose_by_keep<T, Elect::kWeightedSum>(rule, usual);
-    case Elect::kSum: return choose_by_keep<T, Elect::kSum>(rule, usual);
-    case Elect::kWeightedCount: return choose_by_keep<T, Elect::kWeightedCount>(rule, usual);
-    default: return choose_by_keep<T, Elect::kCount>(rule, usual);
-  }
-}
 
 }  // namespace neulig_fast
