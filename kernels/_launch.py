@@ -89,7 +89,7 @@ def config(
         return Config(block=columns // registers, num_warps=4, held=held)
     if op == "merge_task_vectors":  # more experts than 8 in groups, read again for an election
         held = next(h for h in range(8, 0, -1) if experts % h == 0)
-        return Config(block=1024 // registers, num_warps=4, held=held)
+        return Config(block=128 * 16 // dtype.itemsize, num_warps=4, held=held)
     if op == "offset_gram":
         return _offset_gram(dtype.itemsize, experts)
     if op in ("neulig_fit", "neulig_loss", "neulig_loss_backward"):

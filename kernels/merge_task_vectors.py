@@ -177,9 +177,8 @@ def _merge_block(
                 N, HELD, RULE, ELECT, ZERO, DIVIDE, LARGEST,
             )  # fmt: skip
             first += HELD
-    theta = tl.load(numbers_ptr + 4 * N) * _divided(q, divisor, numbers_ptr, N, ELECT, DIVIDE)
-    if base_ptr is not None:
-        theta = base + theta
+    q = _divided(q, divisor, numbers_ptr, N, ELECT, DIVIDE)
+    theta = base + tl.load(numbers_ptr + 4 * N) * q
     if not OUT.is_fp64():  # via fp32 to the 16-bit types, as PyTorch converts fp64
         theta = theta.to(tl.float32)
     tl.store(out_ptr + lanes, theta.to(OUT), mask=mask)

@@ -398,6 +398,15 @@ def test_draws_keep_what_the_words_say(device, backend):
 
 
 @on_every_backend
+def test_a_word_that_equals_the_threshold_is_not_below_it(device, backend):
+    params, one = torch.ones(1, 4, device=device), torch.ones(1, device=device)
+    for p in range(4):
+        for more in (0, 1):
+            share = tensor((word(9, 0, p) + more) / 2**32, device=device, dtype=torch.float64)
+            assert run(backend, params, one, density=share, seed=9)[p] == more
+
+
+@on_every_backend
 def test_densities_of_one_and_zero_and_between(device, backend):
     P = 200 if interpreted(backend, device) else 40_000
     params, ones = torch.ones(3, P, device=device), torch.eye(3, device=device)

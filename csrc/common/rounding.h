@@ -96,11 +96,24 @@ NF_INLINE void store_stochastic(T* p, Vec<float, kLanes> v, Vec<uint32_t, kLanes
   store_code<kLanes>(p, finish_code<T, kLanes>(code - rebias, v), p->bits);
 }
 
+// The upper halves of the products. In assembly where the level multiplies every other 32-bit lane
+// to 64 bits: gcc 12 makes a product of 64-bit lanes of it, which is many times slower.
 template <int kLanes>
 NF_INLINE Vec<uint32_t, kLanes> upper_product(Vec<uint32_t, kLanes> a, uint32_t b) {
+  using U = Vec<uint32_t, kLanes>;
+#ifdef NF_HAVE_LEVELS
+  if constexpr (kLanes >= 8) {
+    using W = Vec<uint64_t, kLanes / 2>;
+    const U factor = U{} + b;
+    W even, odd;
+    asm("vpmuludq %2, %1, %0" : "=v"(even) : "v"(a), "v"(factor));
+    asm("vpmuludq %2, %1, %0" : "=v"(odd) : "v"((U)((W)a >> 32)), "v"(factor));
+    return (U)((even >> 32) | (odd & 0xFFFFFFFF00000000u));
+  }
+#endif
   using W = Vec<uint64_t, kLanes>;
   const W product = __builtin_convertvector(a, W) * uint64_t(b);
-  return __builtin_convertvector(product >> 32, Vec<uint32_t, kLanes>);
+  return __builtin_convertvector(product >> 32, U);
 }
 
 // Four words from each counter, in place. Salmon, Moraes, Dror, Shaw, SC 2011.

@@ -24,18 +24,17 @@ struct DrawColumns {
     using U = Vec<uint32_t, kLanes>;
     const U below = U{} + static_cast<uint32_t>(call.threshold);
     const U all = U{} - static_cast<uint32_t>(call.threshold >> 32);
-    const U low = U{} + static_cast<uint32_t>(call.stream);
-    const U high = U{} + static_cast<uint32_t>(call.stream >> 32);
+    const U ahead = load_bits<U>(kAhead);
     for (int64_t group = 0; group < call.groups; group += kLanes) {
-      uint32_t lower[kLanes], upper[kLanes];
-      for (int lane = 0; lane < kLanes; ++lane) {
-        const uint64_t counter = call.first + group + lane;
-        lower[lane] = static_cast<uint32_t>(counter);
-        upper[lane] = static_cast<uint32_t>(counter >> 32);
-      }
-      U c[4] = {load_bits<U>(lower), load_bits<U>(upper), low, high};
+      const uint64_t counter = call.first + group;
+      const U lower = ahead + static_cast<uint32_t>(counter);
+      const U carry = (U)(lower < ahead) & 1u;
+      U c[4] = {lower, carry + static_cast<uint32_t>(counter >> 32),
+                U{} + static_cast<uint32_t>(call.stream),
+                U{} + static_cast<uint32_t>(call.stream >> 32)};
       philox<kLanes>(call.seed, c);
       U bytes = {};
+#pragma GCC unroll 4
       for (int word = 0; word < 4; ++word) {
         const uint32_t place = kLittle ? 8 * word : 24 - 8 * word;
         bytes |= ((U)(c[word] < below) | all) & (0xFFu << place);
@@ -44,6 +43,7 @@ struct DrawColumns {
     }
   }
 
+  static constexpr uint32_t kAhead[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   static constexpr bool kLittle = __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__;
 };
 

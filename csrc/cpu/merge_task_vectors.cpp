@@ -27,6 +27,7 @@
 #include "common/checks.h"
 #include "common/parallel.h"
 #include "cpu/draw_columns.h"
+#include "cpu/merge_task_vectors_choice.h"
 #include "cpu/merge_task_vectors_kernels.h"
 
 namespace neulig_fast {
@@ -49,7 +50,9 @@ template <typename T>
 struct Merge {
   using A = Acc<T>;
 
-  MergeCall<T> whole;  // of all columns
+  static constexpr T zeros[kTile] = {};  // where there is no base
+
+  MergeCall<T> whole;  // of all columns; its base may be null
   KernelFn<MergeCall<T>> kernel;
   KernelFn<DrawCall> draw;
   const TileStore& store;
@@ -71,6 +74,7 @@ struct Merge {
 
   void tile(int64_t begin, int64_t end, uint8_t* drawn) const {
     MergeCall<T> call = advanced(whole, begin);
+    if (whole.base == nullptr) call.base = zeros;
     const int64_t first = start + begin, experts = call.experts;
     if (rule & kDraws) {
       for (int64_t i = 0; i < experts; ++i)
@@ -166,10 +170,8 @@ struct Merge {
     }
     padded.x = x;
     padded.stride = padded.drawn_stride = padded.columns = kStep;
-    if (call.base != nullptr) {
-      std::memcpy(base, call.base, count * sizeof(T));
-      padded.base = base;
-    }
+    std::memcpy(base, call.base, count * sizeof(T));
+    padded.base = base;
     if (call.drawn != nullptr) padded.drawn = drawn;
     if (call.sum != nullptr) padded.sum = sum;
     padded.theta = line;
@@ -221,8 +223,10 @@ void run(const Tensor& theta, const Tensor& params, const std::optional<Tensor>&
   call.largest = options.combine == 1;
   if (direct) call.theta = static_cast<T*>(theta.mutable_data_ptr());
   call.stream = direct && store.stream;
+  const bool usual = direct && !call.largest && call.divisor == A(1) && options.zero_sign == 1 &&
+                     elects == (call.shares != nullptr);
   Merge<T>{call,
-           choose_kernel<T>(static_cast<Elect>(options.elect), options.rule, experts),
+           choose_kernel<T>(static_cast<Elect>(options.elect), options.rule, usual ? experts : 0),
            kernel_at<DrawColumns, DrawCall>(cpu_level()),
            store,
            static_cast<char*>(theta.mutable_data_ptr()),

@@ -11,6 +11,7 @@
 #include "common/rounding.h"
 #include "common/stream.h"
 #include "common/vector_math.h"
+#include "cpu/bf16_pairs.h"
 #include "cpu/store_tile.h"
 
 namespace neulig_fast {
@@ -29,16 +30,14 @@ struct MergeCall {
 
   const T* x;      // first expert, first column
   int64_t stride;  // elements from one expert to the next
-  const T* base;   // null: x are task vectors
+  const T* base;
   int64_t experts;
   const A *weights, *scales;
   const A *lower, *upper;  // dropped: |d| <= lower and |d| > upper; NaN drops nothing
   const uint8_t* drawn;    // 0xFF where a draw keeps an expert's column, else 0; null: no draws
   int64_t drawn_stride;    // from one expert to the next
-  // What an agreeing expert adds to the divisor, zeros for none. Without an election null for
-  // none, and what all columns are divided by.
-  const A* shares;
-  A divisor;
+  const A* shares;  // what an agreeing expert adds to the divisor; null: that is the same for all
+  A divisor;        // of all columns
   A lam;
   int zero_sign;
   bool largest;  // the largest term, not the sum
@@ -70,11 +69,14 @@ NF_INLINE Vec<Bits<A>, sizeof...(kLane)> load_drawn(const uint8_t* p,
   return (Vec<Bits<A>, sizeof...(kLane)>)S{SignedBits<A>{v[kLane]}...};
 }
 
-// kExperts: their number where each one's loads shall be instructions of their own, else 0.
+// kExperts: 0, or their number in the usual case, where each one's loads are instructions of their
+// own and nothing is asked in the loop: a sum of terms, of T, that nothing but an election divides,
+// and which a total of zero elects + in.
 template <typename T, Elect kElect, Keep kKeep, int kExperts>
 struct MergeTaskVectors {
   using A = Acc<T>;
-  static constexpr int64_t kRoom = kExperts > 0 ? kExperts : kMostExperts;
+  static constexpr bool kUsual = kExperts > 0;
+  static constexpr int64_t kRoom = kUsual ? kExperts : kMostExperts;
   static constexpr bool kWeighted =
       kElect == Elect::kWeightedSum || kElect == Elect::kWeightedCount;
   static constexpr bool kVotes = kElect == Elect::kCount || kElect == Elect::kWeightedCount;
@@ -85,78 +87,116 @@ struct MergeTaskVectors {
     A weights[kRoom], scales[kRoom], lower[kRoom], upper[kRoom], shares[kRoom];
   };
 
-  // What becomes of a register of columns.
-  template <typename V>
+  // What becomes of a step of columns.
+  template <typename V, int kParts>
   struct Columns {
-    V base, q, divisor, total;
-    V on[kElects ? kRoom : 1];  // of every expert, what the election goes by
+    V base[kParts], q[kParts], divisor[kParts], total[kParts];
+    V on[kElects ? kRoom : 1][kParts];  // of every expert, what the election goes by
   };
 
   template <int kBytes>
   static NF_INLINE void run(const MergeCall<T>& args) {
     const MergeCall<T> call = args;
+    const int64_t experts = kUsual ? kExperts : call.experts;
     Numbers numbers;
-    std::copy_n(call.weights, call.experts, numbers.weights);
-    if constexpr (kKeep == Keep::kRule) std::copy_n(call.scales, call.experts, numbers.scales);
-    if constexpr (kDrops) std::copy_n(call.lower, call.experts, numbers.lower);
-    if constexpr (kKeep == Keep::kRule) std::copy_n(call.upper, call.experts, numbers.upper);
-    if (call.shares != nullptr) std::copy_n(call.shares, call.experts, numbers.shares);
-    constexpr int kLanes = kBytes / sizeof(A);
-    for (int64_t p = 0; p < call.columns; p += kStep) {
-      alignas(64) T line[kStep];
-      T* theta = call.stream ? line : call.theta + p;
-      for (int lane = 0; lane < kStep; lane += kLanes) {
-        const auto result = merged<kLanes>(call, numbers, p + lane);
-        if (call.sum != nullptr) store<kLanes>(call.sum + p + lane, result);
-        else store<kLanes>(theta + lane, result);
-      }
-      if (call.stream) stream_copy<sizeof line>(call.theta + p, line);
+    std::copy_n(call.weights, experts, numbers.weights);
+    if constexpr (kKeep == Keep::kRule) std::copy_n(call.scales, experts, numbers.scales);
+    if constexpr (kDrops) std::copy_n(call.lower, experts, numbers.lower);
+    if constexpr (kKeep == Keep::kRule) std::copy_n(call.upper, experts, numbers.upper);
+    if (kElects || (!kUsual && call.shares != nullptr))
+      std::copy_n(call.shares, experts, numbers.shares);
+    for (int64_t p = 0; p < call.columns; p += kStep) step<kBytes>(call, numbers, p);
+  }
+
+  template <int kBytes>
+  static NF_INLINE void step(const MergeCall<T>& call, const Numbers& numbers, int64_t p) {
+    constexpr int kLanes = kBytes / sizeof(A), kParts = kStep / kLanes;
+    using V = Vec<A, kLanes>;
+    Columns<V, kParts> c;
+    load_step(call.base + p, c.base);
+#pragma GCC unroll 8
+    for (int part = 0; part < kParts; ++part) c.q[part] = c.divisor[part] = c.total[part] = V{};
+    if constexpr (kUsual) {
+#pragma GCC unroll 8
+      for (int i = 0; i < kExperts; ++i) read(call, numbers, i, p, c);
+#pragma GCC unroll 8
+      for (int i = 0; i < kExperts && kElects; ++i) take(call, numbers, i, c);
+    } else {
+      for (int64_t i = 0; i < call.experts; ++i) read(call, numbers, i, p, c);
+      for (int64_t i = 0; i < call.experts && kElects; ++i) take(call, numbers, i, c);
+    }
+#pragma GCC unroll 8
+    for (int part = 0; part < kParts; ++part) {
+      V q = c.q[part];
+      if (kElects || (!kUsual && kDrops && call.shares != nullptr))
+        q = q / nonzero(c.divisor[part]);
+      else if (!kUsual) q = q / call.divisor;
+      c.q[part] = c.base[part] + q * call.lam;
+    }
+    if constexpr (!kUsual)
+      if (call.sum != nullptr) return store_step(call.sum + p, c.q);
+    if (!call.stream) return store_step(call.theta + p, c.q);
+    alignas(64) T line[kStep];
+    store_step(line, c.q);
+    stream_copy<sizeof line>(call.theta + p, line);
+  }
+
+  template <int kParts>
+  static constexpr bool kPairs =
+      kUsual && std::is_same_v<T, BFloat16> && kParts % 2 == 0 && kHasPairs;
+
+  template <typename V, int kParts>
+  static NF_INLINE void load_step(const T* from, V (&to)[kParts]) {
+    constexpr int kLanes = sizeof(V) / sizeof(A), kTogether = kPairs<kParts> ? 2 : 1;
+#pragma GCC unroll 8
+    for (int part = 0; part < kParts; part += kTogether) {
+      const T* here = from + part * kLanes;
+      if constexpr (kPairs<kParts>) load_pair<kLanes>(here, to[part], to[part + 1]);
+      else to[part] = load<kLanes>(here);
     }
   }
 
-  template <int kLanes>
-  static NF_INLINE Vec<A, kLanes> merged(const MergeCall<T>& call, const Numbers& numbers,
-                                         int64_t p) {
-    using V = Vec<A, kLanes>;
-    Columns<V> c;
-    c.base = call.base == nullptr ? V{} : load<kLanes>(call.base + p);
-    c.q = c.divisor = c.total = V{};
-    if constexpr (kExperts > 0) {
+  template <typename To, typename V, int kParts>
+  static NF_INLINE void store_step(To* to, const V (&parts)[kParts]) {
+    constexpr int kLanes = sizeof(V) / sizeof(A), kTogether = kPairs<kParts> ? 2 : 1;
 #pragma GCC unroll 8
-      for (int i = 0; i < kExperts; ++i) read<kLanes>(call, numbers, i, p, c);
-    } else {
-      for (int64_t i = 0; i < call.experts; ++i) read<kLanes>(call, numbers, i, p, c);
+    for (int part = 0; part < kParts; part += kTogether) {
+      To* here = to + part * kLanes;
+      if constexpr (kPairs<kParts>) store_pair<kLanes>(here, parts[part], parts[part + 1]);
+      else store<kLanes>(here, parts[part]);
     }
-    if constexpr (kElects) elect<kLanes>(call, numbers, c);
-    if (kElects || (kDrops && call.shares != nullptr)) c.q = c.q / nonzero(c.divisor);
-    else if (call.divisor != A(1)) c.q = c.q / call.divisor;
-    const V theta = c.q * call.lam;
-    return call.base == nullptr ? theta : c.base + theta;
   }
 
   // Expert i: its term, or what an election needs of it.
-  template <int kLanes, typename V>
+  template <typename V, int kParts>
   static NF_INLINE void read(const MergeCall<T>& call, const Numbers& numbers, int64_t i, int64_t p,
-                             Columns<V>& c) {
-    V v = load<kLanes>(call.x + i * call.stride + p) - c.base;
-    const auto dropped = drops<kLanes>(call, numbers, i, p, v);
-    if constexpr (kKeep == Keep::kRule) v = v * numbers.scales[i];
-    const V t = v * numbers.weights[i];
-    if constexpr (!kElects) {
-      c.q = combined(call.largest, c.q, without(t, dropped));
-      if (kDrops && call.shares != nullptr)
-        c.divisor = c.divisor + without(splat<V>(numbers.shares[i]), dropped);
-    } else {
-      c.on[i] = without(kWeighted ? t : v, dropped);
+                             Columns<V, kParts>& c) {
+    V x[kParts];
+    load_step(call.x + i * call.stride + p, x);
+#pragma GCC unroll 8
+    for (int part = 0; part < kParts; ++part) {
+      V v = x[part] - c.base[part];
+      const auto dropped = drops(call, numbers, i, p + part * int(sizeof(V) / sizeof(A)), v);
+      if constexpr (kKeep == Keep::kRule) v = v * numbers.scales[i];
+      const V t = v * numbers.weights[i];
+      if constexpr (!kElects) {
+        c.q[part] = combined(call, c.q[part], without(t, dropped));
+        if (!kUsual && kDrops && call.shares != nullptr)
+          c.divisor[part] = c.divisor[part] + without(splat<V>(numbers.shares[i]), dropped);
+        continue;
+      }
+      c.on[i][part] = without(kWeighted ? t : v, dropped);
+      V ballot = c.on[i][part];
       if constexpr (kVotes)
-        c.total = c.total + vote(without(v, dropped), kWeighted ? numbers.weights[i] : A(1));
-      else c.total = c.total + c.on[i];
+        ballot = vote(without(v, dropped), kWeighted ? numbers.weights[i] : A(1));
+      c.total[part] = kUsual && i == 0 ? ballot : c.total[part] + ballot;
     }
   }
 
-  template <int kLanes, typename V>
-  static NF_INLINE Vec<Bits<A>, kLanes> drops(const MergeCall<T>& call, const Numbers& numbers,
-                                              int64_t i, int64_t p, V d) {
+  template <typename V>
+  static NF_INLINE auto drops(const MergeCall<T>& call, const Numbers& numbers, int64_t i,
+                              int64_t at, V d) {
+    constexpr int kLanes = sizeof(V) / sizeof(A);
     using U = Vec<Bits<A>, kLanes>;
     U dropped = {};
     if constexpr (kDrops) {
@@ -165,37 +205,45 @@ struct MergeTaskVectors {
       if constexpr (kKeep == Keep::kRule) {
         dropped |= (U)(magnitude > numbers.upper[i]);
         if (call.drawn != nullptr)
-          dropped |= ~load_drawn<A>(call.drawn + i * call.drawn_stride + p,
+          dropped |= ~load_drawn<A>(call.drawn + i * call.drawn_stride + at,
                                     std::make_integer_sequence<int, kLanes>());
       }
     }
     return dropped;
   }
 
-  // The terms of the experts that agree with the sign of the total, and their divisor.
-  template <int kLanes, typename V>
-  static NF_INLINE void elect(const MergeCall<T>& call, const Numbers& numbers, Columns<V>& c) {
-    using U = Vec<Bits<A>, kLanes>;
-    // Comparisons with NaN are false.
-    const U negative = call.zero_sign < 0 ? ~(U)(c.total > V{}) : (U)(c.total < V{});
-    const U turn = negative & sign_bit<U>();
-    if constexpr (kExperts > 0) {
+  // Expert i's term where it agrees with the sign of the total, and its share of the divisor. With
+  // the sign bits turned, whoever agrees is positive; comparisons with NaN are false.
+  template <typename V, int kParts>
+  static NF_INLINE void take(const MergeCall<T>& call, const Numbers& numbers, int64_t i,
+                             Columns<V, kParts>& c) {
+    using U = Vec<Bits<A>, sizeof(V) / sizeof(A)>;
 #pragma GCC unroll 8
-      for (int i = 0; i < kExperts; ++i) take(call, numbers, i, turn, c);
-    } else {
-      for (int64_t i = 0; i < call.experts; ++i) take(call, numbers, i, turn, c);
+    for (int part = 0; part < kParts; ++part) {
+      const V on = c.on[i][part], total = c.total[part];
+      U negative = (U)(total < V{});
+      if (!kUsual && call.zero_sign < 0) negative = ~(U)(total > V{});
+      U agrees = not_below<U>((V)((U)on ^ (negative & sign_bit<U>())));
+      if (!kUsual && call.zero_sign == 0) agrees &= (U)(total != V{}) | (U)(on != on);
+      const V t = kWeighted ? on : on * numbers.weights[i];
+      const V share = (V)(agrees & (U)splat<V>(numbers.shares[i]));
+      c.q[part] = combined(call, c.q[part], (V)(agrees & (U)t));
+      c.divisor[part] = kUsual && i == 0 ? share : c.divisor[part] + share;
     }
   }
 
-  // With the sign bits turned, whoever agrees is positive.
+  // Not <= 0, and so true of NaN. In assembly, as gcc 12 makes a comparison and a negation of it.
   template <typename U, typename V>
-  static NF_INLINE void take(const MergeCall<T>& call, const Numbers& numbers, int64_t i, U turn,
-                             Columns<V>& c) {
-    U opposed = (U)((V)((U)c.on[i] ^ turn) <= V{});
-    if (call.zero_sign == 0) opposed |= (U)(c.total == V{}) & (U)(c.on[i] == c.on[i]);
-    const V t = kWeighted ? c.on[i] : c.on[i] * numbers.weights[i];
-    c.q = combined(call.largest, c.q, without(t, opposed));
-    c.divisor = c.divisor + without(splat<V>(numbers.shares[i]), opposed);
+  static NF_INLINE U not_below(V v) {
+#ifdef NF_HAVE_LEVELS
+    if constexpr (sizeof(V) == 32) {
+      U found;
+      if constexpr (sizeof(A) == 4) asm("vcmpnleps %2, %1, %0" : "=x"(found) : "x"(v), "x"(V{}));
+      else asm("vcmpnlepd %2, %1, %0" : "=x"(found) : "x"(v), "x"(V{}));
+      return found;
+    }
+#endif
+    return ~(U)(v <= V{});
   }
 
   template <typename U>
@@ -211,9 +259,9 @@ struct MergeTaskVectors {
   }
 
   template <typename V>
-  static NF_INLINE V combined(bool largest, V q, V t) {
+  static NF_INLINE V combined(const MergeCall<T>& call, V q, V t) {
     using U = Vec<Bits<A>, sizeof(V) / sizeof(A)>;
-    if (!largest) return q + t;
+    if (kUsual || !call.largest) return q + t;
     const V of_t = (V)((U)t & ~sign_bit<U>()), of_q = (V)((U)q & ~sign_bit<U>());
     return select((U)(of_t > of_q) | (U)(t != t), t, q);
   }
@@ -224,49 +272,5 @@ struct MergeTaskVectors {
     return divisor + (V)((U)(divisor == V{}) & (U)splat<V>(A(1)));
   }
 };
-
-// Up to how many experts have kernels of their own: task arithmetic, which waits for memory, and
-// TIES, whose terms then stay in registers.
-constexpr int own_kernels(Elect elect, Keep keep) {
-  if (elect == Elect::kNone && keep == Keep::kAll) return 8;
-  return elect == Elect::kWeightedSum && keep == Keep::kLower ? 5 : 0;
-}
-
-template <typename T, Elect kElect, Keep kKeep, int... kIndex>
-KernelFn<MergeCall<T>> choose_by_experts(int64_t experts, std::integer_sequence<int, kIndex...>) {
-  const CpuLevel level = cpu_level();
-  KernelFn<MergeCall<T>> kernel =
-      kernel_at<MergeTaskVectors<T, kElect, kKeep, 0>, MergeCall<T>>(level);
-  [[maybe_unused]] const auto consider = [&](int64_t own, KernelFn<MergeCall<T>> candidate) {
-    if (own == experts) kernel = candidate;
-  };
-  (consider(kIndex + 1,
-            kernel_at<MergeTaskVectors<T, kElect, kKeep, kIndex + 1>, MergeCall<T>>(level)),
-   ...);
-  return kernel;
-}
-
-template <typename T, Elect kElect>
-KernelFn<MergeCall<T>> choose_by_keep(int64_t rule, int64_t experts) {
-  const auto of = [&](auto keep) {
-    constexpr Keep kKeep = decltype(keep)::value;
-    return choose_by_experts<T, kElect, kKeep>(
-        experts, std::make_integer_sequence<int, own_kernels(kElect, kKeep)>());
-  };
-  if (rule == 0) return of(std::integral_constant<Keep, Keep::kAll>());
-  if (rule == kLowerBound) return of(std::integral_constant<Keep, Keep::kLower>());
-  return of(std::integral_constant<Keep, Keep::kRule>());
-}
-
-template <typename T>
-KernelFn<MergeCall<T>> choose_kernel(Elect elect, int64_t rule, int64_t experts) {
-  switch (elect) {
-    case Elect::kNone: return choose_by_keep<T, Elect::kNone>(rule, experts);
-    case Elect::kWeightedSum: return choose_by_keep<T, Elect::kWeightedSum>(rule, experts);
-    case Elect::kSum: return choose_by_keep<T, Elect::kSum>(rule, experts);
-    case Elect::kWeightedCount: return choose_by_keep<T, Elect::kWeightedCount>(rule, experts);
-    default: return choose_by_keep<T, Elect::kCount>(rule, experts);
-  }
-}
 
 }  // namespace neulig_fast

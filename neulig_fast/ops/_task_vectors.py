@@ -166,7 +166,7 @@ def merged(call: Call, dtype: torch.dtype) -> Tensor:
     if call.divide != "none":
         q = q / _divisor(call, w, taken)
     q = torch.tensor(call.lam, dtype=acc, device=q.device) * q
-    return _rounding.round_to(q if call.base is None else origin + q, dtype, None, 0)
+    return _rounding.round_to(origin + q, dtype, None, 0)
 
 
 def _agreeing(call: Call, w: Tensor, scaled: list[Tensor], terms: list[Tensor]) -> list[Tensor]:

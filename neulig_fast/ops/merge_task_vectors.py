@@ -172,7 +172,7 @@ def samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[tuple[An
     share = torch.tensor([0.5, 1.0, 0.1], dtype=torch.float64, device=device)
     w = numbers(0.5, -1.0, 0.25)
     yield Call(draw.normal(3, 17), w, draw.normal(17))
-    yield Call(draw.normal(1, 1025), w[:1], lam=0.5)
+    yield Call(draw.normal(1, 1025), w[:1], lam=0.5, divide="weights")
     yield Call(coarse(3, 0), w, coarse(0), elect="count")
     ties: dict[str, Any] = {"lower": numbers(0.5, 0.25, 1.0), "lower_cut": places(7, 200, -3)}
     yield Call(
@@ -189,9 +189,8 @@ def samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[tuple[An
     yield Call(coarse(3, 77), w, coarse(77), w, **drawn, start=2**34 + 3, elect="sum", zero_sign=0)
     yield Call(coarse(3, 65), w, None, None, **bounds, **drawn, elect="count", combine="max")
     rows = coarse(11, 96)
-    yield Call(rows, coarse(11), coarse(96), elect="weighted_count", divide="count", zero_sign=0)
-    yield Call(rows, coarse(11), coarse(96), lower=coarse(11).abs().to(acc), combine="max")
-    yield Call(coarse(2, 40), w[:2], coarse(40), lower=ties["lower"][:2], divide="weights", lam=2.0)
+    many: dict[str, Any] = {"elect": "weighted_count", "zero_sign": 0, "divide": "count"}
+    yield Call(rows, coarse(11), coarse(96), lower=coarse(11).abs().to(acc), **many)
 
 
 def _samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:

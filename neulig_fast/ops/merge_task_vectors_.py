@@ -82,9 +82,9 @@ def merge_into_fake(
 
 
 def _samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
-    for call in samples(device, dtype):
-        yield torch.zeros_like(call[0][0], dtype=_arena.other_dtype(dtype)), *call
-        yield torch.zeros_like(call[0][0]), *call
+    for k, call in enumerate(samples(device, dtype)):
+        out_dtype = dtype if k % 2 else _arena.other_dtype(dtype)
+        yield torch.zeros_like(call[0][0], dtype=out_dtype), *call
 
 
 OP = Op(
