@@ -9,6 +9,8 @@ from .blend_weight_grad import blend_weight_grad
 from .cross_moments import CrossMoments, cross_moments
 from .expert_layer_norm import expert_layer_norm
 from .expert_linear import expert_linear
+from .magnitude_histogram import magnitude_histogram
+from .magnitude_select import MagnitudeSelect, magnitude_select
 from .mixture_layer_norm import mixture_layer_norm
 from .mixture_linear import mixture_linear
 from .neulig_fit import neulig_fit
@@ -18,6 +20,7 @@ from .offset_gram import offset_gram
 __all__ = [
     "BlendTelemetry",
     "CrossMoments",
+    "MagnitudeSelect",
     "NeuLigLoss",
     "blend",
     "blend_",
@@ -28,6 +31,8 @@ __all__ = [
     "cross_moments",
     "expert_layer_norm",
     "expert_linear",
+    "magnitude_histogram",
+    "magnitude_select",
     "mixture_layer_norm",
     "mixture_linear",
     "neulig_fit",

@@ -1,0 +1,1 @@
+"""Merge methods, and what they share."""
