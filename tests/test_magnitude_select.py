@@ -1,5 +1,6 @@
 """magnitude_select beyond test_house.py: what is kept, hostile inputs, bits, tiles, errors."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -230,6 +231,24 @@ def test_more_candidates_than_are_kept(dtype):
     row[places] = torch.where(torch.arange(16384) % 2 == 0, 0.1, 5.0).to(dtype)
     counts = [P // 2, P // 2 + 1, 8192, 8193]
     params = row.expand(len(counts), -1)
+    assert_exact(run("cpu", params, counts), params, counts)
+
+
+@needs_cpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_the_wanted_magnitude_is_a_bound_by_chance(dtype):
+    """Around both ends of what a sample leaves, one that it has once and other places twice."""
+    P, size = 70_001, 70_001 // 8
+    places, count = sample_places(P, size), P // 2
+    others = torch.ones(P, dtype=torch.bool).index_fill_(0, places, False).nonzero().flatten()
+    sample, rows = torch.linspace(2, 1, size, dtype=dtype), []
+    for j, tie in itertools.product((*range(4205, 4215), *range(4534, 4545)), range(3)):
+        row = torch.zeros(P, dtype=dtype)
+        row[places] = sample
+        row[others[1 : count - j - tie]] = 3
+        row[others[0]] = row[P - 1] = sample[j]
+        rows.append(row)
+    params, counts = torch.stack(rows), [count] * len(rows)
     assert_exact(run("cpu", params, counts), params, counts)
 
 

@@ -126,18 +126,22 @@ struct Sift {
   template <int kBytes>
   static NF_INLINE void run(const Sift& args) {
     const Sift sift = args;  // a local copy stays in registers: no store can change it
-    if (sift.row.base == nullptr) sift.template all<kBytes, false>();
-    else sift.template all<kBytes, true>();
+    if (sift.row.base == nullptr) sift.template with_base<kBytes, false>();
+    else sift.template with_base<kBytes, true>();
   }
 
   template <int kBytes, bool kBase>
+  NF_INLINE void with_base() const {
+    if (bounds.ties) all<kBytes, kBase, true>();
+    else all<kBytes, kBase, false>();
+  }
+
+  template <int kBytes, bool kBase, bool kTies>
   NF_INLINE void all() const {
     constexpr int kLanes = kBytes / sizeof(K);
     const int64_t whole = columns / kLanes * kLanes;
-    K* to = kept;
-    if (bounds.ties) to = some<kBytes, kLanes, kBase, true>(0, whole, to);
-    else to = some<kBytes, kLanes, kBase, false>(0, whole, to);
-    some<kBytes, 1, kBase, true>(whole, columns, to);
+    K* const to = some<kBytes, kLanes, kBase, kTies>(0, whole, kept);
+    some<kBytes, 1, kBase, kTies>(whole, columns, to);
   }
 
   template <int kBytes, int kLanes, bool kBase, bool kTies>
