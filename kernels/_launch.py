@@ -92,6 +92,10 @@ def config(
         return Config(block=128 * 16 // dtype.itemsize, num_warps=4, held=held)
     if op == "offset_gram":
         return _offset_gram(dtype.itemsize, experts)
+    if op == "magnitude_histogram":
+        return Config(block=16384, num_warps=8, held=1, lanes=2048)  # in 4 warps some spill
+    if op == "magnitude_select":
+        return Config(block=4096, num_warps=4, held=1, lanes=1024)
     if op in ("neulig_fit", "neulig_loss", "neulig_loss_backward"):
         return _neulig(registers, experts)
     raise ValueError(f"config: {op!r} has no kernel")

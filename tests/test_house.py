@@ -194,6 +194,9 @@ def test_what_is_not_differentiable_says_so(name):
     if op.differentiable:
         return
     args = next(iter(op.samples("cpu", torch.float64)))
+    results = testing.outputs(testing.result(op, op.reference, args))
+    if not any(r.is_floating_point() for r in results):
+        return  # counts have no gradient that could be lost
     tracked = [
         a.clone().requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() else a
         for a in args

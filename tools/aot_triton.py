@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import Any
 
 import aot_layers
+import aot_magnitude
 import aot_merge
 import aot_moments
 import aot_neulig
@@ -156,6 +157,7 @@ CALLS = {
     "blend_telemetry": telemetry_launches,
     "blend_weight_grad": weight_grad_launches,
     "offset_gram": offset_gram_launches,
+    **aot_magnitude.CALLS,
     **aot_neulig.CALLS,
 }
 

@@ -23,6 +23,7 @@ from .offset_gram import offset_gram
 __all__ = [
     "BlendTelemetry",
     "CrossMoments",
+    "MagnitudeSelect",
     "NeuLigLoss",
     "blend",
     "blend_",
@@ -34,6 +35,8 @@ __all__ = [
     "expert_layer_norm",
     "expert_linear",
     "merge_task_vectors",
+    "magnitude_histogram",
+    "magnitude_select",
     "mixture_layer_norm",
     "mixture_linear",
     "neulig_fit",

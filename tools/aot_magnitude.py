@@ -1,0 +1,35 @@
+"""The calls of magnitude_select and magnitude_histogram that aot_triton.py compiles."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import torch
+
+
+def _arena(dtype: torch.dtype, n: int, p: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.empty(n, p, dtype=dtype), torch.zeros(n, dtype=torch.int64)
+
+
+def _base(dtype: torch.dtype, k: int, p: int) -> torch.Tensor | None:
+    """None where a blend would have several outputs, so that both kinds are compiled."""
+    return torch.empty(p, dtype=dtype) if k == 1 else None
+
+
+def select_launches(module: ModuleType, dtype: torch.dtype, n: int, k: int, _s: int, p: int) -> Any:
+    params, counts = _arena(dtype, n, p)
+    thresholds = torch.empty(n, dtype=torch.promote_types(dtype, torch.float32))
+    return module.launches(params, counts, _base(dtype, k, p), thresholds, counts.clone())
+
+
+def histogram_launches(
+    module: ModuleType, dtype: torch.dtype, n: int, k: int, _s: int, p: int
+) -> Any:
+    params, prefix = _arena(dtype, n, p)
+    launch, counts = module.config("magnitude_histogram", dtype, n, 1), prefix.new_zeros(n, 2048)
+    for digit in module.digits(dtype):
+        yield from module.launches(params, prefix, digit, _base(dtype, k, p), counts, launch)
+
+
+CALLS = {"magnitude_histogram": histogram_launches, "magnitude_select": select_launches}
