@@ -62,10 +62,14 @@ class AlignConfig(Section):
 
     @field_validator("output")
     @classmethod
-    def _spares_the_experts(cls, value: Path, info: ValidationInfo) -> Path:
+    def _spares_its_inputs(cls, value: Path, info: ValidationInfo) -> Path:
         experts: dict[str, Path] = info.data.get("experts", {})
-        written = {value / name for name in (MERGED, ALIGNMENT, *map(aligned_file, experts))}
-        lost = [f"experts.{name}" for name, path in experts.items() if path in written]
+        files = (MERGED, ALIGNMENT, REPORT, *map(aligned_file, experts))
+        inputs = {f"experts.{name}": path for name, path in experts.items()}
+        inputs["model"] = Path(info.data.get("model", ""))
+        # A file of the folder may be a link, which writing follows.
+        written = {(value / name).resolve() for name in files}
+        lost = [name for name, path in inputs.items() if path in written]
         if lost:
             raise ValueError(f"{value} holds the files of {', '.join(lost)} under names to write")
         return value

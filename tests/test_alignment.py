@@ -73,7 +73,7 @@ def test_a_permuted_copy_of_an_mlp_is_found(balance: float, order: str) -> None:
     assert gap(found.merge(), model) == 0
 
 
-@pytest.mark.parametrize("balance", [0.5, 1.0])
+@pytest.mark.parametrize("balance", [0.0, 0.5, 1.0])
 def test_a_permuted_copy_of_a_vit_is_found(balance: float) -> None:
     model = vit(0)
     spec = alignment.spec_for(model)

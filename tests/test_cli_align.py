@@ -484,6 +484,18 @@ def test_inputs_are_never_written_over(valid, tmp_path):
         load(tmp_path, {**valid, "output": "."})
 
 
+def test_inputs_behind_links_and_model_configs_are_never_written_over(valid, tmp_path):
+    valid["experts"]["m"] = "a.pt"
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked/aligned_m.safetensors").symlink_to(tmp_path / "a.pt")
+    with pytest.raises(ValueError, match=r"holds the files of experts\.a, experts\.m under names"):
+        load(tmp_path, {**valid, "output": "linked"})
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old/alignment.json").write_text(json.dumps(VIT))
+    with pytest.raises(ValueError, match=r"output: .* holds the files of model under names"):
+        load(tmp_path, {**valid, "model": "old/alignment.json", "output": "old"})
+
+
 def test_all_faults_come_in_one_error(valid, tmp_path):
     del valid["images"], valid["model"]
     with pytest.raises(ValueError, match=r"config\.yaml: 4 problems") as error:

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from .._checks import accumulation_dtype, raise_all
 from ..encoders.template import call, evaluating
-from ..neulig.batchnorm import images_of
 from ..ops.cross_moments import cross_moments
+from .batches import exactly, images_in
 from .networks import Networks
 from .similarity import Pair, Rows, correlation
 from .spec import Spec, Use
@@ -49,6 +49,7 @@ class ActivationMoments:
         self._shifts: dict[tuple[int, str], Tensor] = {}
         self._rows: dict[tuple[int, str], Rows] = {}
         self._cross: dict[tuple[Pair, str], Tensor] = {}
+        self._broken: list[str] = []
 
     @torch.no_grad()
     def collect(self, data: Iterable[Any], advance: Callable[[], None] | None = None) -> None:
@@ -60,17 +61,15 @@ class ActivationMoments:
         """
         if self.networks.template is None:
             raise ValueError("align: data is given but no module to run on it; pass template=")
-        with evaluating(self.networks.template):
-            for batch in data:
-                images = images_of(batch)
-                if not isinstance(images, Tensor):
-                    got = type(images).__name__
-                    raise TypeError(f"align: data must yield tensors of images, got {got}")
+        batches = 0
+        with evaluating(self.networks.template), exactly(self.networks.device):
+            for images in images_in(data, self.networks[0], "align"):
+                batches += 1
                 for some in images.split(_IMAGES):
-                    self._add(some.to(self.networks.device))
+                    self._add(some)
                 if advance is not None:
                     advance()
-        if not any(self.count.values()):
+        if not batches:
             raise ValueError("align: data must yield at least one batch of images, got none")
         unseen = [name for name, count in self.count.items() if not count]
         raise_all("align", (self._unseen(name) for name in unseen))
@@ -96,13 +95,11 @@ class ActivationMoments:
                 self._add_pair((i, j), held[i], seen)
             if all(i != j for i, _ in self.pairs):
                 held[j] = []  # the first of no pair that is still to come
+        raise_all("align", self._broken)
 
     def _run(self, i: int, images: Tensor) -> list[_Seen]:
         seen: list[_Seen] = []
         tensors = self.networks[i]
-        floats = [t.dtype for t in tensors.values() if t.is_floating_point()]
-        if images.is_floating_point():
-            images = images.to(floats[0])
         # A copy: a residual added in place would change what is held.
         with Taps(self.spec, tensors, lambda use, rows: seen.append(_Seen(use, rows.clone()))):
             call(self.networks.template, tensors, images)
@@ -117,7 +114,7 @@ class ActivationMoments:
             own = (moments.x_sum, moments.x_square), (moments.y_sum, moments.y_square)
             for side, (network, (sums, squares)) in enumerate(zip(pair, own, strict=True)):
                 if self._source[network] == (pair, side):
-                    self._finite(network, use, squares)
+                    self._check_finite(network, use, squares)
                     rows = Rows(sums.double(), squares.double())
                     known = self._rows.get((network, node))
                     self._rows[network, node] = rows if known is None else known + rows
@@ -131,12 +128,12 @@ class ActivationMoments:
             self._shifts[network, node] = means.to(accumulation_dtype(rows.dtype))
         return self._shifts[network, node]
 
-    def _finite(self, network: int, use: Use, squares: Tensor) -> None:
+    def _check_finite(self, network: int, use: Use, squares: Tensor) -> None:
         bad = int((~squares.isfinite()).sum())
         if bad:
-            raise ValueError(
-                f"align: {bad} of {len(squares)} units of node {use.node} have activations that "
-                f"are NaN or infinite in {self.networks.names[network]}, at {use.tensor}"
+            self._broken.append(
+                f"{bad} of {len(squares)} units of node {use.node} have activations that are NaN "
+                f"or infinite in {self.networks.names[network]}, at {use.tensor}"
             )
 
     def _unseen(self, node: str) -> str:

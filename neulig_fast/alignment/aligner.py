@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from operator import length_hint
 from typing import TYPE_CHECKING, Any
@@ -19,6 +21,8 @@ from torch import Tensor, nn
 
 from .. import _checks
 from .activations import ActivationMoments
+from .batches import exactly
+from .inputs import InconclusiveError
 from .matchings import Orders, Zips
 from .networks import Networks
 from .result import Alignment, squared_distances
@@ -26,6 +30,7 @@ from .similarity import KINDS, Kind, Pair
 from .spec import Spec, check_tensors
 from .specify import spec_for
 from .sweeps import ORDERS, PATIENCE, Order, Outcome, Schedule, Sweeps
+from .verifier import verify
 from .weights import WeightSimilarity
 
 if TYPE_CHECKING:
@@ -58,7 +63,8 @@ def align(
 
     Args:
         experts: N modules or state dicts of one architecture, or an ``ExpertPool``. Read only.
-        spec: which axes move together; default ``alignment.spec_for(template)``.
+        spec: which axes move together; default ``alignment.spec_for(template)``. One of your own
+            is judged by ``alignment.verify`` where there is a module to run.
         data: batches of images, or (images, ...) tuples, unlabelled. Every expert
             runs on them once.
         balance: the share of the weights' similarity, 0 to 1; the rest is the activations'. 1 needs
@@ -114,6 +120,8 @@ class Aligner:
             raise ValueError("align: state dicts alone do not tell their architecture; pass spec=")
         self.spec = spec_for(self.networks.template) if spec is None else spec
         check_tensors(self.spec, self.networks[0], "align")
+        _checks.raise_all("align", _idle_nodes(self.spec))
+        self._judge()
         self.match, self.similarity, self.data = match, similarity, data
         self._progress = progress
         self._activations: dict[str, Mapping[Pair, Tensor]] | None = None
@@ -124,8 +132,16 @@ class Aligner:
     ) -> Alignment:
         """See :func:`align`."""
         _checks.raise_all("align", self._faults(balance, order, sweeps))
+        patience = 1 if self.similarity == "inner_product" else PATIENCE
+        schedule = Schedule(order, seed, sweeps, patience)
+        with exactly(self.networks.device):
+            return self._result(self._outcome(balance, schedule), balance)
+
+    def _outcome(self, balance: float, schedule: Schedule) -> Outcome:
         kind = Orders if self.match == "align" else Zips
         matchings = kind(self.spec, len(self.networks))
+        if len(self.networks) == 1:
+            return Outcome(dict(matchings.current), converged=True)
         activations = self.activations(matchings.pairs) if balance < 1 else None
         weights = None
         if balance > 0:
@@ -134,15 +150,12 @@ class Aligner:
         sweeper = Sweeps(self.spec, weights, activations, balance, matchings)
         with self._bars() as bars:
             bar = bars.add_task("matching", total=None)
-            patience = 1 if self.similarity == "inner_product" else PATIENCE
-            schedule = Schedule(order, seed, sweeps, patience)
-            outcome = sweeper.run(schedule, lambda value: _advance(bars, bar, value))
-        return self._result(outcome, balance)
+            return sweeper.run(schedule, lambda value: _advance(bars, bar, value))
 
     def choose_balance(
         self,
         score: Callable[[Mapping[str, Tensor]], float],
-        grid: Sequence[float] = _GRID,
+        grid: Iterable[float] = _GRID,
         **settings: Any,
     ) -> tuple[Alignment, dict[float, float]]:
         """The alignment whose merge scores best, and the scores by balance.
@@ -151,25 +164,30 @@ class Aligner:
         reads make this a calibration: it is no longer free of them.
 
         Args:
-            score: of a merged state dict; larger is better.
+            score: of a merged state dict; larger is better, NaN worst.
             grid: of balances; the first of equals is taken.
             settings: of :meth:`align`.
 
         Raises:
-            ValueError: an empty grid, or as :meth:`align`.
+            ValueError: an empty grid, or, for any of its balances, as :meth:`align`.
         """
+        grid = list(grid)
         if not grid:
             raise ValueError("choose_balance: grid must name at least one balance, got none")
+        loop = {"order": "colour", "sweeps": 100, **settings}
+        faults = [f for one in grid for f in self._faults(one, loop["order"], loop["sweeps"])]
+        _checks.raise_all("align", dict.fromkeys(faults))
         scores: dict[float, float] = {}
-        best: Alignment | None = None
+        best: tuple[float, Alignment] | None = None
         for balance in grid:
             alignment = self.align(balance, **settings)
             scores[balance] = score(alignment.merge())
-            if best is None or scores[balance] > scores[best.balance]:
-                best = alignment
+            worth = -math.inf if math.isnan(scores[balance]) else scores[balance]
+            if best is None or worth > best[0]:
+                best = worth, alignment
             if alignment.interrupted:
                 break
-        return best, scores  # type: ignore[return-value]
+        return best[1], scores  # type: ignore[index]
 
     def activations(self, pairs: Sequence[Pair]) -> dict[str, Mapping[Pair, Tensor]]:
         """Per node and pair of networks, (n, n): the correlation of activations on the data."""
@@ -180,6 +198,13 @@ class Aligner:
                 moments.collect(self.data, lambda: bars.advance(bar))
             self._activations = {node: moments.similarity(node) for node in self.spec.nodes}
         return self._activations or {}
+
+    def _judge(self) -> None:
+        """ValueError if a spec that nothing stands behind is wrong, as far as that can be told."""
+        if self.spec.confirmed or self.networks.template is None:
+            return
+        with contextlib.suppress(InconclusiveError):
+            verify(self.networks.template, self.spec)
 
     def _bars(self) -> Progress:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
@@ -234,3 +259,9 @@ def _kind_faults(match: str, similarity: str) -> Iterator[str]:
     if similarity not in KINDS:
         hint = _checks.did_you_mean(similarity, KINDS)
         yield f"similarity must be one of {', '.join(KINDS)}, got {similarity!r}{hint}"
+
+
+def _idle_nodes(spec: Spec) -> Iterator[str]:
+    for name in spec.nodes:
+        if all(use.role == "stat" for use in spec.uses_of(name)):
+            yield f"node {name} has no weight, bias or gain to compare"

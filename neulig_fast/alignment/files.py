@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .._checks import raise_all
+from .._checks import raise_all, shape
 from ..state_files import write_safetensors
-from .spec import Node, Spec, Use
+from .spec import Node, Spec, Use, check_match
 from .zip import Zip
 
 if TYPE_CHECKING:
@@ -55,15 +56,17 @@ def load(path: str | Path) -> dict[str, Any]:
         content = json.loads(metadata["alignment"])
         spec = Spec([Node(**n) for n in content["nodes"]], [Use(**u) for u in content["uses"]])
         fields = {name: content[name] for name in _PLAIN}
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: damaged description of an alignment ({error})") from error
-    fields["names"] = tuple(fields["names"])
-    shape = (len(fields["names"]),)
-    raise_all(str(path), _faults(spec, fields["match"], tensors, shape[0]))
+    raise_all(str(path), _plain_faults(**fields))
+    names, match = tuple(fields["names"]), fields["match"]
+    raise_all(str(path), _distance_faults(tensors, match, len(names)))
+    kind = _orders if match == "align" else _zips
     return {
         **fields,
+        "names": names,
         "spec": spec,
-        "matchings": {name: _matching(node, tensors) for name, node in spec.nodes.items()},
+        "matchings": kind(str(path), spec, tensors, names),
         "distances_before": tensors["distances_before"],
         "distances_after": tensors.get("distances_after"),
     }
@@ -79,19 +82,88 @@ def _read(path: Path) -> tuple[Mapping[str, str], dict[str, Tensor]]:
         raise ValueError(f"{path}: not a complete safetensors file ({error})") from error
 
 
-def _faults(spec: Spec, match: str, tensors: Mapping[str, Tensor], num_networks: int) -> list[str]:
-    kinds = ("order",) if match == "align" else ("merged", "accepted")
-    found = [] if "distances_before" in tensors else ["distances_before is missing"]
+# -- what a file may hold -------------------------------------------------------------------------
+
+
+def _plain_faults(
+    match: Any, balance: Any, value: Any, values: Any, converged: Any, interrupted: Any, names: Any
+) -> Iterator[str]:
+    if match not in ("align", "zip"):
+        yield f"match must be one of align, zip, got {match!r}"
+    for name, number in (("balance", balance), ("value", value)):
+        if not _is_number(number):
+            yield f"{name} must be a number, got {number!r}"
+    if not isinstance(values, list) or not all(
+        isinstance(one, dict) and all(map(_is_number, one.values())) for one in values
+    ):
+        yield "values must be a list of numbers by node"
+    for name, flag in (("converged", converged), ("interrupted", interrupted)):
+        if not isinstance(flag, bool):
+            yield f"{name} must be true or false, got {flag!r}"
+    texts = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    if not texts or not names or len(set(names)) != len(names):
+        yield f"names must be a list of different names, got {names!r}"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _distance_faults(tensors: Mapping[str, Tensor], match: str, num_networks: int) -> Iterator[str]:
+    names = ["distances_before"] + ["distances_after"] * (match == "align")
+    for name in names:
+        yield from _tensor_faults(name, name, tensors, (num_networks, num_networks), torch.float64)
+
+
+def _tensor_faults(
+    key: str,
+    what: str,
+    tensors: Mapping[str, Tensor],
+    wanted: tuple[int, ...],
+    dtype: torch.dtype,
+) -> Iterator[str]:
+    if key not in tensors:
+        yield f"{what} is missing"
+    elif tuple(tensors[key].shape) != wanted or tensors[key].dtype != dtype:
+        got = f"{shape(tensors[key])} {tensors[key].dtype}"
+        yield f"{what} must be {shape(wanted)} {dtype}, got {got}"
+
+
+def _orders(
+    path: str, spec: Spec, tensors: Mapping[str, Tensor], names: Sequence[str]
+) -> dict[str, Tensor]:
+    found: list[str] = []
     for name, node in spec.nodes.items():
-        missing = [kind for kind in kinds if f"{kind}/{name}" not in tensors]
-        found += [f"{kind} of node {name} is missing" for kind in missing]
-        if not missing and tuple(tensors[f"{kinds[0]}/{name}"].shape) != (num_networks, node.size):
-            found.append(f"{kinds[0]} of node {name} must be ({num_networks}, {node.size})")
-    return found
+        key, what = f"order/{name}", f"order of node {name}"
+        found += _tensor_faults(key, what, tensors, (len(names), node.size), torch.int64)
+    raise_all(path, found)
+    orders = {name: tensors[f"order/{name}"] for name in spec.nodes}
+    for i, network in enumerate(names):
+        check_match(spec, {name: order[i] for name, order in orders.items()}, f"{path}: {network}")
+    moved = [name for name, order in orders.items() if not _is_identity(order[0])]
+    raise_all(path, (f"node {name}: the first expert's order must be 0, 1, ..." for name in moved))
+    return orders
 
 
-def _matching(node: Node, tensors: Mapping[str, Tensor]) -> Any:
-    if (order := tensors.get(f"order/{node.name}")) is not None:
-        return order
-    merged = tensors[f"merged/{node.name}"]
-    return Zip(merged, node.size, tensors[f"accepted/{node.name}"])
+def _is_identity(order: Tensor) -> bool:
+    return torch.equal(order, torch.arange(len(order), device="cpu"))
+
+
+def _zips(
+    path: str, spec: Spec, tensors: Mapping[str, Tensor], names: Sequence[str]
+) -> dict[str, Zip]:
+    found: list[str] = []
+    for name, node in spec.nodes.items():
+        units = (len(names), node.size)
+        key, what = f"merged/{name}", f"merged of node {name}"
+        faults = list(_tensor_faults(key, what, tensors, units, torch.int64))
+        if not faults and set(tensors[key].flatten().tolist()) != set(range(node.size)):
+            faults.append(f"{what} must be 0 .. {node.size - 1}, with units in all of them")
+        key, what = f"accepted/{name}", f"accepted of node {name}"
+        joins = (tensors[key].numel() if key in tensors else 0,)
+        found += [*faults, *_tensor_faults(key, what, tensors, joins, torch.float64)]
+    raise_all(path, found)
+    return {
+        name: Zip(tensors[f"merged/{name}"], node.size, tensors[f"accepted/{name}"])
+        for name, node in spec.nodes.items()
+    }

@@ -12,24 +12,31 @@ from torch.utils import _pytree as pytree
 # Of models that take images of any size, or do not say which.
 _SIZES = (32, 28, 64, 224)
 _BATCH = 2
+# What models say of inputs of another shape than theirs; timm checks sizes by assertion.
+_UNFIT = (RuntimeError, AssertionError, ValueError, TypeError, LookupError)
+
+
+class InconclusiveError(ValueError):
+    """Nothing can be said of a specification, for or against it."""
 
 
 def example_inputs(model: nn.Module, generator: torch.Generator) -> Tensor:
     """A batch for ``model``, which is in float64: vectors, words or images.
 
     Raises:
-        ValueError: the first layer says too little, or the model takes none of what it suggests.
+        InconclusiveError: the first layer says too little, or the model takes nothing that it
+            suggests.
     """
     failure: Exception | None = None
     for inputs in _candidates(model, generator):
         try:
             with torch.no_grad():
                 model(inputs.clone())
-        except (RuntimeError, AssertionError) as error:  # timm checks sizes by assertion
+        except _UNFIT as error:
             failure = error
         else:
             return inputs
-    raise ValueError(
+    raise InconclusiveError(
         "verify: no inputs could be made up for this model; pass inputs=, a tensor or a tuple, as "
         "it takes them"
     ) from failure
@@ -37,14 +44,16 @@ def example_inputs(model: nn.Module, generator: torch.Generator) -> Tensor:
 
 def _candidates(model: nn.Module, generator: torch.Generator) -> Iterator[Tensor]:
     def noise(*shape: int) -> Tensor:
-        return torch.randn(_BATCH, *shape, generator=generator, dtype=torch.float64)
+        return torch.randn(_BATCH, *shape, generator=generator, dtype=torch.float64, device="cpu")
 
     for module in model.modules():
         if isinstance(module, nn.Linear):
             yield noise(module.in_features)
             yield noise(5, module.in_features)
         elif isinstance(module, nn.Embedding):
-            yield torch.randint(module.num_embeddings, (_BATCH, 5), generator=generator)
+            yield torch.randint(
+                module.num_embeddings, (_BATCH, 5), generator=generator, device="cpu"
+            )
         elif isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
             dimensions = len(module.kernel_size)
             for size in _image_sizes(model, dimensions):

@@ -75,7 +75,7 @@ class Orders(Matchings):
         self.pairs = tuple((0, i) for i in range(1, num_networks))
 
     def start(self, node: Node) -> Tensor:
-        return torch.arange(node.size).expand(self.num_networks, -1)
+        return torch.arange(node.size, device="cpu").expand(self.num_networks, -1)
 
     def solve(
         self, nodes: Sequence[str], similarities: Sequence[Mapping[Pair, Tensor]]
@@ -84,7 +84,7 @@ class Orders(Matchings):
         found = [match_nodes(described, [of[pair] for of in similarities]) for pair in self.pairs]
         solved = {}
         for k, node in enumerate(described):
-            orders = [torch.arange(node.size), *(orders[k] for orders, _ in found)]
+            orders = [torch.arange(node.size, device="cpu"), *(orders[k] for orders, _ in found)]
             value = sum(values[k] for _, values in found) / max(len(found), 1)
             solved[node.name] = torch.stack(orders), value
         return solved
@@ -111,8 +111,8 @@ class Zips(Matchings):
         self.pairs = tuple((i, j) for j in range(num_networks) for i in range(j + 1))
 
     def start(self, node: Node) -> Zip:
-        merged = torch.arange(node.size).repeat(self.num_networks, 1)
-        return Zip(merged, node.size, torch.empty(0, dtype=torch.float64))
+        merged = torch.arange(node.size, device="cpu").repeat(self.num_networks, 1)
+        return Zip(merged, node.size, torch.empty(0, dtype=torch.float64, device="cpu"))
 
     def solve(
         self, nodes: Sequence[str], similarities: Sequence[Mapping[Pair, Tensor]]

@@ -38,7 +38,8 @@ def random_permutation(model: AnyModule, spec: Spec, seed: int) -> tuple[AnyModu
 
 def random_order(node: Node, seed: int, blocks: bool = True, inside: bool = True) -> Tensor:
     """(size,) int64: an order that the node may take; of its blocks and inside them, or of one."""
-    start, steps = torch.arange(node.blocks), torch.arange(node.block_size)[None]
+    places = torch.arange(max(node.blocks, node.block_size), device="cpu")
+    start, steps = places[: node.blocks], places[None, : node.block_size]
     if blocks:
         start = _shuffled(1, node.blocks, _generator(seed, "blocks", node.tie or node.name))[0]
     if inside:
@@ -54,7 +55,8 @@ def _generator(seed: int, *key: str) -> torch.Generator:
 
 def _shuffled(rows: int, count: int, generator: torch.Generator) -> Tensor:
     """(rows, count): orders, not all of them the identity."""
-    orders = identity = torch.arange(count).repeat(rows, 1)
+    orders = identity = torch.arange(count, device="cpu").repeat(rows, 1)
     while count > 1 and torch.equal(orders, identity):
-        orders = torch.stack([torch.randperm(count, generator=generator) for _ in range(rows)])
+        draws = [torch.randperm(count, generator=generator, device="cpu") for _ in range(rows)]
+        orders = torch.stack(draws)
     return orders

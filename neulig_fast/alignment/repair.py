@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .. import _checks
+from ..encoders.merged_rows import batchnorms
 from ..encoders.template import call, evaluating
-from ..neulig.batchnorm import images_of, re_estimate
+from ..neulig.batchnorm import re_estimate
+from .batches import exactly, images_in
 from .networks import detached
-from .spec import Spec
+from .spec import Spec, check_tensors
 from .taps import Layers, Part
 
 if TYPE_CHECKING:
@@ -33,10 +35,16 @@ def reestimate_batchnorm(
         data: batches of images, or (images, ...) tuples, as in training.
 
     Raises:
-        ValueError: no batches.
+        TypeError: data that yields something else.
+        ValueError: no batches; statistics that come out NaN or infinite.
     """
     changed = {name: tensor.clone() for name, tensor in state.items()}
-    re_estimate(template, changed, map(images_of, data))
+    with exactly(_device(changed)):
+        re_estimate(template, changed, images_in(data, changed, "reestimate_batchnorm"))
+    measured = [f"{path}.running_{of}" for path in batchnorms(template) for of in ("mean", "var")]
+    broken = [name for name in measured if not changed[name].isfinite().all()]
+    faults = (f"{name} is NaN or infinite on these images" for name in broken)
+    _checks.raise_all("reestimate_batchnorm", faults)
     return changed
 
 
@@ -62,21 +70,29 @@ def rescale(
         data: batches of images, or (images, ...) tuples; read once per network.
 
     Raises:
-        ValueError: no batches; data that can be read only once; no layer with a bias.
+        TypeError: data that yields something else.
+        ValueError: no batches; data that can be read only once; no layer with a bias; a spec that
+            does not fit; outputs of layers that are NaN or infinite.
     """
-    if iter(data) is data:
+    if isinstance(data, Iterator):
         raise ValueError("rescale: data is read once per network, got an iterator: give a list")
-    names = {use.tensor for use in spec.uses if use.role == "out" and state[use.tensor].ndim > 1}
-    seen = [_run(template, detached(expert), names, data, None) for expert in experts]
+    check_tensors(spec, state, "rescale")
+    axes = {
+        use.tensor: use.axis
+        for use in spec.uses
+        if use.role == "out" and state[use.tensor].ndim > 1
+    }
+    seen = [_run(template, detached(expert), axes, data, None) for expert in experts]
     _checks.raise_all("rescale", [] if seen else ["needs at least one expert, got none"])
     targets = {name: _average([moments[name] for moments in seen]) for name in seen[0]}
     changed = {name: tensor.clone() for name, tensor in state.items()}
-    own = _run(template, changed, names, data, targets)
+    own = _run(template, changed, axes, data, targets)
     for name, moments in own.items():
         scale, shift = _affine(moments, targets[name])
         weight, bias = changed[name], changed[moments.bias]
-        rows = (-1, *(1,) * (weight.ndim - 1))
-        weight.copy_(weight.to(scale.dtype) * scale.view(rows))
+        units = [1] * weight.ndim
+        units[axes[name]] = -1
+        weight.copy_(weight.to(scale.dtype) * scale.view(units))
         bias.copy_(bias.to(scale.dtype) * scale + shift)
     return changed
 
@@ -101,22 +117,24 @@ def _average(moments: list[_Moments]) -> _Moments:
     return _Moments(mean, torch.stack([m.deviation for m in moments]).mean(0), moments[0].bias)
 
 
+def _device(tensors: Mapping[str, Tensor]) -> torch.device:
+    return next(tensor.device for tensor in tensors.values() if tensor.is_floating_point())
+
+
 @torch.no_grad()
 def _run(
     template: nn.Module,
     tensors: Mapping[str, Tensor],
-    names: Iterable[str],
+    axes: Mapping[str, int],
     data: Iterable[Any],
     targets: Mapping[str, _Moments] | None,
 ) -> dict[str, _Moments]:
-    floats = [tensor for tensor in tensors.values() if tensor.is_floating_point()]
-    layers = _Outputs(tensors, set(names), targets)
-    with evaluating(template), layers:
-        batches = 0
-        for batch in data:
+    layers = _Outputs(tensors, axes, targets)
+    batches = 0
+    with evaluating(template), exactly(_device(tensors)), layers:
+        for images in images_in(data, tensors, "rescale"):
             batches += 1
-            images = images_of(batch)
-            call(template, tensors, images.to(floats[0].device, floats[0].dtype))
+            call(template, tensors, images)
     if not batches:
         raise ValueError("rescale: data must yield at least one batch of images, got none")
     if not layers.sums:
@@ -124,20 +142,29 @@ def _run(
             "rescale: no layer that makes units has a bias to shift; for networks with BatchNorm "
             "there is reestimate_batchnorm"
         )
-    return {name: layers.moments(name) for name in layers.sums}
+    found = {name: layers.moments(name) for name in layers.sums}
+    broken = [name for name, own in found.items() if not own.deviation.isfinite().all()]
+    _checks.raise_all("rescale", (f"outputs of {name} are NaN or infinite" for name in broken))
+    return found
 
 
 class _Outputs(Layers):
-    """Sums up the batches' moments of every layer, and repairs its output if told the targets."""
+    """Sums up the batches' moments of every layer, and repairs its output if told the targets.
+
+    Args:
+        tensors: of the network that is run.
+        axes: of the weights that make units, along which axis.
+        targets: by weight; None only sums up.
+    """
 
     def __init__(
         self,
         tensors: Mapping[str, Tensor],
-        names: set[str],
+        axes: Mapping[str, int],
         targets: Mapping[str, _Moments] | None,
     ) -> None:
         super().__init__(tensors)
-        self._names, self._targets = names, targets
+        self._axes, self._targets = axes, targets
         self.sums: dict[str, tuple[int, Tensor, Tensor, str]] = {}
 
     def moments(self, name: str) -> _Moments:
@@ -145,16 +172,28 @@ class _Outputs(Layers):
         return _Moments(mean / count, (variance / count).sqrt(), bias)
 
     def product(self, x: Tensor, part: Part, bias: Part | None, result: Tensor) -> Tensor:
-        rows = self.tensors[part.name].shape[0]
-        if part.name not in self._names or bias is None or result.shape[-1] != rows:
+        name = self._bias_of(part, result) if bias is None else bias.name
+        if part.name not in self._axes or name is None or not self._is_whole(part, result):
             return result
-        flat = result.flatten(0, -2).double()
+        # torch adds the bias of a linear layer afterwards where its input is no rows in memory.
+        later = self.tensors[name].double() if bias is None else 0.0
+        flat = result.flatten(0, -2).double() + later
         variance, mean = torch.var_mean(flat, 0, correction=0)
         count, means, variances, _ = self.sums.get(part.name, (0, 0, 0, ""))
         n = len(flat)
-        self.sums[part.name] = count + n, means + n * mean, variances + n * variance, bias.name
+        self.sums[part.name] = count + n, means + n * mean, variances + n * variance, name
         if self._targets is None:
             return result
-        own = _Moments(mean, variance.sqrt(), bias.name)
-        scale, shift = _affine(own, self._targets[part.name])
+        scale, shift = _affine(_Moments(mean, variance.sqrt(), name), self._targets[part.name])
+        shift += (scale - 1) * later
         return torch.addcmul(shift.to(result.dtype), result, scale.to(result.dtype))
+
+    def _is_whole(self, part: Part, result: Tensor) -> bool:
+        """Not a part of a fused projection."""
+        return result.shape[-1] == self.tensors[part.name].shape[self._axes[part.name]]
+
+    def _bias_of(self, part: Part, result: Tensor) -> str | None:
+        """The bias beside a weight, by its name."""
+        name = part.name.removesuffix("weight") + "bias"
+        known = part.name.endswith("weight") and name in self.tensors
+        return name if known and self.tensors[name].shape == result.shape[-1:] else None

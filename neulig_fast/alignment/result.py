@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .. import _experts
 from .._checks import accumulation_dtype
 from ..offsets import OffsetStats
 from ..ops.offset_gram import offset_gram
@@ -33,7 +34,7 @@ class Alignment:
         matchings: per node. ``"align"``: (N, n) int64, row i the order of expert i's units, row 0
             that of expert 0 as it is. ``"zip"``: a :class:`Zip`.
         balance: the share of the weights' similarity.
-        value: the mean over nodes of the mean matched similarity.
+        value: the mean over nodes of the mean matched similarity; 0 where nothing was matched.
         values: the mean matched similarity per node, a dict for the start (with data) and for
             every sweep.
         distances_before, distances_after: (N, N) fp64, squared distances of the experts'
@@ -86,7 +87,8 @@ class Alignment:
         if self.match != "align":
             raise ValueError("Alignment: a zip joins units and gives no expert an order; see merge")
         if not -self.num_networks <= i < self.num_networks:
-            raise IndexError(f"Alignment: expert must be below {self.num_networks}, got {i}")
+            n = self.num_networks
+            raise IndexError(f"Alignment: expert must be {-n} to {n - 1}, got {i}")
         return {name: matching[i] for name, matching in self.matchings.items()}
 
     def apply(self, i: int, expert: Expert | None = None) -> dict[str, Tensor]:
@@ -134,13 +136,16 @@ class Alignment:
             experts: all N; default those that were aligned.
 
         Raises:
-            ValueError: no experts, or such as the spec does not fit.
+            ValueError: no experts; such as differ, hold NaN or inf or do not fit the spec.
         """
-        networks = [detached(expert) for expert in (self.experts if experts is None else experts)]
-        if len(networks) != self.num_networks:
-            raise ValueError(f"Alignment: needs {self.num_networks} experts, got {len(networks)}")
-        for tensors in networks:
-            check_tensors(self.spec, tensors, "Alignment")
+        given = list(self.experts if experts is None else experts)
+        if len(given) != self.num_networks:
+            raise ValueError(f"Alignment: needs {self.num_networks} experts, got {len(given)}")
+        if experts is not None:
+            dtype = _experts.arena_dtype(given[0])
+            _experts.check_tensors(given, self.names, None, dtype, subject="Alignment")
+        networks = [detached(expert) for expert in given]
+        check_tensors(self.spec, networks[0], "Alignment")
         kind = Orders if self.match == "align" else Zips
         matchings = kind(self.spec, self.num_networks)
         matchings.current = dict(self.matchings)
@@ -168,22 +173,28 @@ def merged_tensor(
     first = networks[0][name]
     if not first.is_floating_point():
         return first.clone()
-    total = torch.zeros_like(first, dtype=accumulation_dtype(first.dtype))
-    for i, tensors in enumerate(networks):
-        tensor = tensors[name].to(total.dtype)
+
+    def arranged(i: int) -> Tensor:
+        tensor = networks[i][name].to(first.device, accumulation_dtype(first.dtype))
         for axis in range(tensor.ndim):
             uses = [use for use in matchings.spec.uses_in(name) if use.axis == axis]
             if uses:
                 tensor = matchings.arrange(tensor, axis, uses, i)
-        total += tensor.to(total.device)
-    return (total / len(networks)).to(first.dtype)
+        return tensor
+
+    # Differences from the first, which are nothing where networks are equal: no copy is rounded.
+    start = arranged(0)
+    total = torch.zeros_like(start)
+    for i in range(1, len(networks)):
+        total += arranged(i) - start
+    return (start + total / len(networks)).to(first.dtype)
 
 
 def squared_distances(networks: Sequence[Mapping[str, Tensor]], names: Sequence[str]) -> Tensor:
     """(N, N) fp64: ||theta_i - theta_j||^2 over the tensors called ``names``."""
     n = len(networks)
-    gram = torch.zeros(n, n, dtype=torch.float64)
+    gram = torch.zeros(n, n, dtype=torch.float64, device="cpu")
     for name in names:
         rows = torch.stack([tensors[name].flatten() for tensors in networks])
         gram += offset_gram(rows)[1][0].cpu()
-    return OffsetStats(torch.zeros(n), gram).distances
+    return OffsetStats(gram.new_zeros(n), gram).distances

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Literal, NamedTuple, TypeAlias
 
 import torch
@@ -96,6 +97,7 @@ class Spec:
         nodes = list(nodes)
         self.nodes = {node.name: node for node in nodes}
         self.uses = tuple(uses)
+        self.confirmed = False  # whether rules or a verified trace stand behind it: see spec_for
         _checks.raise_all("Spec", [*_node_faults(nodes), *_use_faults(self.nodes, self.uses)])
 
     def uses_of(self, node: str) -> tuple[Use, ...]:
@@ -114,7 +116,7 @@ class Spec:
 
     def identity(self) -> Match:
         """The order that changes nothing."""
-        return {name: torch.arange(node.size) for name, node in self.nodes.items()}
+        return {name: torch.arange(node.size, device="cpu") for name, node in self.nodes.items()}
 
     def __repr__(self) -> str:
         return f"Spec({len(self.nodes)} nodes, {len(self.uses)} uses)"
@@ -125,6 +127,9 @@ def _node_faults(nodes: list[Node]) -> list[str]:
     found = [f"more than one node is called {name!r}" for name in _twice(names)]
     ties: dict[str, Node] = {}
     for node in nodes:
+        if not _are_whole(node.size, node.blocks):
+            found.append(f"node {node.name}: size and blocks must be whole numbers")
+            continue
         if node.size < 1 or node.blocks < 1 or node.size % node.blocks:
             found.append(
                 f"node {node.name}: {node.size} units cannot make {node.blocks} equal blocks"
@@ -147,6 +152,11 @@ def _use_faults(nodes: Mapping[str, Node], uses: tuple[Use, ...]) -> list[str]:
         if node is None:
             found.append(f"{what}: there is no such node{_checks.did_you_mean(use.node, nodes)}")
             continue
+        if not _are_whole(node.size, node.blocks) or node.blocks < 1:
+            continue  # which is said of the node
+        if not _are_whole(use.axis, use.start, use.repeat):
+            found.append(f"{what}: axis, start and repeat must be whole numbers")
+            continue
         if use.role not in _ROLES:
             found.append(f"{what}: role must be out, in, vec or stat, got {use.role!r}")
         if use.axis < 0 or use.start < 0 or use.repeat < 1:
@@ -165,6 +175,10 @@ def _use_faults(nodes: Mapping[str, Node], uses: tuple[Use, ...]) -> list[str]:
                 found.append(f"{what}: overlaps the use by node {whose}")
         others.append((span, use.node))
     return found
+
+
+def _are_whole(*values: object) -> bool:
+    return all(isinstance(value, Integral) and not isinstance(value, bool) for value in values)
 
 
 def _twice(names: list[str]) -> list[str]:
@@ -213,7 +227,7 @@ def _order_fault(node: Node, order: Tensor | None) -> str | None:
     if tuple(order.shape) != (node.size,) or order.dtype != torch.int64:
         expected = f"({node.size},) int64"
         return f"its order must be {expected}, got {_checks.shape(order)} {order.dtype}"
-    if not torch.equal(order.sort().values, torch.arange(node.size)):
+    if not torch.equal(order.sort().values, torch.arange(node.size, device="cpu")):
         return f"its order is no permutation of 0 to {node.size - 1}"
     rows = order.view(node.blocks, node.block_size)
     if not torch.equal(rows // node.block_size, (rows[:, :1] // node.block_size).expand_as(rows)):
@@ -231,12 +245,12 @@ def block_order(node: Node, order: Tensor) -> Tensor:
 
 def axis_index(spec: Spec, match: Match, uses: Iterable[Use], length: int) -> Tensor:
     """(length,): which entry of an axis goes to each place, given the axis's uses."""
-    index = torch.arange(length)
+    index = torch.arange(length, device="cpu")
     for use in uses:
         node, order = spec.nodes[use.node], match[use.node]
         if use.inner:
             order = order[: node.block_size] % node.block_size
-        entries = order[:, None] * use.repeat + torch.arange(use.repeat)
+        entries = order[:, None] * use.repeat + torch.arange(use.repeat, device="cpu")
         index[slice(*spec.span(use))] = use.start + entries.flatten()
     return index
 

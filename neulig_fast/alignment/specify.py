@@ -44,4 +44,5 @@ def spec_for(model: nn.Module, inputs: Any = None) -> Spec:
                 f"spec_for: no rule for {'; '.join(draft.guessed)}, and what its trace proposes "
                 f"was not confirmed. {ADVICE}. {error}"
             ) from error
+    spec.confirmed = True
     return spec

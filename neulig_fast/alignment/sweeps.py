@@ -123,7 +123,7 @@ class Sweeps:
         for _ in range(schedule.sweeps):
             classes = colours
             if schedule.order == "seeded" or stalled:
-                places = torch.randperm(len(names), generator=generator).tolist()
+                places = torch.randperm(len(names), generator=generator, device="cpu").tolist()
                 classes = [[names[k]] for k in places]
             for groups in classes:
                 moved = [name for name in groups if self._moved(name)]

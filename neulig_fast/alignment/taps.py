@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,6 +43,8 @@ class Layers(TorchDispatchMode):
         tensors: by name; each is recognised by its memory.
     """
 
+    _atoms: ClassVar[set[Any]] = set()  # operators found to consist of no others
+
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         super().__init__()
         self.tensors = {name: tensor for name, tensor in tensors.items() if tensor.numel()}
@@ -68,9 +70,9 @@ class Layers(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
-        result = func(*args, **(kwargs or {}))
         if func not in _OPERANDS:
-            return result
+            return self._apart(func, args, kwargs or {})
+        result = func(*args, **(kwargs or {}))
         x, weight, bias = (None if at is None else args[at] for at in _OPERANDS[func])
         shift = next(self._parts(bias), None) if isinstance(bias, Tensor) else None
         convolves = func is aten.convolution.default
@@ -81,6 +83,22 @@ class Layers(TorchDispatchMode):
             last = self.product(_channels_last(x), part, shift, _channels_last(result))
             result = last.transpose(1, 2).reshape(result.shape)
         return result
+
+    def _apart(self, func: Any, args: tuple, kwargs: dict) -> Any:
+        """The result of an operator; of one that consists of others, by these, one after the other.
+
+        In inference mode linear layers and convolutions arrive whole.
+        """
+        if func not in self._atoms:
+            super().__enter__()
+            try:
+                result = func.decompose(*args, **kwargs)
+            finally:
+                super().__exit__(None, None, None)
+            if result is not NotImplemented:
+                return result
+            self._atoms.add(func)
+        return func(*args, **kwargs)
 
     def _parts(self, tensor: Tensor) -> Iterator[Part]:
         at = tensor.data_ptr()

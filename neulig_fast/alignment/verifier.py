@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 from .. import _checks
-from .inputs import as_float64, example_inputs
+from .inputs import InconclusiveError, as_float64, example_inputs
 from .permutation import random_order
 from .spec import Node, Spec, check_tensors, reorder
 
@@ -101,12 +102,12 @@ class _Trial:
         made = example_inputs(self.model, generator) if inputs is None else inputs
         self.inputs = as_float64(made)
         self.outputs = self._run(self.state)
-        largest = max((float(y.abs().max()) for y in self.outputs if y.numel()), default=0.0)
-        if not 0 < largest < float("inf"):
-            raise ValueError(
-                f"verify: the largest output is {largest}, which tells nothing; pass other inputs"
+        self.scale = _largest(self.outputs)
+        if not 0 < self.scale < float("inf"):
+            raise InconclusiveError(
+                f"verify: the largest output is {self.scale}, which tells nothing; "
+                "pass other inputs"
             )
-        self.scale = largest
 
     def change(self, moves: list[_Move], seed: int) -> float:
         """The largest difference that ``moves`` make, relative to the largest output."""
@@ -120,9 +121,8 @@ class _Trial:
         # Gigabytes stay where they are if the spec of what stays is not asked.
         part = Spec(moving.values(), [use for use in self.spec.uses if use.node in moving])
         outputs = self._run(reorder(part, match, self.state))
-        pairs = zip(outputs, self.outputs, strict=True)
-        found = torch.tensor([float((y - x).abs().max()) for y, x in pairs if y.numel()])
-        return float(found.nan_to_num(nan=float("inf")).max()) / self.scale
+        change = _largest(y - x for y, x in zip(outputs, self.outputs, strict=True))
+        return (float("inf") if math.isnan(change) else change) / self.scale
 
     @torch.no_grad()
     def _run(self, state: Mapping[str, Tensor]) -> list[Tensor]:
@@ -131,6 +131,12 @@ class _Trial:
         outputs = functional_call(self.model, dict(state), inputs, tie_weights=False)
         leaves = pytree.tree_leaves(outputs)
         return [y for y in leaves if isinstance(y, Tensor) and y.is_floating_point()]
+
+
+def _largest(outputs: Iterable[Tensor]) -> float:
+    """Of the absolute values; NaN if one of them is, 0 if there are none."""
+    found = [y.abs().max().double() for y in outputs if y.numel()]
+    return float(torch.stack(found).max()) if found else 0.0
 
 
 @torch.no_grad()
@@ -145,7 +151,7 @@ def _make_weights_matter(model: nn.Module, generator: torch.Generator) -> None:
         is_statistic = name.rpartition(".")[2] in statistics
         if not tensor.is_floating_point() or not (name in names or is_statistic):
             continue
-        noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+        noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64, device="cpu")
         if name.endswith("running_var"):
             tensor.mul_(torch.exp(0.3 * noise))
         elif tensor.ndim < 2:
