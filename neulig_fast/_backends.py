@@ -9,11 +9,7 @@ import os
 import threading
 from collections.abc import Mapping
 
-from . import (
-    _native,
-    _registry,
-    ops,  # noqa: F401 -- what is forced and explained is what is registered
-)
+from . import _native, _registry
 from ._registry import BACKENDS, DEVICES, OPS, Op, log, no_device
 
 VARIABLE = "NEULIG_FAST_BACKEND"
@@ -124,3 +120,8 @@ def show_backends() -> list[BackendStatus]:
         print(_line(row))
     print(f"forced: {forced or 'nothing'} · {VARIABLE} {variable or 'unset'}")
     return rows
+
+
+# What is forced and explained is what is registered. Last, since ops reads the environment by the
+# function above, whichever of the two is imported first.
+from . import ops  # noqa: E402, F401
