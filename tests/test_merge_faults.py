@@ -74,6 +74,8 @@ def forked(*args):
         os._exit(0)
     return os.waitpid(child, 0)[1]
 
+# What is imported when it is first used is imported once, not in every child.
+nf.merge(config, folder.parent / "once", threads=1)
 old = llamas.contents(folder) if folder.exists() else {}
 for point in points:
     status = forked(point)

@@ -69,7 +69,7 @@ def _histogram(search: TiledSelect, of: Numbers) -> Callable[[Tile], list[list[i
 
 def _cuts(tile: Tile, of: Numbers, number: int, ends: Sequence[LastTile | None]) -> list[int]:
     """For every row whose last tie is in this tile its cut, else 0."""
-    counts = [end.count if end is not None and end.tile == number else 0 for end in ends]
+    counts = [end.wanted if end is not None and end.tile == number else 0 for end in ends]
     if not any(counts):
         return counts
     found = zip(*_select(of(tile), counts), counts, strict=True)
