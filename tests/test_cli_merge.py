@@ -11,6 +11,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from neulig_fast import testing
+from neulig_fast._registry import OPS
 from neulig_fast.cli import app
 from neulig_fast.demo import llamas
 
@@ -83,6 +85,10 @@ print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
 @pytest.mark.parametrize("method", ["linear", "ties", "dare_ties"])
 def test_memory_stays_below_its_ceiling(tmp_path: Path, method: str) -> None:
     """Models of 192 MiB each, four of them: 768 MiB of inputs."""
+    if method == "ties" and "cpu" not in {
+        b for _, b in testing.backends_of(OPS["magnitude_select"])
+    }:
+        pytest.skip("without the extension, thresholds are found by sorting, in memory of its own")
     for name in ("base", "m0", "m1", "m2"):
         g = torch.Generator().manual_seed(len(name))
         part = torch.randn(1 << 20, generator=g).to(torch.bfloat16)

@@ -45,6 +45,9 @@ class Kept(NamedTuple):
     scales: Sequence[float] | None = None
 
 
+_CHUNK = 8 * BLOCK  # elements that are looked at in fp32 at once
+
+
 # -- which elements are kept ----------------------------------------------------------------------
 
 
@@ -104,25 +107,24 @@ def _magnitude_sums(tile: Tile, rule: Mapping[str, Any]) -> Tensor:
     from ..ops import merge_task_vectors
 
     one = torch.ones(1, device=tile.rows.device)
-    sums = []
-    for k, block in enumerate(tile.rows.split(BLOCK, dim=1)):
-        wide = block.to(accumulation_dtype(block.dtype))
+    start, sums = tile.start, []
+    for rows in tile.rows.split(_CHUNK, dim=1):
+        wide = rows.to(accumulation_dtype(rows.dtype))
         d = wide[:-1] - wide[-1]
-        start = tile.start + k * BLOCK
-        kept = torch.stack(
-            [
-                merge_task_vectors(d[i : i + 1], one, start=start, **_tensors(rule, d, i))
-                for i in range(len(d))
-            ]
-        )
-        sums.append(torch.stack([_abs_sum(d), _abs_sum(kept)]).cpu())
-    return torch.stack(sums)
+        kept = [
+            merge_task_vectors(d[i : i + 1], one, start=start, **_tensors(rule, d, i))
+            for i in range(len(d))
+        ]
+        sums.append(torch.stack([_abs_sums(d), _abs_sums(torch.stack(kept))], dim=1).cpu())
+        start += rows.shape[1]
+    return torch.cat(sums)
 
 
-def _abs_sum(x: Tensor) -> Tensor:
+def _abs_sums(x: Tensor) -> Tensor:
+    """(blocks, N), in fp64."""
     import torch
 
-    return x.abs().sum(1, dtype=torch.float64)
+    return torch.stack([block.abs().sum(1).double() for block in x.split(BLOCK, dim=1)])
 
 
 def _tensors(rule: Mapping[str, Any], rows: Tensor, expert: int | None = None) -> dict[str, Any]:
