@@ -587,6 +587,22 @@ def test_ordinary_values_have_the_references_bits(dtype):
 
 
 @needs_cpu
+@in_every_dtype
+@pytest.mark.parametrize("experts", range(1, 10))
+def test_kernels_of_the_usual_case_have_the_references_bits(experts, dtype):
+    """Task arithmetic and TIES, of which the kernels have forms for so many experts."""
+    params, base = normal(experts, 333, dtype=dtype), normal(333, seed=1).to(dtype)
+    params[0, 40], params[-1, 41], params[0, 42], base[300] = NAN, -INF, 3e38, NAN
+    lower = normal(experts, seed=3).abs()
+    ties = {"lower": lower, "lower_cut": (100 * lower).long(), "elect": "weighted_sum"}
+    for options in ({}, {"lower": lower}, {**ties, "divide": "weights"}, ties):
+        weights = normal(experts, seed=2).abs()
+        got, expected = (run(b, params, weights, base, **options) for b in ("cpu", "torch"))
+        assert got[40].isnan() and got[300].isnan()
+        assert torch.equal(got.nan_to_num(7.0, INF, -INF), expected.nan_to_num(7.0, INF, -INF))
+
+
+@needs_cpu
 @pytest.mark.slow
 @pytest.mark.parametrize("level", [0, 3])
 def test_lower_instruction_sets_have_the_same_bits(level):
@@ -600,6 +616,8 @@ def test_lower_instruction_sets_have_the_same_bits(level):
         "for dtype in t.testing.DTYPES:\n"
         "    t.test_ordinary_values_have_the_references_bits(dtype)\n"
         "    t.test_every_option_as_the_oracle_has_it('cpu', 'cpu', dtype)\n"
+        "    for n in range(1, 10):\n"
+        "        t.test_kernels_of_the_usual_case_have_the_references_bits(n, dtype)\n"
         "for elect in t.ELECTIONS: t.test_nan_reaches_the_result('cpu', 'cpu', elect)\n"
         "t.test_draws_keep_what_the_words_say('cpu', 'cpu')\n"
         "t.test_infinities_vote_as_numbers_do('cpu', 'cpu')\n"
