@@ -351,7 +351,7 @@ def run_python(code, **environment):
 
 
 def test_environment_forces_and_unknown_names_fail_at_import():
-    code = "import neulig_fast as nf; print(nf._registry.OPS['blend'].forced())"
+    code = "from neulig_fast import _registry, ops; print(_registry.OPS['blend'].forced())"
     assert run_python(code, NEULIG_FAST_BACKEND="blend=torch").stdout.strip() == "torch"
     twice = run_python(code, NEULIG_FAST_BACKEND="blend=torch,blend=cpu")
     assert twice.returncode and "blend is given twice" in twice.stderr

@@ -14,7 +14,8 @@ from ..methods import Method, Task
 from . import dtypes, names, parameters
 from .headers import Checkpoint, Entry
 from .layout import Layout, Output, lay_out
-from .recipe import ModelRef, Recipe, Slice, Source
+from .pieces import Piece, parity_of, pieces_of
+from .recipe import ModelRef, Recipe
 
 _SHOWN = 20  # faults of a kind; a wrong model would have thousands
 
@@ -86,14 +87,6 @@ def make_plan(
     return Plan(method, tuple(tensors), layout, planner.donor, counts, warned)
 
 
-class _Piece(NamedTuple):
-    """A slice with its checkpoints at hand."""
-
-    experts: tuple[Source, ...]
-    base: ModelRef | None
-    scopes: tuple[parameters.Scope, ...]  # from the slice outwards
-
-
 class _Planner:
     """Collects planned tensors, faults and warnings."""
 
@@ -107,54 +100,9 @@ class _Planner:
         self.recipe, self.method, self.models, self.seed = recipe, method, models, seed
         self.faults: list[str] = []
         self.warnings: list[str] = list(recipe.warnings)
-        self.parity = str(recipe.ours.get("parity", method.parities[0]))
-        self.pieces = self._pieces()
+        self.parity, self.pieces = parity_of(recipe, method), pieces_of(recipe, method)
         first = self.pieces[0]
         self.donor = first.base or recipe.base or first.experts[0].model
-
-    # -- slices -----------------------------------------------------------------------------------
-
-    def _pieces(self) -> list[_Piece]:
-        if set(self.recipe.parts) != {""}:
-            raise ValueError("merge: modules are not merged one by one; use models or slices")
-        part = self.recipe.parts[""]
-        scopes = (part.parameters, self.recipe.parameters)
-        pieces = []
-        for piece in part.slices:
-            base = piece.base or part.base or self.recipe.base
-            pieces.append(self._piece(piece, base, (piece.parameters, *scopes)))
-        self._check_parity()
-        raise_all("merge", self.faults)
-        return pieces
-
-    def _piece(
-        self, piece: Slice, base: ModelRef | None, scopes: tuple[parameters.Scope, ...]
-    ) -> _Piece:
-        method = self.method
-        if method.base == "needed" and base is None:
-            self.faults.append(f"{method.name} needs a base_model: it merges differences to it")
-        experts = piece.sources
-        if method.base == "one more":
-            base = None
-        elif base is not None:
-            experts = tuple(source for source in experts if source.model != base)
-        most = method.most
-        if len(experts) < method.fewest or (most is not None and len(experts) > most):
-            wanted = f"{method.fewest}" if most == method.fewest else f"at least {method.fewest}"
-            if most is not None and most != method.fewest:
-                wanted = f"{method.fewest} to {most}"
-            besides = " besides the base" if base is not None else ""
-            self.faults.append(f"{method.name} merges {wanted} models{besides}, got {len(experts)}")
-        return _Piece(experts, base, scopes)
-
-    def _check_parity(self) -> None:
-        known = self.method.parities
-        if self.parity not in known:
-            hint = did_you_mean(self.parity, known)
-            name = self.method.name
-            self.faults.append(
-                f"neulig_fast.parity: {name} has {', '.join(known)}, got {self.parity!r}{hint}"
-            )
 
     # -- tensors ----------------------------------------------------------------------------------
 
@@ -164,7 +112,7 @@ class _Planner:
             return list(self._whole(self.pieces[0]))
         return list(self._sliced())
 
-    def _whole(self, piece: _Piece) -> Iterator[Planned]:
+    def _whole(self, piece: Piece) -> Iterator[Planned]:
         donor = self.models[self.donor]
         counts = names.layer_counts(donor.entries)
         self._report_names(piece, donor.entries)
@@ -173,7 +121,7 @@ class _Planner:
             at = parameters.depth(parts and parts.layer, counts[parts.stack] if parts else 0)
             yield from self._named(name, entry, piece, at)
 
-    def _named(self, name: str, like: Entry, piece: _Piece, at: float) -> Iterator[Planned]:
+    def _named(self, name: str, like: Entry, piece: Piece, at: float) -> Iterator[Planned]:
         """A tensor that has the same name everywhere."""
         found = [self._entry(source.model, name) for source in piece.experts]
         base = self._entry(piece.base, name) if piece.base is not None else None
@@ -200,7 +148,7 @@ class _Planner:
 
     def _layers(
         self,
-        piece: _Piece,
+        piece: Piece,
         ranges: Sequence[tuple[int, int]],
         counts: Mapping[ModelRef, tuple[str, int]],
         first: int,
@@ -255,7 +203,7 @@ class _Planner:
         self,
         name: str,
         like: Entry,
-        piece: _Piece,
+        piece: Piece,
         found: Sequence[Entry | None],
         base: Entry | None,
         at: float,
@@ -286,7 +234,7 @@ class _Planner:
         dtype = dtypes.TO_FORMAT[stored] if stored else like.dtype
         yield Planned(task, tuple(sources), task.dtype, Output(name, dtype, like.shape))
 
-    def _agree(self, name: str, sources: Sequence[Entry], piece: _Piece) -> bool:
+    def _agree(self, name: str, sources: Sequence[Entry], piece: Piece) -> bool:
         shapes = {entry.shape for entry in sources}
         kinds = {dtypes.is_float(entry.dtype) for entry in sources}
         models = [*(s.model for s in piece.experts), *([piece.base] if piece.base else [])]
@@ -301,7 +249,7 @@ class _Planner:
             self._fault(f"{name!r} must be of floats in all models or in none, got {got}")
         return len(shapes) == len(kinds) == 1
 
-    def _settings(self, name: str, piece: _Piece, at: float) -> dict[str, object] | None:
+    def _settings(self, name: str, piece: Piece, at: float) -> dict[str, object] | None:
         """Values of all parameters of the method for a tensor; None if one has a fault."""
         found: dict[str, object] = {}
         right = True
@@ -320,7 +268,7 @@ class _Planner:
 
     # -- faults -----------------------------------------------------------------------------------
 
-    def _report_names(self, piece: _Piece, known: Mapping[str, Entry]) -> None:
+    def _report_names(self, piece: Piece, known: Mapping[str, Entry]) -> None:
         """Tensors that the donor lacks would be lost."""
         for source in piece.experts:
             extra = [name for name in self.models[source.model].entries if name not in known]

@@ -9,6 +9,17 @@ import typer
 
 from ._errors import reported
 
+Config = Annotated[Path, typer.Argument(help="A YAML file as mergekit's; see docs/merge.md.")]
+Folder = Annotated[Path, typer.Argument(help="For the result; an earlier merge is replaced.")]
+MaxRam = Annotated[str, typer.Option(help="Ceiling of memory, such as 512M or 8G.")]
+ShardSize = Annotated[str, typer.Option(help="Of each file of weights, at most.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")]
+Threads = Annotated[int | None, typer.Option(help="Default: as many as torch uses.")]
+Seed = Annotated[int, typer.Option(help="Of methods that drop elements at random.")]
+Resume = Annotated[bool, typer.Option(help="Go on with an interrupted merge, or begin anew.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check and plan, but do not merge.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress.")]
+
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
@@ -16,18 +27,16 @@ def register(app: typer.Typer) -> None:
 
 
 def merge(
-    config: Annotated[Path, typer.Argument(help="A YAML file as mergekit's; see docs/merge.md.")],
-    folder: Annotated[Path, typer.Argument(help="For the result; an earlier merge is replaced.")],
-    max_ram: Annotated[str, typer.Option(help="Ceiling of memory, such as 512M or 8G.")] = "2G",
-    shard_size: Annotated[str, typer.Option(help="Of each file of weights, at most.")] = "5G",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")] = "auto",
-    threads: Annotated[int | None, typer.Option(help="Default: as many as torch uses.")] = None,
-    seed: Annotated[int, typer.Option(help="Of methods that drop elements at random.")] = 0,
-    resume: Annotated[
-        bool, typer.Option(help="Go on with an interrupted merge, or begin anew.")
-    ] = True,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and plan; merge not.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
+    config: Config,
+    folder: Folder,
+    max_ram: MaxRam = "2G",
+    shard_size: ShardSize = "5G",
+    device: Device = "auto",
+    threads: Threads = None,
+    seed: Seed = 0,
+    resume: Resume = True,
+    dry_run: DryRun = False,
+    quiet: Quiet = False,
 ) -> None:
     """Merge checkpoints as CONFIG says: safetensors in, safetensors out.
 

@@ -1,0 +1,217 @@
+"""Whole checkpoints: ``nf.merge`` against mergekit and against reading and writing alone.
+
+A base and three models of Llama's shape in bf16, generated; in process, after imports, from files
+in the system's cache to files that have reached the disk, with checksums (mergekit and the floor do
+neither). mergekit runs in a process of its own where ``NEULIG_FAST_MERGEKIT`` names a Python that
+has it, and is asked to merge through a pipe; its random masks are others, so that DARE is checked
+by nothing but the share of elements that differ from the base.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import neulig_fast as nf
+from neulig_fast.demo import llamas
+
+from . import harness, machine
+from .harness import Case, Provider
+
+_SIZES = {"width": 1024, "layers": 8, "words": 32_000}  # 170 M parameters
+_TOY = {"width": 32, "layers": 2, "words": 64}
+_MODELS = ("m0", "m1", "m2")
+_METHODS: dict[str, dict[str, Any]] = {
+    "linear": {"each": {"weight": 0.3}},
+    "task_arithmetic": {"each": {"weight": 0.3}, "base": True},
+    "ties": {"each": {"weight": 0.3, "density": 0.5}, "base": True},
+    "dare_ties": {"each": {"weight": 0.3, "density": 0.5}, "base": True},
+    "slerp": {"parameters": {"t": 0.4}, "base": True, "models": ("m0",)},
+}
+
+_WORKER = """
+import sys, yaml, torch
+from mergekit.config import MergeConfiguration
+from mergekit.merge import run_merge
+from mergekit.options import MergeOptions
+torch.set_num_threads(int(sys.argv[1]))
+print("ready", flush=True)
+for line in sys.stdin:
+    config, out = line.split()
+    with open(config) as file:
+        config = MergeConfiguration.model_validate(yaml.safe_load(file))
+    options = MergeOptions(copy_tokenizer=False, lazy_unpickle=True, quiet=True)
+    run_merge(config, out, options)
+    print("done", flush=True)
+"""
+
+
+class Mergekit:
+    """mergekit in a process of its own."""
+
+    def __init__(self, python: str, threads: int) -> None:
+        env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        self._process = subprocess.Popen(
+            [python, "-c", _WORKER, str(threads)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env=env,
+            cwd=tempfile.gettempdir(),
+        )
+        self._wait("ready")
+
+    def __call__(self, config: Path, out: Path) -> None:
+        if self._process.stdin is None:
+            raise RuntimeError("mergekit's process takes no input")
+        self._process.stdin.write(f"{config} {out}\n")
+        self._process.stdin.flush()
+        self._wait("done")
+
+    def _wait(self, word: str) -> None:
+        for line in self._process.stdout or ():
+            if line.strip() == word:
+                return
+        raise RuntimeError(f"mergekit's process ended with {self._process.wait()}")
+
+
+@functools.cache
+def models(quick: bool) -> Path:
+    """A folder with the generated models, for as long as the process lives."""
+    folder = tempfile.TemporaryDirectory(prefix="merge-")
+    llamas.family(Path(folder.name), len(_MODELS), **(_TOY if quick else _SIZES))
+    _FOLDERS.append(folder)
+    return Path(folder.name)
+
+
+_FOLDERS: list[tempfile.TemporaryDirectory[str]] = []
+
+
+def recipe(folder: Path, method: str) -> Path:
+    """The file of a merge."""
+    given = _METHODS[method]
+    content: dict[str, Any] = {
+        "merge_method": method,
+        "models": [
+            {"model": str(folder / name), "parameters": given.get("each", {})}
+            for name in given.get("models", _MODELS)
+        ],
+        "parameters": given.get("parameters", {}),
+        "dtype": "bfloat16",
+    }
+    if given.get("base"):
+        content["base_model"] = str(folder / "base")
+        if method == "slerp":
+            content["models"].insert(0, {"model": str(folder / "base")})
+    path = folder / f"{method}.yml"
+    path.write_text(json.dumps(content))  # JSON is YAML
+    return path
+
+
+def floor(folder: Path, inputs: list[str], out: Path) -> None:
+    """Read all and write one, with safetensors alone."""
+    states = [load_file(file) for name in inputs for file in (folder / name).glob("*.safetensors")]
+    out.mkdir(exist_ok=True)
+    merged: dict[str, Tensor] = {}
+    for file, state in enumerate(states):
+        for tensor in state.values():
+            tensor.sum()  # every byte is read
+        if file < 1 + len(states) // len(inputs):
+            merged |= state
+    save_file(merged, out / "model.safetensors")
+
+
+def make_case(method: str, quick: bool, threads: int) -> Case:
+    folder = models(quick)
+    config = recipe(folder, method)
+    given = _METHODS[method]
+    inputs = [*given.get("models", _MODELS), *(["base"] if given.get("base") else [])]
+    size = sum(f.stat().st_size for name in inputs for f in (folder / name).glob("*.safetensors"))
+    ours, theirs, plain = (folder / f"{method}-{name}" for name in ("ours", "theirs", "floor"))
+
+    def merge() -> Path:
+        nf.merge(config, ours, threads=threads, resume=False)
+        return ours
+
+    found = [Provider("neulig_fast", merge, "ours", traffic=size)]
+    python = os.environ.get("NEULIG_FAST_MERGEKIT")
+    if python:
+        mergekit = Mergekit(python, threads)
+
+        def with_mergekit() -> Path:
+            mergekit(config, theirs)
+            return theirs
+
+        found.append(Provider("mergekit", with_mergekit, traffic=size))
+    found.append(
+        Provider(
+            "ceiling/safetensors alone",
+            lambda: floor(folder, inputs, plain),
+            "ceiling",
+            traffic=size,
+        )
+    )
+    return Case(
+        op="merge",
+        mode=method,
+        shape="toy Llama" if quick else "Llama, 340 MB",
+        dtype=torch.bfloat16,
+        device="cpu",
+        threads=threads,
+        providers=found,
+        check=_check(folder, method),
+        traffic=size,
+        numbers={"N": len(given.get("models", _MODELS))},
+    )
+
+
+def _check(folder: Path, method: str) -> Callable[[Path], None]:
+    def check(out: Path) -> None:
+        got, base = llamas.load(out), llamas.load(folder / "base")
+        name = "model.layers.0.mlp.up_proj.weight"
+        if got.keys() != base.keys():
+            raise AssertionError("tensors are missing")
+        x, b = got[name].double(), base[name].double()
+        rows = torch.stack([llamas.load(folder / m)[name].double() for m in _MODELS])
+        if method == "linear":
+            wanted = rows.mean(0)
+        elif method == "task_arithmetic":
+            wanted = b + 0.3 * (rows - b).sum(0)
+        else:  # tests compare the rest with mergekit, element by element
+            changed = float((x != b).double().mean())
+            if not 0.3 < changed <= 1:
+                raise AssertionError(f"{changed} of the elements are not the base's")
+            return
+        # mergekit rounds after every step: some last places of bf16
+        if float((x - wanted).abs().max()) > 4 * 2.0**-8 * float(wanted.abs().max()):
+            raise AssertionError("not the merge of the models")
+
+    return check
+
+
+def cases(device: str, quick: bool) -> Iterator[Case]:
+    if device != "cpu":
+        return
+    for method in _METHODS:
+        yield make_case(method, quick, 1)
+    if not quick and machine.cores() > 1:
+        yield make_case("linear", quick, machine.cores())
+    for folder in _FOLDERS:
+        for path in Path(folder.name).glob("*-*"):
+            shutil.rmtree(path)
+
+
+if __name__ == "__main__":
+    harness.main("merge", cases)

@@ -1,0 +1,68 @@
+"""The slices of a recipe as a method sees them: which models are experts, and which is the base."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from .._checks import did_you_mean, raise_all
+from ..methods import Method
+from .parameters import Scope
+from .recipe import ModelRef, Recipe, Source
+
+
+class Piece(NamedTuple):
+    """A slice: its experts, its base if the method wants one, and scopes, the slice's first."""
+
+    experts: tuple[Source, ...]
+    base: ModelRef | None
+    scopes: tuple[Scope, ...]
+
+
+def pieces_of(recipe: Recipe, method: Method) -> list[Piece]:
+    """All slices, in order.
+
+    Raises:
+        ValueError: models that the method cannot merge, a parity that it does not have; all.
+    """
+    if set(recipe.parts) != {""}:
+        raise ValueError("merge: modules are not merged one by one; use models or slices")
+    part = recipe.parts[""]
+    pieces = []
+    for piece in part.slices:
+        base = piece.base or part.base or recipe.base
+        experts = piece.sources
+        if method.base != "one more":
+            experts = tuple(source for source in experts if source.model != base)
+        scopes = (piece.parameters, part.parameters, recipe.parameters)
+        pieces.append(Piece(experts, None if method.base == "one more" else base, scopes))
+    faults = [fault for piece in pieces for fault in _model_faults(piece, method)]
+    raise_all("merge", dict.fromkeys([*faults, *_parity_faults(recipe, method)]))
+    return pieces
+
+
+def parity_of(recipe: Recipe, method: Method) -> str:
+    """The framework whose meaning of the method is asked for."""
+    return str(recipe.ours.get("parity", method.parities[0]))
+
+
+def _model_faults(piece: Piece, method: Method) -> Iterator[str]:
+    if method.base == "needed" and piece.base is None:
+        yield f"{method.name} needs a base_model: it merges differences to it"
+    fewest, most, count = method.fewest, method.most, len(piece.experts)
+    if fewest <= count and (most is None or count <= most):
+        return
+    wanted = f"{fewest} to {most}"
+    if most is None:
+        wanted = f"at least {fewest}"
+    elif most == fewest:
+        wanted = f"{fewest}"
+    besides = " besides the base" if piece.base is not None else ""
+    yield f"{method.name} merges {wanted} models{besides}, got {count}"
+
+
+def _parity_faults(recipe: Recipe, method: Method) -> Iterator[str]:
+    known, asked = method.parities, parity_of(recipe, method)
+    if asked not in known:
+        hint = did_you_mean(asked, known)
+        yield f"neulig_fast.parity: {method.name} has {', '.join(known)}, got {asked!r}{hint}"
