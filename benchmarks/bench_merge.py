@@ -12,7 +12,6 @@ from __future__ import annotations
 import functools
 import json
 import os
-import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
@@ -133,6 +132,55 @@ def floor(folder: Path, inputs: list[str], out: Path) -> None:
     save_file(merged, out / "model.safetensors")
 
 
+def eager(folder: Path, method: str, out: Path) -> Path:
+    """The same in plain PyTorch, all models in memory: in fp32, tensor by tensor."""
+    given = _METHODS[method]
+    states = [llamas.load(folder / name) for name in given.get("models", _MODELS)]
+    base = llamas.load(folder / "base")
+    merged = {}
+    for name, start in base.items():
+        rows = torch.stack([state[name].float() for state in states])
+        merged[name] = _EAGER[method](rows, start.float()).bfloat16()
+    out.mkdir(exist_ok=True)
+    save_file(merged, out / "model.safetensors")
+    return out
+
+
+def _ties(rows: Tensor, base: Tensor) -> Tensor:
+    d = (rows - base).flatten(1)
+    order = d.abs().argsort(1)
+    d.scatter_(1, order[:, : d.shape[1] - int(0.5 * d.shape[1])], 0)
+    sign = torch.where(d.sum(0) >= 0, 1.0, -1.0)
+    agree = d.sign() == sign
+    count = agree.sum(0).clamp(min=1)
+    return base + ((d * agree).sum(0) / count).view(base.shape)
+
+
+def _dare_ties(rows: Tensor, base: Tensor) -> Tensor:
+    d = rows - base
+    kept = d * torch.bernoulli(torch.full_like(d, 0.5))
+    before, after = (x.flatten(1).abs().sum(1) for x in (d, kept))
+    t = 0.3 * kept * (before / after.clamp(min=1e-12)).view(-1, *[1] * base.ndim)
+    sign = torch.where(t.sum(0) >= 0, 1.0, -1.0)
+    return base + (t * (t.sign() == sign)).sum(0)
+
+
+def _slerp(rows: Tensor, base: Tensor) -> Tensor:
+    x, y = base.flatten(), rows[0].flatten()
+    angle = torch.arccos(torch.dot(x, y) / (x.norm() * y.norm()))
+    merged = (torch.sin(0.6 * angle) * x + torch.sin(0.4 * angle) * y) / torch.sin(angle)
+    return merged.view(base.shape)
+
+
+_EAGER: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "linear": lambda rows, base: rows.mean(0),
+    "task_arithmetic": lambda rows, base: base + 0.3 * (rows - base).sum(0),
+    "ties": _ties,
+    "dare_ties": _dare_ties,
+    "slerp": _slerp,
+}
+
+
 def make_case(method: str, quick: bool, threads: int) -> Case:
     folder = models(quick)
     config = recipe(folder, method)
@@ -145,7 +193,14 @@ def make_case(method: str, quick: bool, threads: int) -> Case:
         nf.merge(config, ours, threads=threads, resume=False)
         return ours
 
-    found = [Provider("neulig_fast", merge, "ours", traffic=size)]
+    found = [
+        Provider("neulig_fast", merge, "ours", traffic=size),
+        Provider(
+            "PyTorch, all in memory",
+            lambda: eager(folder, method, folder / f"{method}-eager"),
+            traffic=size,
+        ),
+    ]
     python = os.environ.get("NEULIG_FAST_MERGEKIT")
     if python:
         mergekit = Mergekit(python, threads)
@@ -208,9 +263,6 @@ def cases(device: str, quick: bool) -> Iterator[Case]:
         yield make_case(method, quick, 1)
     if not quick and machine.cores() > 1:
         yield make_case("linear", quick, machine.cores())
-    for folder in _FOLDERS:
-        for path in Path(folder.name).glob("*-*"):
-            shutil.rmtree(path)
 
 
 if __name__ == "__main__":
