@@ -324,7 +324,10 @@ def test_shards_and_index_are_as_hugging_face_wants_them(tmp_path: Path, models:
 
 
 _LOADING = """
-import sys, torch, transformers
+import os, sys
+# Where the project's root is on the path, transformers takes its kernels for a package.
+sys.path = [path for path in sys.path if not os.path.exists(path + "/kernels/_launch.py")]
+import torch, transformers
 load = transformers.LlamaForCausalLM.from_pretrained
 one, two, out = (load(f"{sys.argv[1]}/{name}").state_dict() for name in ("m0", "m1", "out"))
 for name, got in out.items():
@@ -338,8 +341,6 @@ def test_transformers_loads_the_result(tmp_path: Path) -> None:
     samples.family(tmp_path, 2, torch.float32)
     config = recipe(tmp_path, "linear", ["m0", "m1"], each=[{"weight": 1}] * 2)
     nf.merge(config, tmp_path / "out", shard_size=20_000)
-    # In a process and folder of its own: transformers would take this project's folder of
-    # kernels for a package of that name.
     env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     command = [sys.executable, "-c", _LOADING, str(tmp_path)]
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
