@@ -82,7 +82,7 @@ class Pipeline:
         count = self.resources.threads
         before = torch.get_num_threads()
         with ThreadPoolExecutor(count, thread_name_prefix="merge") as pool:
-            working = [pool.submit(self._work, todo, max(before // count, 1)) for _ in range(count)]
+            working = [pool.submit(self._work, todo) for _ in range(count)]
             try:
                 wait(working, return_when=FIRST_EXCEPTION)
             finally:
@@ -102,8 +102,8 @@ class Pipeline:
         if self._stopped.is_set():
             raise Stopped
 
-    def _work(self, todo: deque[Job], threads: int) -> None:
-        torch.set_num_threads(threads)
+    def _work(self, todo: deque[Job]) -> None:
+        torch.set_num_threads(1)  # products of matrices may have other bits with more
         worker = Worker(self)
         while True:
             try:
