@@ -108,9 +108,9 @@ def test_foreign_keys_are_warned_of_and_our_own_are_errors() -> None:
         "dtyp: unknown key, not read; did you mean 'dtype'?",
         "colour: unknown key, not read",
     )
-    with pytest.raises(ValueError, match=r"neulig_fast.scop: unknown key; did you mean 'scope'"):
-        read(TIES + "neulig_fast: {scop: model}\n")
-    assert read(TIES + "neulig_fast: {scope: model}\n").ours == {"scope": "model"}
+    with pytest.raises(ValueError, match=r"neulig_fast.parit: unknown key; did you mean 'parity'"):
+        read(TIES + "neulig_fast: {parit: peft}\n")
+    assert read(TIES + "neulig_fast: {parity: peft}\n").ours == {"parity": "peft"}
     read_over = "slices: [{sources: [{model: a}], residual_weight: 0.1}]\nmerge_method: linear"
     assert "slices.0.residual_weight: has no meaning" in read(read_over).warnings[0]
 
