@@ -40,6 +40,7 @@ def providers(given: Inputs) -> dict[str, Any]:
 
     return {
         "neulig_fast": lambda: expert_forward(given.pool, given.images),
+        **encoders.replayed(given, expert_forward, given.images),
         "loop": lambda: torch.stack([given.run(state, given.images) for state in states]),
         "loop, torch.compile": lambda: torch.stack([compiled(s, given.images) for s in states]),
         "torch.func.vmap over stacked parameters": at_once,

@@ -69,6 +69,7 @@ def providers(given: Inputs) -> dict[str, Any]:
     concatenated = Concatenated(functools.partial(stack_of, pool), coef, "blend")
     return {
         "neulig_fast": lambda: mixture_forward(pool, images, coef),
+        **encoders.replayed(given, mixture_forward, images, coef),
         "blend per image": lambda: one_by_one(lambda w: pool.row_state_dict(blend(w, pool.params))),
         "Python sum per image, as published": lambda: one_by_one(summed),
         "torch.func.vmap over merged models": lambda: mixture_features(

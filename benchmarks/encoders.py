@@ -19,6 +19,7 @@ from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 from neulig_fast import ExpertPool, testing
+from neulig_fast.encoders import Replay
 
 from . import harness, machine, selection, timing
 from .harness import Case, Provider
@@ -101,6 +102,15 @@ def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
+def replayed(
+    given: Inputs, forward: Callable[..., Tensor], *tensors: Tensor
+) -> dict[str, Callable[[], Tensor]]:
+    """Ours from a CUDA graph, on a GPU."""
+    if not given.images.is_cuda:
+        return {}
+    return {"neulig_fast, CUDA graph": functools.partial(Replay(given.pool, forward), *tensors)}
+
+
 # -- which cases ----------------------------------------------------------------------------------
 
 
@@ -149,7 +159,7 @@ def case(
     """One setting.
 
     Args:
-        providers: ours first; each gives (..., B, D).
+        providers: by name, ours beginning with neulig_fast; each gives (..., B, D).
         expected: the features of the first images, (..., count, D), computed in a given dtype.
         models: how many models every image goes through.
     """
@@ -169,8 +179,14 @@ def case(
             one()
     needs = round(1e6 * peak) * B * models
     found = [
-        Provider(label, torch.no_grad()(run), "theirs" if k else "ours", steps=B, needs=needs)
-        for k, (label, run) in enumerate(providers.items())
+        Provider(
+            label,
+            torch.no_grad()(run),
+            "ours" if label.startswith("neulig_fast") else "theirs",
+            steps=B,
+            needs=needs,
+        )
+        for label, run in providers.items()
     ]
     return Case(
         op=op,

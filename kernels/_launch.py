@@ -240,18 +240,21 @@ def why_not_arena(
     return None
 
 
-def why_not_layer(
-    x: torch.Tensor, weight: torch.Tensor, **others: torch.Tensor | None
-) -> str | None:
+def why_not_layer(weight: torch.Tensor, **others: torch.Tensor | None) -> str | None:
     """Why a kernel cannot read the tensors of a layer, weight (N, ...); None when it can."""
-    if (reason := missing(x.device.type)) is not None:
+    if (reason := missing(weight.device.type)) is not None:
         return reason
     if weight.shape[0] > MAX_EXPERTS:
         return f"{weight.shape[0]} experts, more than {MAX_EXPERTS}"
-    for name, tensor in {"x": x, "weight": weight, **others}.items():
+    for name, tensor in {"weight": weight, **others}.items():
         if tensor is not None and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
             return f"{name}'s columns are not contiguous (stride {tensor.stride(-1)})"
     return None
+
+
+def with_rows(x: torch.Tensor) -> torch.Tensor:
+    """x with contiguous columns; a copy of maps (C, H * W) that are read as (H * W, C)."""
+    return x if x.shape[-1] < 2 or x.stride(-1) == 1 else x.contiguous()
 
 
 def stride(tensor: torch.Tensor, dim: int) -> int:

@@ -103,7 +103,7 @@ def why_not(
     widest = WIDEST_NORM // max(x.itemsize, 4) // (1 if coef is None else 2)
     if x.shape[-1] > widest:
         return f"rows of {x.shape[-1]} values, more than {widest} in {x.dtype}"
-    return why_not_layer(x, weight, bias=bias, residual=residual)
+    return why_not_layer(weight, x=x, bias=bias, residual=residual)
 
 
 def results(x: torch.Tensor, residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:

@@ -54,11 +54,13 @@ def product_tile(
 # What a GPU multiplies while it moves a byte, in flops: the H200's data sheet, not a measurement.
 _FLOPS_A_BYTE = {torch.bfloat16: 206, torch.float16: 206, torch.float32: 14, torch.float64: 14}
 _FLOPS_A_BYTE_TF32 = 103
+# Merged weights are read from the cache that they were just written to: an A100's is 40 MB.
+MERGED_BYTES = 24 << 20
 
 
 def merges_first(dtype: torch.dtype, rows: int, experts: int, *, tf32: bool) -> bool:
-    """Whether ``rows`` rows, all with the same coefficients, are better multiplied with merged
-    weights than by every expert.
+    """Whether samples of ``rows`` rows, whose coefficients they share, are better multiplied with
+    merged weights than by every expert.
 
     Merging writes every merged weight and reads it again, and saves 2 (N - 1) flops a row of it.
     """

@@ -16,6 +16,7 @@ from ._launch import (
     tl,
     triton,
     why_not_layer,
+    with_rows,
 )
 from ._tiles import Tile, product_tile
 
@@ -66,7 +67,7 @@ def why_not(
     activation: str | None = None,
 ) -> str | None:
     """Why Triton cannot take this call, or None."""
-    return why_not_layer(x, weight, bias=bias)
+    return why_not_layer(weight, bias=bias)
 
 
 def expert_linear(
@@ -84,7 +85,7 @@ def expert_linear(
     require("expert_linear", why_not(x, weight, bias, activation))
     out = x.new_empty((weight.shape[0], x.shape[-2], weight.shape[1]))
     if out.numel() > 0:
-        run(x, launches(x, weight, bias, activation, out, tile))
+        run(x, launches(with_rows(x), weight, bias, activation, out, tile))
     return out
 
 

@@ -18,9 +18,10 @@ from ._launch import (
     tl,
     triton,
     why_not_layer,
+    with_rows,
 )
 from ._mixture import mixed, weighted
-from ._tiles import Tile, merges_first, product_tile
+from ._tiles import MERGED_BYTES, Tile, merges_first, product_tile
 
 
 @triton.jit(
@@ -75,34 +76,43 @@ def mixture_linear_kernel(
     store_tile(out_ptr, activate(y, ACTIVATION), row, column, R, HEIGHT)
 
 
-@triton.jit(do_not_specialize=["N", "expert_units", "coef_step"])
+@triton.jit(do_not_specialize=["K", "N", "expert_units", "coef_stride", "coef_step"])
 def mixture_linear_merge_kernel(
-    weight_ptr, bias_ptr, coef_ptr, merged_ptr, merged_bias_ptr, N: tl.int64,
-    expert_units: tl.int64, bias_stride: tl.int64, coef_step: tl.int64, HEIGHT: tl.constexpr,
-    WIDTH: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr,
+    weight_ptr, bias_ptr, coef_ptr, merged_ptr, merged_bias_ptr, K: tl.int64, N: tl.int64,
+    expert_units: tl.int64, bias_stride: tl.int64, coef_stride: tl.int64, coef_step: tl.int64,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """merged[o, k] = sum_i coef[i] * weight[i, o, k], merged_bias[o] = sum_i coef[i] * bias[i, o].
+    """merged[b, o, k] = sum_i coef[b, i] * weight[i, o, k], and merged_bias[b, o] so from bias.
 
-    weight (N, O, I), contiguous but for its first stride, a multiple of UNIT; merged (O, I) in its
-    type; bias (N, O) and merged_bias (O,), fp32 (fp64 for fp64), or None. Sums in fp32 (fp64 for
-    fp64) in expert order, one rounding. Moves (N + 1) O (I + 1) values. The last programs take the
-    bias.
+    coef (K, N), any float type and strides; weight (N, O, I), contiguous but for its first stride,
+    a multiple of UNIT; merged (K, O, I) in its type; bias (N, O) and merged_bias (K, O), fp32 (fp64
+    for fp64), or None. Sums in fp32 (fp64 for fp64) in expert order, one rounding. Moves
+    (N + K) O (I + 1) values: a program mixes its block for every row, from the nearest cache. The
+    last programs take the bias.
     """
     ACC: tl.constexpr = tl.float64 if weight_ptr.dtype.element_ty == tl.float64 else tl.float32
     blocks = (HEIGHT * WIDTH + BLOCK - 1) // BLOCK
     program = tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, BLOCK)
+    row = N * 0
     if program < blocks:
         place = program * BLOCK + lanes
         mask = place < HEIGHT * WIDTH
-        row_stride = expert_units * UNIT
-        merged = mixed(coef_ptr, coef_step, weight_ptr, row_stride, place, mask, N, ACC)
-        tl.store(merged_ptr + place, merged.to(merged_ptr.dtype.element_ty), mask=mask)
+        stride = expert_units * UNIT
+        while row < K:  # the interpreter's range() refuses kernel arguments since numpy 2.4
+            coefs = coef_ptr + row * coef_stride
+            merged = mixed(coefs, coef_step, weight_ptr, stride, place, mask, N, ACC)
+            out = merged_ptr + row * (HEIGHT * WIDTH) + place
+            tl.store(out, merged.to(merged_ptr.dtype.element_ty), mask=mask)
+            row += 1
     elif bias_ptr is not None:
         place = (program - blocks) * BLOCK + lanes
         mask = place < HEIGHT
-        merged = mixed(coef_ptr, coef_step, bias_ptr, bias_stride, place, mask, N, ACC)
-        tl.store(merged_bias_ptr + place, merged, mask=mask)
+        while row < K:
+            coefs = coef_ptr + row * coef_stride
+            merged = mixed(coefs, coef_step, bias_ptr, bias_stride, place, mask, N, ACC)
+            tl.store(merged_bias_ptr + row * HEIGHT + place, merged, mask=mask)
+            row += 1
 
 
 def why_not(
@@ -113,7 +123,7 @@ def why_not(
     activation: str | None = None,
 ) -> str | None:
     """Why Triton cannot take this call, or None."""
-    return why_not_layer(x, weight, bias=bias)
+    return why_not_layer(weight, bias=bias)
 
 
 def mixture_linear(
@@ -134,9 +144,9 @@ def mixture_linear(
     out = x.new_empty((B, T, height))
     if out.numel() > 0:
         tf32 = precision(x.dtype) == "tf32"
-        once = B == 1 and weight[0].is_contiguous() and merges_first(x.dtype, T, N, tf32=tf32)
-        choose = merged_launches if once else launches
-        run(x, choose(x, weight, bias, coef, activation, out, tile))
+        merges = weight[0].is_contiguous() and merges_first(x.dtype, T, N, tf32=tf32)
+        choose = merged_launches if merges else launches
+        run(x, choose(with_rows(x), weight, bias, coef, activation, out, tile))
     return out
 
 
@@ -172,18 +182,18 @@ def merged_launches(
     out: torch.Tensor,
     tile: Tile | None = None,
 ) -> list[Launch]:
-    """The same for one sample, B = 1: its weights merged into new memory, then one product.
+    """The same by merging weights: of as many samples at a time as the GPU's cache has room for,
+    into memory that the next ones use again, and a product for each.
 
     Where few rows are multiplied this moves more than it saves; see ``merges_first``.
     """
-    N, height, width = weight.shape
-    merged = weight.new_empty((1, height, width))
+    B, (N, height, width) = len(x), weight.shape
+    samples = min(B, max(1, MERGED_BYTES // max(1, height * width * weight.itemsize)))
+    merged = weight.new_empty((samples, height, width))
     sums = torch.promote_types(x.dtype, torch.float32)
-    shift = None if bias is None else weight.new_empty((1, height), dtype=sums)
+    shift = None if bias is None else weight.new_empty((samples, height), dtype=sums)
     unit, block = alignment(stride(weight, 0)), 128 * 16 // x.itemsize
     bias_stride = 0 if bias is None else stride(bias, 0)
-    strides = stride(weight, 0) // unit, bias_stride, coef.stride(1)
-    arguments = (weight, bias, coef, merged, shift, N, *strides)
     programs = -(-height * width // block) + (0 if bias is None else -(-height // block))
     constants = {
         "HEIGHT": height,
@@ -193,7 +203,13 @@ def merged_launches(
         "num_warps": 4,
         "maxnreg": REGISTERS,
     }
-    return [
-        Launch(mixture_linear_merge_kernel, programs, arguments, constants),
-        *expert_linear.launches(x[0], merged, shift, activation, out, tile),
-    ]
+    found = []
+    for first in range(0, B, samples):
+        own = slice(first, min(first + samples, B))
+        rows, K = coef[own], own.stop - own.start
+        strides = stride(weight, 0) // unit, bias_stride, *rows.stride()
+        arguments = (weight, bias, rows, merged, shift, K, N, *strides)
+        found.append(Launch(mixture_linear_merge_kernel, programs, arguments, constants))
+        of = None if shift is None else shift[:K]
+        found += expert_linear.launches(x[own], merged[:K], of, activation, out[own], tile)
+    return found

@@ -247,7 +247,6 @@ def test_triton_says_what_it_cannot_read():
         pytest.skip(reason)
     x, weight, bias, coef = layer(2, 6, 2, 6, 6, device)
     for args, reason in (
-        ((x.mT, weight, bias, coef), "x's columns are not contiguous (stride 6)"),
         ((x, weight.mT, bias, coef), "weight's columns are not contiguous (stride 6)"),
         ((x, weight, bias[:1, :1].expand(2, 6), coef), "bias's columns are not contiguous"),
         (layer(2, 6, 65, 6, 6, device), "65 experts, more than 64"),
@@ -271,3 +270,27 @@ def test_triton_writes_its_result_and_nothing_else():
         _launch.run(args[0], choice(*args, None, out))
         testing.assert_within_rule(out, expected, expected, terms=3 * 7)
         assert (buffer[:128] == 12345).all() and (buffer[-128:] == 12345).all()
+
+
+def test_triton_merges_the_weights_of_a_few_samples_at_a_time(monkeypatch):
+    device = DEVICES[-1]
+    if (reason := OP.why_not("triton", device)) is not None:
+        pytest.skip(reason)
+    from neulig_fast.kernels import _launch, mixture_linear
+
+    x, weight, bias, coef = layer(5, 6, 3, 7, 9, device)
+    monkeypatch.setattr(mixture_linear, "MERGED_BYTES", 2 * weight[0].nbytes)
+    out = torch.full((5, 6, 7), torch.nan, device=device, dtype=x.dtype)
+    launches = mixture_linear.merged_launches(x, weight, bias, coef, "gelu", out)
+    assert len(launches) == 6  # two samples, two and one
+    _launch.run(x, launches)
+    expected = OP.reference(x, weight, bias, coef, "gelu")
+    testing.assert_within_rule(out, expected, expected, terms=3 * 9)
+
+
+@on_every_backend
+def test_maps_are_read_as_rows(device, backend):
+    x, weight, bias, coef = layer(2, 6, 3, 7, 9, device)
+    got = run(backend, x.mT.contiguous().mT, weight, bias, coef)
+    expected = OP.reference(x, weight, bias, coef)
+    testing.assert_within_rule(got, expected, expected, terms=3 * 9)

@@ -9,12 +9,14 @@ from . import open_clip_vit, resnet, timm_vit  # noqa: F401  (they fill the tabl
 from .expert_run import ExpertRun
 from .forward import expert_forward, mixture_forward
 from .mixture_run import MixtureRun
+from .replay import Replay
 from .rules import faults, register
 from .runs import Run
 
 __all__ = [
     "ExpertRun",
     "MixtureRun",
+    "Replay",
     "Run",
     "expert_forward",
     "faults",

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -12,9 +10,6 @@ from ..ops.expert_layer_norm import expert_layer_norm
 from ..ops.expert_linear import expert_linear
 from .convolution import Geometry
 from .runs import Run, Stack
-
-if TYPE_CHECKING:
-    pass
 
 
 class ExpertRun(Run):

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .._checks import raise_all, shape
-from ..encoders import expert_forward, faults
+from ..encoders import Replay, expert_forward, faults
 from .batches import unpack
 from .content import KEY_BYTES, image_keys, pool_identity
 from .feature_files import read_shards, stale_faults, write_shard
@@ -63,6 +63,7 @@ class FeatureCache:
         self.pool, self.widths = pool, dict(widths or {})
         self.folder = None if folder is None else Path(folder) / pool_identity(pool)
         self.computed = 0  # images whose features were not there
+        self._encode = Replay(pool, expert_forward)
         self._forget()
         if self.folder is not None:
             self._read_folder(self.folder)
@@ -93,6 +94,7 @@ class FeatureCache:
         """Free the memory. What a folder holds stays there, unread until the next cache."""
         self.flush()
         self._forget()
+        self._encode.clear()
 
     def collect(
         self,
@@ -197,15 +199,14 @@ class FeatureCache:
                 "features: the experts are whole CLIP models, whose forward returns normalised "
                 "image features and text features; make experts of the image tower (.visual)"
             )
-        size = len(images)
-        if not faults(template):
+        if faults(template):
+            block = expert_forward(self.pool, images, fallback="torch.func")
+        else:
             # All experts run at once: on so many images that they hold as many activations together
             # as one of them would on the whole batch.
-            size = -(-size // self.pool.num_experts)
-        pieces = [
-            expert_forward(self.pool, some, fallback="torch.func") for some in images.split(size)
-        ]
-        features = torch.cat(pieces, 1).transpose(0, 1)
+            size = -(-len(images) // self.pool.num_experts)
+            block = torch.cat([self._encode(some) for some in images.split(size)], 1)
+        features = block.transpose(0, 1)
         finite = features.isfinite().all(2)
         raise_all("features", _finite_faults(finite, self.pool.names))
         raise_all("features", _width_faults(self.widths, features.shape[2]))

@@ -106,7 +106,8 @@ def cross_moments_reference(
 ) -> tuple[Tensor, ...]:
     """The formulas in plain PyTorch, on shifted copies."""
     acc = _checks.accumulation_dtype(x.dtype)
-    rows_x, rows_y = x.to(acc).flatten(0, 1), y.to(acc).flatten(0, 1)
+    # cuBLAS takes no rows that are 2^31 elements apart.
+    rows_x, rows_y = (z.to(acc).flatten(0, 1).contiguous() for z in (x, y))
     if x_shift is not None:
         rows_x = rows_x - x_shift.to(acc)
     if y_shift is not None:

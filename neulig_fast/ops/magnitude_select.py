@@ -82,12 +82,12 @@ def magnitude_select_reference(
 def _one(d: Tensor, count: int) -> tuple[float | Tensor, int | Tensor]:
     if min(count, d.numel()) <= 0:
         return torch.inf, 0
-    nans = int(d.isnan().sum())
-    if count >= d.numel() - nans:
+    unknown = d.isnan()
+    if count >= d.numel() - int(unknown.sum()):
         return -1.0, 0
-    values, order = d.sort(descending=True, stable=True)  # NaN first
-    last = nans + count - 1
-    return values[last], order[last] + 1
+    # Where NaN is sorted to depends on its sign bit in CUDA's sort of fp64.
+    values, order = d.masked_fill(unknown, -1).sort(descending=True, stable=True)
+    return values[count - 1], order[count - 1] + 1
 
 
 def _fake(params: Tensor, counts: Tensor, base: Tensor | None = None) -> tuple[Tensor, Tensor]:
