@@ -261,6 +261,10 @@ _OPS = (
     "expert_forward",
     "cross_moments",
     "align",
+    "merge",
+    "merge_task_vectors",
+    "magnitude_select",
+    "magnitude_histogram",
     "neulig_loss",
     "neulig_fit",
 )

@@ -6,7 +6,18 @@ import math
 
 import torch
 
-from ._gemm import activate, load_bias, options, place_of, precision, product, store_tile
+from ._gemm import (
+    activate,
+    by_library,
+    large,
+    library_product,
+    load_bias,
+    options,
+    place_of,
+    precision,
+    product,
+    store_tile,
+)
 from ._launch import (
     Launch,
     alignment,
@@ -85,8 +96,23 @@ def expert_linear(
     require("expert_linear", why_not(x, weight, bias, activation))
     out = x.new_empty((weight.shape[0], x.shape[-2], weight.shape[1]))
     if out.numel() > 0:
-        run(x, launches(with_rows(x), weight, bias, activation, out, tile))
+        multiply(with_rows(x), weight, bias, activation, out, tile)
     return out
+
+
+def multiply(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    activation: str | None,
+    out: torch.Tensor,
+    tile: Tile | None = None,
+) -> None:
+    """Write the results into ``out`` (N, R, O), contiguous."""
+    if by_library(x):
+        library_product(x, weight, bias, activation, out)
+    else:
+        run(x, launches(x, weight, bias, activation, out, tile))
 
 
 def launches(
@@ -97,7 +123,7 @@ def launches(
     out: torch.Tensor,
     tile: Tile | None = None,
 ) -> list[Launch]:
-    """What :func:`expert_linear` launches for this call."""
+    """What :func:`multiply` launches."""
     (N, height, _), R = weight.shape, x.shape[-2]
     multiply = precision(x.dtype)
     strides = (
@@ -107,7 +133,7 @@ def launches(
         stride(weight, 1),
     )
     unit = alignment(math.gcd(*strides))
-    tile = tile or product_tile(x.dtype, R, height, unit, tf32=multiply == "tf32")
+    tile = tile or product_tile(x.dtype, R, height, unit, tf32=multiply == "tf32", large=large())
     bias_stride = 0 if bias is None else stride(bias, 0)
     arguments = (x, weight, bias, out, R, *(s // unit for s in strides), bias_stride)
     programs = N * -(-R // tile.rows) * -(-height // tile.columns)

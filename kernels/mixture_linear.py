@@ -7,7 +7,7 @@ import math
 import torch
 
 from . import expert_linear
-from ._gemm import activate, load_bias, options, place_of, precision, product, store_tile
+from ._gemm import activate, large, load_bias, options, place_of, precision, product, store_tile
 from ._launch import (
     REGISTERS,
     Launch,
@@ -20,7 +20,8 @@ from ._launch import (
     why_not_layer,
     with_rows,
 )
-from ._mixture import mixed, weighted
+from ._mixture import weighted
+from ._rows import load_experts
 from ._tiles import MERGED_BYTES, Tile, merges_first, product_tile
 
 
@@ -76,41 +77,62 @@ def mixture_linear_kernel(
     store_tile(out_ptr, activate(y, ACTIVATION), row, column, R, HEIGHT)
 
 
-@triton.jit(do_not_specialize=["K", "N", "expert_units", "coef_stride", "coef_step"])
+@triton.jit
+def _mixed(
+    held, coefs, coef_step, first_ptr, row_stride, place, mask,
+    ACC: tl.constexpr, N: tl.constexpr, HELD: tl.constexpr,
+):  # fmt: skip
+    """sum_i w_i * row_i[place], in order: the held experts, then the others by eights."""
+    total = weighted(tl.load(coefs).to(ACC), held[0].to(ACC))
+    for j in tl.static_range(1, HELD):
+        total += weighted(tl.load(coefs + j * coef_step).to(ACC), held[j].to(ACC))
+    for first in range(HELD, N, 8):
+        others = load_experts(first_ptr + first * row_stride, row_stride, place, mask, 8)
+        for j in tl.static_range(8):
+            w = tl.load(coefs + (first + j) * coef_step).to(ACC)
+            total += weighted(w, others[j].to(ACC))
+    return total
+
+
+@triton.jit(do_not_specialize=["K", "expert_units", "coef_stride", "coef_step"])
 def mixture_linear_merge_kernel(
-    weight_ptr, bias_ptr, coef_ptr, merged_ptr, merged_bias_ptr, K: tl.int64, N: tl.int64,
+    weight_ptr, bias_ptr, coef_ptr, merged_ptr, merged_bias_ptr, K: tl.int64,
     expert_units: tl.int64, bias_stride: tl.int64, coef_stride: tl.int64, coef_step: tl.int64,
-    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr,
+    N: tl.constexpr, HELD: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
+    UNIT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """merged[b, o, k] = sum_i coef[b, i] * weight[i, o, k], and merged_bias[b, o] so from bias.
 
     coef (K, N), any float type and strides; weight (N, O, I), contiguous but for its first stride,
     a multiple of UNIT; merged (K, O, I) in its type; bias (N, O) and merged_bias (K, O), fp32 (fp64
     for fp64), or None. Sums in fp32 (fp64 for fp64) in expert order, one rounding. Moves
-    (N + K) O (I + 1) values: a program mixes its block for every row, from the nearest cache. The
-    last programs take the bias.
+    (N + K) O (I + 1) values where HELD = N. The last programs take the bias.
     """
     ACC: tl.constexpr = tl.float64 if weight_ptr.dtype.element_ty == tl.float64 else tl.float32
     blocks = (HEIGHT * WIDTH + BLOCK - 1) // BLOCK
     program = tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, BLOCK)
-    row = N * 0
+    row = K * 0
     if program < blocks:
         place = program * BLOCK + lanes
         mask = place < HEIGHT * WIDTH
         stride = expert_units * UNIT
+        held = load_experts(weight_ptr, stride, place, mask, HELD)
         while row < K:  # the interpreter's range() refuses kernel arguments since numpy 2.4
             coefs = coef_ptr + row * coef_stride
-            merged = mixed(coefs, coef_step, weight_ptr, stride, place, mask, N, ACC)
+            merged = _mixed(held, coefs, coef_step, weight_ptr, stride, place, mask, ACC, N, HELD)
             out = merged_ptr + row * (HEIGHT * WIDTH) + place
             tl.store(out, merged.to(merged_ptr.dtype.element_ty), mask=mask)
             row += 1
     elif bias_ptr is not None:
         place = (program - blocks) * BLOCK + lanes
         mask = place < HEIGHT
+        held = load_experts(bias_ptr, bias_stride, place, mask, HELD)
         while row < K:
             coefs = coef_ptr + row * coef_stride
-            merged = mixed(coefs, coef_step, bias_ptr, bias_stride, place, mask, N, ACC)
+            merged = _mixed(
+                held, coefs, coef_step, bias_ptr, bias_stride, place, mask, ACC, N, HELD
+            )
             tl.store(merged_bias_ptr + row * HEIGHT + place, merged, mask=mask)
             row += 1
 
@@ -144,9 +166,10 @@ def mixture_linear(
     out = x.new_empty((B, T, height))
     if out.numel() > 0:
         tf32 = precision(x.dtype) == "tf32"
-        merges = weight[0].is_contiguous() and merges_first(x.dtype, T, N, tf32=tf32)
-        choose = merged_launches if merges else launches
-        run(x, choose(with_rows(x), weight, bias, coef, activation, out, tile))
+        if weight[0].is_contiguous() and merges_first(x.dtype, T, N, tf32=tf32):
+            by_merging(with_rows(x), weight, bias, coef, activation, out, tile)
+        else:
+            run(x, launches(with_rows(x), weight, bias, coef, activation, out, tile))
     return out
 
 
@@ -164,7 +187,9 @@ def launches(
     R, multiply = out.numel() // height, precision(x.dtype)
     strides = stride(x, 0), stride(x, 1), stride(weight, 0), stride(weight, 1)
     unit = alignment(math.gcd(*strides))
-    tile = tile or product_tile(x.dtype, R, height, unit, tf32=multiply == "tf32", sums=2)
+    tile = tile or product_tile(
+        x.dtype, R, height, unit, tf32=multiply == "tf32", sums=2, large=large()
+    )
     bias_stride = 0 if bias is None else stride(bias, 0)
     units = (s // unit for s in strides)
     arguments = (x, weight, bias, coef, out, R, T, *units, bias_stride, *coef.stride())
@@ -173,7 +198,7 @@ def launches(
     return [Launch(mixture_linear_kernel, programs, arguments, constants)]
 
 
-def merged_launches(
+def by_merging(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
@@ -181,21 +206,39 @@ def merged_launches(
     activation: str | None,
     out: torch.Tensor,
     tile: Tile | None = None,
-) -> list[Launch]:
-    """The same by merging weights: of as many samples at a time as the GPU's cache has room for,
-    into memory that the next ones use again, and a product for each.
+) -> None:
+    """Merge the weights of a few samples, multiply, and so on in the same memory.
 
     Where few rows are multiplied this moves more than it saves; see ``merges_first``.
     """
-    B, (N, height, width) = len(x), weight.shape
+    B, (_, height, width) = len(x), weight.shape
     samples = min(B, max(1, MERGED_BYTES // max(1, height * width * weight.itemsize)))
     merged = weight.new_empty((samples, height, width))
     sums = torch.promote_types(x.dtype, torch.float32)
     shift = None if bias is None else weight.new_empty((samples, height), dtype=sums)
-    unit, block = alignment(stride(weight, 0)), 128 * 16 // x.itemsize
+    for first in range(0, B, samples):
+        own = slice(first, min(first + samples, B))
+        K = own.stop - own.start
+        parts = merged[:K], None if shift is None else shift[:K]
+        run(x, [merge_launch(weight, bias, coef[own], *parts)])
+        expert_linear.multiply(x[own], *parts, activation, out[own], tile)
+
+
+def merge_launch(
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    coef: torch.Tensor,
+    merged: torch.Tensor,
+    shift: torch.Tensor | None,
+) -> Launch:
+    """What writes the weights and biases of merged models."""
+    (N, height, width), block = weight.shape, 128 * 16 // weight.itemsize
+    unit = alignment(stride(weight, 0))
     bias_stride = 0 if bias is None else stride(bias, 0)
-    programs = -(-height * width // block) + (0 if bias is None else -(-height // block))
+    strides = stride(weight, 0) // unit, bias_stride, *coef.stride()
     constants = {
+        "N": N,
+        "HELD": N if N <= 8 else (N - 1) % 8 + 1,
         "HEIGHT": height,
         "WIDTH": width,
         "UNIT": unit,
@@ -203,13 +246,6 @@ def merged_launches(
         "num_warps": 4,
         "maxnreg": REGISTERS,
     }
-    found = []
-    for first in range(0, B, samples):
-        own = slice(first, min(first + samples, B))
-        rows, K = coef[own], own.stop - own.start
-        strides = stride(weight, 0) // unit, bias_stride, *rows.stride()
-        arguments = (weight, bias, rows, merged, shift, K, N, *strides)
-        found.append(Launch(mixture_linear_merge_kernel, programs, arguments, constants))
-        of = None if shift is None else shift[:K]
-        found += expert_linear.launches(x[own], merged[:K], of, activation, out[own], tile)
-    return found
+    programs = -(-height * width // block) + (0 if bias is None else -(-height // block))
+    arguments = (weight, bias, coef, merged, shift, len(coef), *strides)
+    return Launch(mixture_linear_merge_kernel, programs, arguments, constants)

@@ -392,6 +392,10 @@ def test_names_in_the_table_are_classes_of_the_installed_libraries():
 def test_the_examples_of_the_docs_run_as_printed():
     page = (Path(__file__).resolve().parents[1] / "docs/encoders.md").read_text()
     examples = re.findall(r"```python\n(.*?)```", page, flags=re.S)
-    assert len(examples) == 2
+    assert len(examples) == 3
     done = subprocess.run([sys.executable, "-c", "".join(examples)], capture_output=True, text=True)
-    assert done.stdout.splitlines() == ["(2, 4, 512) (4, 512)", "(3, 5, 12)"], done.stderr
+    assert done.stdout.splitlines() == [
+        "(2, 4, 512) (4, 512)",
+        "(4, 512)",
+        "(3, 5, 12)",
+    ], done.stderr

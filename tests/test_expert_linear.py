@@ -8,6 +8,7 @@ from torch.nn import functional as F
 import neulig_fast
 from neulig_fast import testing
 from neulig_fast._registry import OPS
+from neulig_fast.ops._activation import ACTIVATIONS
 from neulig_fast.ops.expert_linear import expert_linear_reference
 
 OP = OPS["expert_linear"]
@@ -264,3 +265,15 @@ def test_an_unknown_activation_and_what_is_no_tensor():
 def test_maps_are_read_as_rows(device, backend):
     x, weight = signs(2, 9, 6, device=device).mT, signs(2, 5, 9, device=device)
     assert torch.equal(run(backend, x, weight), run(backend, x.contiguous(), weight))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_what_the_library_multiplies_is_the_layer(activation):
+    from neulig_fast.kernels._gemm import library_product
+
+    x, weight = torch.randn(3, 6, 9).double(), torch.randn(3, 5, 9).double()
+    bias = torch.randn(3, 5).double()
+    for rows, shift in ((x, bias), (x[0], bias), (x, None)):
+        out = torch.full((3, 6, 5), torch.nan).double()
+        library_product(rows, weight, shift, activation, out)
+        torch.testing.assert_close(out, expert_linear_reference(rows, weight, shift, activation))

@@ -53,8 +53,8 @@ def power_of_2(n):
 @pytest.mark.parametrize("tf32", [False, True])
 def test_tiles_of_layers_are_possible(dtype, tf32):
     for rows, columns in itertools.product((1, 16, 17, 64, 65, 5000), (1, 64, 65, 4096)):
-        for unit, sums in itertools.product((1, 4, 16), (1, 2)):
-            t = _tiles.product_tile(dtype, rows, columns, unit, tf32=tf32, sums=sums)
+        for unit, sums, large in itertools.product((1, 4, 16), (1, 2), (False, True)):
+            t = _tiles.product_tile(dtype, rows, columns, unit, tf32=tf32, sums=sums, large=large)
             assert all(map(power_of_2, (t.rows, t.columns, t.depth, t.num_warps)))
             assert 16 <= t.rows <= 128 and t.depth >= 16  # what tensor cores multiply
             sum_registers = sums * t.rows * t.columns * max(dtype.itemsize, 4) // 4

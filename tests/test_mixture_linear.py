@@ -260,32 +260,41 @@ def test_triton_writes_its_result_and_nothing_else():
     if (reason := OP.why_not("triton", device)) is not None:
         pytest.skip(reason)
     from neulig_fast.kernels import _launch
-    from neulig_fast.kernels.mixture_linear import launches, merged_launches
+    from neulig_fast.kernels.mixture_linear import by_merging, launches
 
     args = layer(1, 19, 3, 21, 7, device)
     expected = OP.reference(*args)
-    for choice in (launches, merged_launches):
+    for merges in (False, True):
         buffer = torch.full((19 * 21 + 256,), 12345.0, device=device, dtype=torch.float64)
         out = buffer[128:-128].view(1, 19, 21)
-        _launch.run(args[0], choice(*args, None, out))
+        if merges:
+            by_merging(*args, None, out)
+        else:
+            _launch.run(args[0], launches(*args, None, out))
         testing.assert_within_rule(out, expected, expected, terms=3 * 7)
         assert (buffer[:128] == 12345).all() and (buffer[-128:] == 12345).all()
 
 
-def test_triton_merges_the_weights_of_a_few_samples_at_a_time(monkeypatch):
+@pytest.mark.parametrize("experts", [1, 3, 8, 9, 20])
+def test_triton_merges_the_weights_of_a_few_samples_at_a_time(monkeypatch, experts):
     device = DEVICES[-1]
     if (reason := OP.why_not("triton", device)) is not None:
         pytest.skip(reason)
-    from neulig_fast.kernels import _launch, mixture_linear
+    from neulig_fast.kernels import mixture_linear
 
-    x, weight, bias, coef = layer(5, 6, 3, 7, 9, device)
+    x, weight, bias, coef = layer(5, 6, experts, 7, 9, device)
+    coef[1, 0], weight[0, 0, 0] = 0, torch.nan  # which takes no part in sample 1
+    merge, merged = mixture_linear.merge_launch, []
     monkeypatch.setattr(mixture_linear, "MERGED_BYTES", 2 * weight[0].nbytes)
-    out = torch.full((5, 6, 7), torch.nan, device=device, dtype=x.dtype)
-    launches = mixture_linear.merged_launches(x, weight, bias, coef, "gelu", out)
-    assert len(launches) == 6  # two samples, two and one
-    _launch.run(x, launches)
+    monkeypatch.setattr(
+        mixture_linear, "merge_launch", lambda *args: merged.append(len(args[2])) or merge(*args)
+    )
+    out = torch.full((5, 6, 7), 12345.0, device=device, dtype=x.dtype)
+    mixture_linear.by_merging(x, weight, bias, coef, "gelu", out)
+    assert merged == [2, 2, 1]
     expected = OP.reference(x, weight, bias, coef, "gelu")
-    testing.assert_within_rule(out, expected, expected, terms=3 * 9)
+    assert not expected[1].isnan().any() and expected[0].isnan().any()
+    testing.assert_within_rule(out, expected, expected, terms=experts * 9)
 
 
 @on_every_backend

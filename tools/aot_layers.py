@@ -61,11 +61,12 @@ def linear_cases(
         x, out = torch.empty(B, T, ins, dtype=dtype), torch.empty(B, T, outs, dtype=dtype)
         coef, tensor_cores = torch.empty(B, EXPERTS), tf32 or dtype.itemsize == 2
         rows, results = x.flatten(0, 1), torch.empty(EXPERTS, B * T, outs, dtype=dtype)
-        one = (x.view(1, B * T, ins), weight, bias, coef[:1], activation, out)
+        merged = torch.empty(B, outs, ins, dtype=dtype)
+        shift = None if bias is None else torch.empty(B, outs)
         for launch in (
             *modules["expert_linear"].launches(rows, weight, bias, activation, results),
             *modules["mixture_linear"].launches(x, weight, bias, coef, activation, out),
-            *modules["mixture_linear"].merged_launches(*one)[:1],
+            modules["mixture_linear"].merge_launch(weight, bias, coef, merged, shift),
         ):
             tall = launch.options.get("ROWS")
             check = functools.partial(
