@@ -161,8 +161,9 @@ def test_activations_far_out(device, backend, activation, dtype):
     x = torch.cat([torch.linspace(-9, 9, 57, dtype=dtype), ends]).to(device)[None, :, None]
     got = run(backend, x, torch.ones(1, 1, 1, device=device, dtype=dtype), activation=activation)
     expected = FUNCTIONS[activation](x)[None]
-    assert torch.equal(got.isnan(), expected.isnan()) and torch.equal(got[..., -1:, :].cpu(),
-        torch.full((1, 1, 1, 1), torch.inf, dtype=dtype))  # fmt: skip
+    assert torch.equal(got[:, :, :-1].isnan(), expected[:, :, :-1].isnan())
+    if backend != "torch":  # PyTorch's own gelu of infinity is NaN with AVX-512
+        assert got[..., -1, 0].isposinf().all()
     for a, b in zip(got[0, 0, :-2], expected[0, 0, :-2], strict=True):  # each at its own scale
         one = torch.ones_like(b) if b.abs() < 1 else b
         testing.assert_within_rule(a - b + one, one, one.double())
