@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 from pathlib import Path
 
 import matplotlib
@@ -85,7 +86,8 @@ def roofline(rows: list[Row], path: Path) -> None:
     left, right = min(per_byte, default=0.1) / 4, max(per_byte, default=10) * 20
     heights = _roofs([r for r in rows if r["op"] == "machine"], axes, left, right)
     heights += [1e3 * float(r["tflop_s"]) for r in points]
-    styles = dict(zip(sorted({r["op"] for r in points}), "osD^v<>pPX*hH", strict=False))
+    ops = sorted({r["op"] for r in points})
+    styles = dict(zip(ops, itertools.cycle("osD^v<>pPX*hH8d"), strict=False))
     for row, x in zip(points, per_byte, strict=True):
         ours, y = row["provider"].startswith("neulig_fast"), 1e3 * float(row["tflop_s"])
         fill = _color(row["provider"]) if row["dtype"] == "float32" else "white"
