@@ -7,8 +7,7 @@ import yaml
 
 from neulig_fast.checkpoints.recipe import ModelRef, Recipe
 from neulig_fast.checkpoints.recipe_file import parse
-
-METHODS = ("linear", "ties", "slerp", "passthrough")
+from neulig_fast.methods import METHODS
 
 TIES = """
 models:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,8 +13,8 @@ import torch
 
 from ..methods import BLOCK, Method
 from . import dtypes, sizes
-from .pipeline import Resources, merged_alone
-from .plan import Plan, Planned
+from .pipeline import Job, Resources, merged_alone
+from .plan import Plan
 from .read import Reader
 
 _SECONDS = 0.3  # for each rate
@@ -25,7 +25,8 @@ class Forecast(NamedTuple):
     """What is to be done and what will bound it.
 
     Attributes:
-        bytes_in, bytes_out: to read, each once or ``passes`` times, and to write.
+        bytes_in, bytes_out: to read, each once or ``passes`` times, and to write, of all results.
+        outputs: how many results there are.
         passes: how often a tensor that does not fit into memory is read.
         peak: bytes of memory, above those of ``import torch``.
         read, write, merge: bytes a second, of inputs or, for ``write``, of the result.
@@ -35,6 +36,7 @@ class Forecast(NamedTuple):
 
     bytes_in: int
     bytes_out: int
+    outputs: int
     passes: int
     peak: int
     read: float
@@ -46,25 +48,32 @@ class Forecast(NamedTuple):
     def __str__(self) -> str:
         rates = f"read {_rate(self.read)}, write {_rate(self.write)}, merge {_rate(self.merge)}"
         again = f" (tensors beyond memory {self.passes} times)" if self.passes > 1 else ""
+        each = ""
+        if self.outputs > 1:
+            size = sizes.text(self.bytes_out // self.outputs)
+            each = f" ({self.outputs} results of {size})"
         return (
-            f"reads {sizes.text(self.bytes_in)}{again}, writes {sizes.text(self.bytes_out)}\n"
+            f"reads {sizes.text(self.bytes_in)}{again}, "
+            f"writes {sizes.text(self.bytes_out)}{each}\n"
             f"memory: at most {sizes.text(self.peak)}\n"
             f"rates measured just now: {rates}\n"
             f"about {self.seconds:.2g} s, bound by {self.bound}"
         )
 
 
-def forecast(plan: Plan, folder: Path, resources: Resources, overhead: int) -> Forecast:
+def forecast(plans: Sequence[Plan], folder: Path, resources: Resources, overhead: int) -> Forecast:
     """Measure rates of the disk and of merging, and predict from them.
 
     Args:
+        plans: of all results, which have their inputs in common.
         folder: of the result; a temporary file is written beside it.
         overhead: bytes of memory beside buffers.
     """
+    plan = plans[0]
     read = _read_rate(plan)
     write = _write_rate(folder)
-    merge = _merge_rate(plan, resources) * resources.threads
-    bytes_in, bytes_out = plan.bytes_in, plan.layout.bytes
+    merge = _merge_rate(plans, resources) * resources.threads
+    bytes_in, bytes_out = plan.bytes_in, sum(plan.layout.bytes for plan in plans)
     needed = {
         "the disk": bytes_in / read + bytes_out / write,
         f"{plan.method.name} on {resources.threads} threads": bytes_in / merge,
@@ -72,7 +81,18 @@ def forecast(plan: Plan, folder: Path, resources: Resources, overhead: int) -> F
     bound = max(needed, key=lambda name: needed[name])
     passes = 1 + plan.method.passes
     peak = resources.memory + overhead
-    return Forecast(bytes_in, bytes_out, passes, peak, read, write, merge, needed[bound], bound)
+    return Forecast(
+        bytes_in,
+        bytes_out,
+        len(plans),
+        passes,
+        peak,
+        read,
+        write,
+        merge,
+        needed[bound],
+        bound,
+    )
 
 
 def _rate(bytes_: float) -> str:
@@ -121,28 +141,31 @@ def _write_rate(folder: Path) -> float:
         return _measured(step)
 
 
-def _merge_rate(plan: Plan, resources: Resources) -> float:
-    """Of one thread, on random numbers in the place of the largest tensor's."""
-    merged = [tensor for tensor in plan.tensors if tensor.task is not None]
+def _merge_rate(plans: Sequence[Plan], resources: Resources) -> float:
+    """Of inputs that one thread merges into all results, on random numbers in the place of the
+    largest tensor's."""
+    jobs = zip(*(plan.tensors for plan in plans), strict=True)
+    merged = [job for job in jobs if job[0].task is not None]
     if not merged:
         return float("inf")
-    largest = max(merged, key=lambda tensor: tensor.output.elements)
+    largest = max(merged, key=lambda job: job[0].output.elements)
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return _measured(_merging(plan.method, largest, resources))
+        return _measured(_merging(plans[0].method, largest, resources))
     finally:
         torch.set_num_threads(before)
 
 
-def _merging(method: Method, tensor: Planned, resources: Resources) -> Callable[[], int]:
+def _merging(method: Method, job: Job, resources: Resources) -> Callable[[], int]:
+    tensor = job[0]
     elements = min(tensor.output.elements, 16 * BLOCK)
     dtype = dtypes.as_torch(tensor.dtype)
     rows = torch.randn(len(tensor.sources), elements, device=resources.device).to(dtype)
     out = rows.new_empty(elements, dtype=dtypes.as_torch(tensor.output.dtype))
 
     def step() -> int:
-        merged_alone(method, tensor, rows, out)
+        merged_alone(method, job, rows, out)
         if rows.is_cuda:
             torch.cuda.synchronize(rows.device)
         return max(rows.nbytes, 1)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,8 +14,9 @@ import yaml
 from .. import config_files
 from .._checks import raise_all
 from ..methods import METHODS
-from . import recipe_file, sizes
+from . import recipe_file, sizes, variants
 from .companions import companions
+from .folders import Folders, check_space
 from .forecast import Forecast, forecast
 from .headers import INDEX, Checkpoint
 from .hub import open_models
@@ -25,47 +25,22 @@ from .pipeline import Pipeline, Resources
 from .plan import Plan, make_plan
 from .read import Reader
 from .recipe import ModelRef, Recipe
+from .report import MergeReport, OutputReport
 from .write import Staging
 
 Size = int | str
 _OVERHEAD = 64 << 20  # bytes of the ceiling for everything but buffers
 
 
-class MergeReport(NamedTuple):
-    """How a merge went.
+class Prepared(NamedTuple):
+    """A result of which everything is known but the weights.
 
     Attributes:
-        folder: of the result.
-        seconds: from the first check to the last file in its place.
-        bytes_in, bytes_out: read and written in this run.
-        tensors: of the result.
-        resumed: of them, those that an interrupted run had already written.
-        warnings: what is worth knowing, in words.
+        name: of its folder below that of the merge; empty where it is the only result.
+        source: the recipe's file, or the one that asks for this result alone.
     """
 
-    folder: Path
-    seconds: float
-    bytes_in: int
-    bytes_out: int
-    tensors: int
-    resumed: int
-    warnings: tuple[str, ...]
-
-    def __str__(self) -> str:
-        rate = (self.bytes_in + self.bytes_out) / max(self.seconds, 1e-9)
-        lines = [*(f"warning: {text}" for text in self.warnings)]
-        again = f", {self.resumed} of them from an interrupted run" if self.resumed else ""
-        lines.append(f"{self.folder}: {self.tensors} tensors{again}")
-        lines.append(
-            f"{sizes.text(self.bytes_in)} read, {sizes.text(self.bytes_out)} written in "
-            f"{self.seconds:.1f} s: {sizes.text(round(rate))}/s"
-        )
-        return "\n".join(lines)
-
-
-class Prepared(NamedTuple):
-    """A merge of which everything is known but the weights."""
-
+    name: str
     recipe: Recipe
     source: bytes
     models: Mapping[ModelRef, Checkpoint]
@@ -84,7 +59,7 @@ def merge(
     resume: bool = True,
     progress: Callable[[int, int], Any] | None = None,
 ) -> MergeReport:
-    """Merge checkpoints as a recipe says and write the result as a checkpoint.
+    """Merge checkpoints as a recipe says and write the result as a checkpoint, or several results.
 
     Everything that headers tell is checked before a weight is read. Weights pass through buffers
     of a fixed size, whatever the models' sizes. An interrupted merge goes on where it was; until a
@@ -92,7 +67,8 @@ def merge(
 
     Args:
         config: a YAML file, or its content. mergekit's files are taken as they are (docs/merge.md).
-        out_dir: a folder that is empty, missing or holds an earlier merge, which is replaced.
+        out_dir: a folder that is empty, missing or holds an earlier merge, which is replaced. Of a
+            recipe with several results each has such a folder below it.
         max_ram: the most memory above that of a bare ``import torch``: bytes, or such as "512M".
         shard_size: of each file of weights, at most.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``: where tensors are merged.
@@ -110,28 +86,36 @@ def merge(
     out_dir = Path(out_dir)
     prepared = prepare(config, shard_size=shard_size, seed=seed)
     resources = _resources(max_ram, device, threads)
-    record = _record(prepared, seed)
-    staging = Staging(out_dir, prepared.plan.layout, _identity(prepared, record))
-    _check_space(out_dir, prepared.plan)
-    tensors = prepared.plan.tensors
-    with contextlib.closing(staging):
-        staging.begin(resume)
-        resumed = len(staging.sums)
-        todo = [tensor for tensor in tensors if tensor.output.name not in staging.sums]
-        bytes_in = sum(tensor.bytes for tensor in todo)
-        bytes_out = sum(tensor.output.bytes for tensor in todo)
-        _run(prepared.plan, todo, staging, resources, _counter(bytes_in + bytes_out, progress))
-        _commit(prepared, record, staging)
-    seconds = time.perf_counter() - started
+    records = {one.name: _record(one, seed) for one in prepared}
+    stagings = {
+        one.name: Staging(out_dir / one.name, one.plan.layout, _identity(one, records[one.name]))
+        for one in prepared
+    }
+    with contextlib.closing(Folders(out_dir, stagings)) as folders:
+        folders.begin(resume)
+        outputs = {one.name: _output(one, stagings[one.name], folders) for one in prepared}
+        todo = [one for one in prepared if one.name not in folders.complete]
+        bytes_in, bytes_out = _run(todo, folders, resources, progress)
+        for one in todo:
+            _commit(one, records[one.name], folders)
+        folders.finish()
+    warnings = [*(text for one in prepared for text in one.plan.warnings), *folders.warnings]
     return MergeReport(
-        out_dir, seconds, bytes_in, bytes_out, len(tensors), resumed, prepared.plan.warnings
+        out_dir,
+        time.perf_counter() - started,
+        bytes_in,
+        bytes_out,
+        sum(output.tensors for output in outputs.values()),
+        sum(output.resumed for output in outputs.values()),
+        tuple(dict.fromkeys(warnings)),
+        {} if "" in outputs else outputs,
     )
 
 
 def prepare(
     config: str | Path | Mapping[str, Any], *, shard_size: Size = "5G", seed: int = 0
-) -> Prepared:
-    """All checks of :func:`merge` that need no weights.
+) -> tuple[Prepared, ...]:
+    """All checks of :func:`merge` that need no weights: its results, of the same inputs.
 
     Raises:
         ValueError: everything that is wrong.
@@ -141,33 +125,30 @@ def prepare(
     recipe = recipe_file.parse(content, METHODS)
     models = open_models(recipe.models(), base)
     method = METHODS[recipe.method]
-    plan = make_plan(recipe, method, models, sizes.parse("shard_size", shard_size), seed)
-    return Prepared(recipe, source, models, plan)
+    recipes, sources = {"": recipe}, {"": source}
+    if recipe.variants:
+        own = {n: variants.resolved(content, v, method) for n, v in recipe.variants.items()}
+        recipes = {name: recipe_file.parse(each, METHODS) for name, each in own.items()}
+        sources = {name: variants.text(each) for name, each in own.items()}
+    shard_bytes = sizes.parse("shard_size", shard_size)
+    plans = _plans(recipes, lambda each: make_plan(each, method, models, shard_bytes, seed))
+    return tuple(Prepared(n, recipes[n], sources[n], models, plans[n]) for n in recipes)
 
 
-@contextlib.contextmanager
-def progress_bar(quiet: bool = False) -> Iterator[Callable[[int, int], Any] | None]:
-    """A bar on stderr: share and rate of bytes, time left. Gives what :func:`merge` tells."""
-    if quiet:
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
-
-    columns = (
-        *(TextColumn("merging"), BarColumn(), DownloadColumn(binary_units=True)),
-        *(TransferSpeedColumn(), TimeRemainingColumn()),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+def _plans(recipes: Mapping[str, Recipe], plan: Callable[[Recipe], Plan]) -> dict[str, Plan]:
+    """All plans; faults that results have in common are told once."""
+    plans: dict[str, Plan] = {}
+    faults: dict[str, list[str]] = {}
+    for name, recipe in recipes.items():
+        try:
+            plans[name] = plan(recipe)
+        except ValueError as error:
+            faults.setdefault(str(error), []).append(name)
+    if len(faults) == 1 and not plans:
+        raise ValueError(next(iter(faults)))
+    told = {text.removeprefix("merge: ").replace("\n", "\n    "): n for text, n in faults.items()}
+    raise_all("merge", [f"{', '.join(names)}: {text}" for text, names in told.items()])
+    return plans
 
 
 def foresee(
@@ -181,9 +162,9 @@ def foresee(
 ) -> Forecast:
     """What :func:`merge` would do with these arguments: all its checks, and how long it takes."""
     prepared = prepare(config, shard_size=shard_size)
-    _check_space(Path(out_dir), prepared.plan)
+    check_space(Path(out_dir), {one.name: one.plan.layout for one in prepared})
     resources = _resources(max_ram, device, threads)
-    return forecast(prepared.plan, Path(out_dir), resources, _OVERHEAD)
+    return forecast([one.plan for one in prepared], Path(out_dir), resources, _OVERHEAD)
 
 
 def _read(config: str | Path | Mapping[str, Any]) -> tuple[Any, bytes, Path]:
@@ -204,16 +185,6 @@ def _resources(max_ram: Size, device: str, threads: int | None) -> Resources:
     raise_all("merge", faults)
     found = torch.device(config_files.usable_device(device))
     return Resources(threads or torch.get_num_threads(), memory - _OVERHEAD, found)
-
-
-def _check_space(folder: Path, plan: Plan) -> None:
-    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    free, needed = shutil.disk_usage(nearest).free, plan.layout.bytes
-    reserved = sum(path.stat().st_blocks * 512 for path in folder.glob(".merging/*.safetensors"))
-    if free + reserved < needed:
-        raise OSError(
-            f"{folder}: the result has {sizes.text(needed)}, the disk has {sizes.text(free)} free"
-        )
 
 
 def _record(prepared: Prepared, seed: int) -> dict[str, Any]:
@@ -245,24 +216,42 @@ def _counter(total: int, progress: Callable[[int, int], Any] | None) -> Callable
     return advance
 
 
+def _output(prepared: Prepared, staging: Staging, folders: Folders) -> OutputReport:
+    tensors = len(prepared.plan.tensors)
+    resumed = tensors if prepared.name in folders.complete else len(staging.sums)
+    return OutputReport(staging.folder, tensors, resumed)
+
+
 def _run(
-    plan: Plan,
-    todo: list[Any],
-    staging: Staging,
+    todo: Sequence[Prepared],
+    folders: Folders,
     resources: Resources,
-    advance: Callable[[int], Any],
-) -> None:
+    progress: Callable[[int, int], Any] | None,
+) -> tuple[int, int]:
+    """Merge what is missing; bytes that were read and written."""
+    if not todo:
+        return 0, 0
+    stagings = [folders.stagings[one.name] for one in todo]
     with Reader() as reader:
-        pipeline = Pipeline(plan.method, reader, [staging], resources, advance)
-        pipeline.run([(tensor,) for tensor in todo])
+        pipeline = Pipeline(todo[0].plan.method, reader, stagings, resources)
+        jobs = [
+            job
+            for job in zip(*(one.plan.tensors for one in todo), strict=True)
+            if pipeline.missing(job)
+        ]
+        bytes_in = sum(job[0].bytes for job in jobs)
+        bytes_out = sum(p.output.bytes for job in jobs for _, p in pipeline.missing(job))
+        pipeline.advance = _counter(bytes_in + bytes_out, progress)
+        pipeline.run(jobs)
+    return bytes_in, bytes_out
 
 
-def _commit(prepared: Prepared, record: dict[str, Any], staging: Staging) -> None:
+def _commit(prepared: Prepared, record: dict[str, Any], folders: Folders) -> None:
     from .. import __version__  # late: the package imports this module
 
-    plan = prepared.plan
-    folders = {model: checkpoint.path for model, checkpoint in prepared.models.items()}
-    texts = companions(prepared.recipe, prepared.source, plan, folders)
+    plan, staging = prepared.plan, folders.stagings[prepared.name]
+    paths = {model: checkpoint.path for model, checkpoint in prepared.models.items()}
+    texts = companions(prepared.recipe, prepared.source, plan, paths)
     index = plan.layout.index_text()
     if index is not None:
         texts[INDEX] = index.encode()
@@ -274,4 +263,4 @@ def _commit(prepared: Prepared, record: dict[str, Any], staging: Staging) -> Non
         name: {"file": places[name].file, "xxh3": text} for name, text in staging.sums.items()
     }
     manifest = Manifest(__version__, record, files, tensors)
-    staging.commit(manifest, texts)
+    folders.commit(prepared.name, manifest, texts)

@@ -18,7 +18,8 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from ..methods import Apply, Method, Statistic, Task, Tile
+from ..methods import Method, Statistic, Tile
+from .measured import applied
 from .plan import Planned
 from .read import Reader
 from .workspace import Workspace, tile_elements
@@ -92,10 +93,10 @@ class Pipeline:
         for error in sorted(errors, key=lambda error: isinstance(error, Stopped)):
             raise error
 
-    def is_done(self, job: Job) -> bool:
-        """Whether all stagings have the tensor."""
+    def missing(self, job: Job) -> list[tuple[Staging, Planned]]:
+        """Of a job, what is not written yet, and where it belongs."""
         pairs = zip(self.stagings, job, strict=True)
-        return all(planned.output.name in staging.sums for staging, planned in pairs)
+        return [(staging, p) for staging, p in pairs if p.output.name not in staging.sums]
 
     def check(self) -> None:
         """Ends a thread whose result nobody waits for any more."""
@@ -113,8 +114,9 @@ class Pipeline:
             with contextlib.suppress(IndexError):
                 for source in todo[0][0].sources:
                     self.reader.expect(source)
-            if not self.is_done(job):
-                worker.merge(job)
+            missing = self.missing(job)
+            if missing:
+                worker.merge(missing)
 
 
 class Worker:
@@ -127,18 +129,18 @@ class Worker:
         self._workspace = Workspace(resources.memory // resources.threads, pinned=self._gpu)
         self._stream = torch.cuda.Stream(resources.device) if self._gpu else None
 
-    def merge(self, job: Job) -> None:
-        """A tensor of all outputs."""
+    def merge(self, missing: Sequence[tuple[Staging, Planned]]) -> None:
+        """A tensor, into all outputs that miss it."""
         with torch.cuda.stream(self._stream):  # None: no other stream than the usual
-            self._merge(job)
+            self._merge(missing)
 
-    def _merge(self, job: Job) -> None:
-        pairs = list(zip(self._pipeline.stagings, job, strict=True))
-        writers = [staging.tensor(planned.output.name) for staging, planned in pairs]
+    def _merge(self, missing: Sequence[tuple[Staging, Planned]]) -> None:
+        job = [planned for _, planned in missing]
+        writers = [staging.tensor(planned.output.name) for staging, planned in missing]
         tiles = _Tiles(job[0], self._workspace, self._pipeline, self._device)
-        applied = [_applied(self._method, planned.task, tiles.measure) for planned in job]
+        merges = applied(self._method, [planned.task for planned in job], tiles.measure)
         for tile in tiles.read(streamed=self._method.passes == 0):
-            for apply, writer in zip(applied, writers, strict=True):
+            for apply, writer in zip(merges, writers, strict=True):
                 out = tiles.out(tile)
                 apply(tile, out)
                 writer.write(tiles.bytes(out))
@@ -147,8 +149,9 @@ class Worker:
         self._pipeline.advance(job[0].bytes + sum(planned.output.bytes for planned in job))
 
 
-def merged_alone(method: Method, planned: Planned, rows: Tensor, out: Tensor) -> None:
-    """Merge a tensor whose elements are at hand, ``rows`` (N, P), into ``out`` (P,)."""
+def merged_alone(method: Method, job: Job, rows: Tensor, out: Tensor) -> None:
+    """Merge a tensor whose elements are at hand, ``rows`` (N, P), into ``out`` (P,), again and
+    again for all outputs."""
     tile = Tile(rows, 0)
 
     def measure(statistic: Statistic) -> Any:
@@ -157,22 +160,8 @@ def merged_alone(method: Method, planned: Planned, rows: Tensor, out: Tensor) ->
             return _sum([value])
         return [value] if statistic.over == "tiles" else value
 
-    _applied(method, planned.task, measure)(tile, out)
-
-
-def _applied(method: Method, task: Task | None, measure: Callable[[Statistic], Any]) -> Apply:
-    """How a task's tiles are merged, once all is measured that the method wants to know."""
-    if task is None:
-        return _take_first
-    if method.measure is None:
-        return method.apply(task, None)
-    steps = method.measure(task)
-    try:
-        statistic = next(steps)
-        while True:
-            statistic = steps.send(measure(statistic))
-    except StopIteration as done:
-        return method.apply(task, done.value)
+    for apply in applied(method, [planned.task for planned in job], measure):
+        apply(tile, out)
 
 
 def _sum(tiles: Iterable[Tensor]) -> Tensor | None:
@@ -182,10 +171,6 @@ def _sum(tiles: Iterable[Tensor]) -> Tensor | None:
         for block in blocks:
             total = block if total is None else total + block
     return total
-
-
-def _take_first(tile: Tile, out: Tensor) -> None:
-    out.copy_(tile.rows[0])
 
 
 class _Tiles:

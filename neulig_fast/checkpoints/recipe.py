@@ -66,6 +66,14 @@ class Part:
 
 
 @dataclass(frozen=True)
+class Variant:
+    """One of several results: values of parameters that it has in the place of the file's."""
+
+    parameters: Parameters = field(default_factory=dict)
+    models: Mapping[ModelRef, Parameters] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Recipe:
     """A whole file.
 
@@ -78,6 +86,7 @@ class Recipe:
         out_dtype: of storing, where it differs.
         tokenizer: ``union``, ``base`` or a model; or mergekit's mapping.
         ours: the section ``neulig_fast``.
+        variants: by the name of its folder each of several results that are asked for.
         warnings: what was read over, in words.
     """
 
@@ -90,6 +99,7 @@ class Recipe:
     tokenizer: str | Mapping[str, Any] | None = None
     chat_template: str | None = None
     ours: Mapping[str, Any] = field(default_factory=dict)
+    variants: Mapping[str, Variant] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
 
     def models(self) -> list[ModelRef]:

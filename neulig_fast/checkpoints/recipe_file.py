@@ -8,12 +8,16 @@ at once.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from .._checks import did_you_mean, raise_all
-from . import parameters
+from . import parameters, variants
 from .recipe import ModelRef, Parameters, Part, Recipe, Slice, Source
+
+if TYPE_CHECKING:
+    from ..methods import Method
 
 # mergekit's keys, by what they stand in.
 _TOP = (
@@ -26,7 +30,7 @@ _MODEL = ("model", "parameters")
 _SOURCE = ("model", "layer_range", "parameters")
 _TOKENIZER = ("source", "tokens", "pad_to_multiple_of")
 # Our own section: what mergekit's files cannot say.
-_OURS = ("parity",)
+_OURS = ("parity", *variants.KEYS)
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 PARAMETERS = (
     *("weight", "density", "gamma", "epsilon", "lambda", "normalize", "rescale", "int8_mask", "t"),
@@ -35,11 +39,11 @@ PARAMETERS = (
 )
 
 
-def parse(content: Any, methods: Iterable[str]) -> Recipe:
+def parse(content: Any, methods: Mapping[str, Method]) -> Recipe:
     """A recipe from the content of a YAML file.
 
     Args:
-        methods: the names of merge methods that there are.
+        methods: all that there are, by name.
 
     Raises:
         ValueError: everything that is wrong, each under its place in the file.
@@ -60,7 +64,11 @@ def parse(content: Any, methods: Iterable[str]) -> Recipe:
         ours=reader.ours(content.get("neulig_fast")),
         warnings=tuple(reader.warnings),
     )
-    raise_all("recipe", reader.faults)
+    faults = reader.faults
+    if recipe.method in methods:
+        several, more = variants.read(recipe, methods[recipe.method])
+        recipe, faults = replace(recipe, variants=several), [*faults, *more]
+    raise_all("recipe", faults)
     return recipe
 
 

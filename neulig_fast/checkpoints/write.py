@@ -23,12 +23,12 @@ from typing import Any
 
 import xxhash
 
-from ..state_files import sync_folder
+from ..state_files import sync_folder, write_text
 from .headers import INDEX, SINGLE
 from .layout import Layout, Place
-from .manifest import MANIFEST, Manifest
+from .manifest import MANIFEST, Manifest, checksum
 
-STAGING, _JOURNAL = ".merging", "journal.jsonl"
+STAGING, JOURNAL = ".merging", "journal.jsonl"
 _CHECK_BYTES = 16 << 20
 
 
@@ -84,11 +84,7 @@ class Staging:
                 something else is to be resumed.
             OSError: the disk is full, or the folder cannot be written.
         """
-        done = Manifest.find(self._stage)
-        if done is not None:
-            self._move(done)  # an earlier run was interrupted after all had been written
-        self._refuse_foreign_files()
-        known = self._interrupted() if resume else None
+        known = self.look(resume)
         if known is None:
             shutil.rmtree(self._stage, ignore_errors=True)
             self._stage.mkdir(parents=True)
@@ -97,12 +93,26 @@ class Staging:
             self._handles[shard.name] = handle
             _reserve(handle, shard.bytes, self._stage / shard.name)
             _write_all(handle, shard.header, 0)
-        path = self._stage / _JOURNAL
+        path = self._stage / JOURNAL
         self._journal = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
         if known is None:
             self._append({"merge": self.identity})
         else:
             self.sums = {name: text for name, text in known.items() if self._holds(name, text)}
+
+    def look(self, resume: bool) -> dict[str, str] | None:
+        """What an interrupted run of the same has written: checksums by tensor; None without one.
+
+        Nothing new is begun, but a move that was interrupted is brought to its end.
+
+        Raises:
+            ValueError: as :meth:`begin`.
+        """
+        done = Manifest.find(self._stage)
+        if done is not None:
+            self.publish(done)
+        self._refuse_foreign_files()
+        return self._interrupted() if resume else None
 
     def _refuse_foreign_files(self) -> None:
         if not self.folder.exists():
@@ -117,13 +127,16 @@ class Staging:
                 "would be mixed with the result: name another folder, or move them"
             )
 
+    def _journal_lines(self) -> list[dict[str, Any]]:
+        """Those of an interrupted run, its identity first; none if there was none."""
+        path = self._stage / JOURNAL
+        lines = list(_lines(path)) if path.exists() else []
+        return lines if lines and "merge" in lines[0] else []
+
     def _interrupted(self) -> dict[str, str] | None:
         """Checksums that the journal of an interrupted run lists; None if there was none."""
-        path = self._stage / _JOURNAL
-        if not path.exists():
-            return None
-        lines = list(_lines(path))
-        if not lines or "merge" not in lines[0]:
+        lines = self._journal_lines()
+        if not lines:
             return None
         different = sorted(_differences(lines[0]["merge"], self.identity))
         if different:
@@ -169,31 +182,29 @@ class Staging:
 
     # -- finishing --------------------------------------------------------------------------------
 
-    def commit(self, manifest: Manifest, texts: Mapping[str, bytes]) -> None:
-        """Put the finished checkpoint in the place of the old one.
+    def seal(self, manifest: Manifest, texts: Mapping[str, bytes]) -> None:
+        """Bring the finished checkpoint to the disk, from where :meth:`publish` cannot lose it.
 
         Args:
             manifest: of the new one.
             texts: small files by name, the index of shards among them.
 
         Raises:
-            OSError: the disk is full or the like; the old checkpoint is untouched if it was before
-                the first move, else the next run goes on moving.
+            OSError: the disk is full or the like; the old checkpoint is untouched.
         """
         for name, text in texts.items():
             (self._stage / name).write_bytes(text)
             _sync(self._stage / name)
         for handle in self._handles.values():
             os.fsync(handle)
-        (self._stage / MANIFEST).write_text(manifest.text())
-        _sync(self._stage / MANIFEST)
         sync_folder(self._stage)
-        self._move(manifest)
+        write_text(self._stage / MANIFEST, manifest.text())
 
-    def _move(self, new: Manifest) -> None:
-        """May be interrupted anywhere and called again.
+    def publish(self, new: Manifest) -> None:
+        """Put the sealed checkpoint in the place of the old one.
 
-        While the old manifest is there, nothing was moved yet; when it is gone, so are its files.
+        May be interrupted anywhere and called again: the next run goes on moving. While the old
+        manifest is there, nothing was moved yet; when it is gone, so are its files.
         """
         old = Manifest.find(self.folder)
         if old is not None:
@@ -206,6 +217,28 @@ class Staging:
         sync_folder(self.folder)
         self.close()
         shutil.rmtree(self._stage)
+
+    def is_sealed(self) -> bool:
+        """Whether a run of the very same was interrupted between sealing and publishing."""
+        lines = self._journal_lines()
+        same = bool(lines) and not list(_differences(lines[0]["merge"], self.identity))
+        return same and Manifest.find(self._stage) is not None
+
+    def clear(self) -> None:
+        """Remove what a published checkpoint has left behind."""
+        shutil.rmtree(self._stage, ignore_errors=True)
+
+    def is_published(self) -> bool:
+        """Whether the folder holds a checkpoint of this recipe and layout, whole."""
+        manifest = Manifest.find(self.folder)
+        if manifest is None or Manifest.find(self._stage) is not None:
+            return False
+        same = all(self.identity.get(key) == value for key, value in manifest.recipe.items())
+        shards = {
+            s.name: {"bytes": s.bytes, "xxh3": checksum(s.header)} for s in self.layout.shards
+        }
+        same = same and all(manifest.files.get(name) == entry for name, entry in shards.items())
+        return same and all((self.folder / name).is_file() for name in manifest.files)
 
 
 def _makes_whole(name: str) -> bool:

@@ -10,7 +10,7 @@ import typer
 from ._errors import reported
 
 Config = Annotated[Path, typer.Argument(help="A YAML file as mergekit's; see docs/merge.md.")]
-Folder = Annotated[Path, typer.Argument(help="For the result; an earlier merge is replaced.")]
+Folder = Annotated[Path, typer.Argument(help="For the results; an earlier merge is replaced.")]
 MaxRam = Annotated[str, typer.Option(help="Ceiling of memory, such as 512M or 8G.")]
 ShardSize = Annotated[str, typer.Option(help="Of each file of weights, at most.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")]
@@ -44,7 +44,7 @@ def merge(
     merge; until it has ended, FOLDER holds what it held before.
     """
     with reported("what is done is kept: repeat the command to go on from there"):
-        from ..checkpoints import merging
+        from ..checkpoints import merging, report
 
         if dry_run:
             forecast = merging.foresee(
@@ -57,8 +57,8 @@ def merge(
             )
             typer.echo(forecast)
             return
-        with merging.progress_bar(quiet) as advance:
-            report = merging.merge(
+        with report.progress_bar(quiet) as advance:
+            done = merging.merge(
                 config,
                 folder,
                 max_ram=max_ram,
@@ -69,4 +69,4 @@ def merge(
                 resume=resume,
                 progress=advance,
             )
-        typer.echo(report)
+        typer.echo(done)

@@ -147,7 +147,8 @@ class Method:
         name: in recipes.
         title, source: for people: what it is called and where it is from.
         apply: how to merge tiles of a task, given what ``measure`` returned (None without).
-        measure: what must be known of a task first.
+        measure: what must be known of a task first; tasks that agree in the settings that it reads
+            may share what it returns.
         passes: how often ``measure`` looks at a tensor.
         base: ``needed`` for methods of task vectors; ``subtracted`` where there is one; or it is
             ``one more`` model.

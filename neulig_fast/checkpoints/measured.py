@@ -1,0 +1,82 @@
+"""How a tensor's tiles are merged, for one result or several; what is alike is measured once.
+
+A method may have to know something of a whole tensor before it merges a tile: a threshold, inner
+products. Results of one reading differ in settings alone, and often in settings that this does not
+depend on: a sweep of ``lambda`` has one threshold. Which they are is not declared but observed,
+while a method measures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from ..methods import Apply, Method, Statistic, Task, Tile
+
+
+def applied(
+    method: Method, tasks: Sequence[Task | None], measure: Callable[[Statistic], Any]
+) -> list[Apply]:
+    """How tiles of each task are merged, once all is measured that the method wants to know.
+
+    Args:
+        tasks: of one tensor, with other settings each; None where it is taken as it is.
+        measure: looks at the tensor.
+    """
+    known: list[tuple[Mapping[str, Any], Any]] = []
+    return [_applied(method, task, measure, known) for task in tasks]
+
+
+def _applied(
+    method: Method,
+    task: Task | None,
+    measure: Callable[[Statistic], Any],
+    known: list[tuple[Mapping[str, Any], Any]],
+) -> Apply:
+    """``known``: what was measured already, and the settings that it depends on."""
+    if task is None:
+        return _take_first
+    if method.measure is None:
+        return method.apply(task, None)
+    for settings, found in known:
+        if all(task.settings[name] == value for name, value in settings.items()):
+            return method.apply(task, found)
+    observed = _Observed(task.settings)
+    found = _measured(method.measure(replace(task, settings=observed)), measure)
+    known.append(({name: task.settings[name] for name in observed.read}, found))
+    return method.apply(task, found)
+
+
+def _measured(steps: Any, measure: Callable[[Statistic], Any]) -> Any:
+    try:
+        statistic = next(steps)
+        while True:
+            statistic = steps.send(measure(statistic))
+    except StopIteration as done:
+        return done.value
+
+
+def _take_first(tile: Tile, out: Tensor) -> None:
+    out.copy_(tile.rows[0])
+
+
+class _Observed(Mapping[str, Any]):
+    """Settings, and which of them were read."""
+
+    def __init__(self, settings: Mapping[str, Any]) -> None:
+        self._settings = settings
+        self.read: set[str] = set()
+
+    def __getitem__(self, name: str) -> Any:
+        value = self._settings[name]
+        self.read.add(name)
+        return value
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._settings)
+
+    def __len__(self) -> int:
+        return len(self._settings)
