@@ -13,7 +13,7 @@ import resource
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from .._checks import raise_all
 from ..state_files import write_json
@@ -25,6 +25,15 @@ from .write import JOURNAL, STAGING, Staging
 
 _NOTE = "complete.json"
 _OTHER_FILES = 200  # that a process may have open, besides those of the results
+
+
+class State(NamedTuple):
+    """What one process tells the others of the folders: attributes of :class:`Folders`, and the
+    checksums of tensors that are written, by name of a folder."""
+
+    complete: tuple[str, ...]
+    warnings: tuple[str, ...]
+    sums: Mapping[str, Mapping[str, str]]
 
 
 class Folders:
@@ -62,6 +71,17 @@ class Folders:
         check_space(self.folder, {name: staging.layout for name, staging in todo.items()})
         for staging in todo.values():
             staging.begin(resume)
+
+    def state(self) -> State:
+        """What :meth:`begin` has found, for other processes."""
+        sums = {name: staging.sums for name, staging in self.todo().items()}
+        return State(self.complete, self.warnings, sums)
+
+    def join(self, begun: State, rank: int) -> None:
+        """Write into the files that another process has begun."""
+        self.complete, self.warnings = begun.complete, begun.warnings
+        for name, staging in self.todo().items():
+            staging.join(begun.sums[name], rank)
 
     def todo(self) -> dict[str, Staging]:
         """Those that are not complete."""

@@ -16,13 +16,14 @@ from .._checks import raise_all
 from ..methods import METHODS
 from . import recipe_file, sizes, variants
 from .companions import companions
-from .folders import Folders, check_space
+from .folders import Folders, State, check_space
 from .forecast import Forecast, forecast
 from .headers import INDEX, Checkpoint
 from .hub import open_models
 from .manifest import Manifest, checksum
 from .pipeline import Pipeline, Resources
 from .plan import Plan, make_plan
+from .ranks import Ranks, torchrun
 from .read import Reader
 from .recipe import ModelRef, Recipe
 from .report import MergeReport, OutputReport
@@ -45,6 +46,22 @@ class Prepared(NamedTuple):
     source: bytes
     models: Mapping[ModelRef, Checkpoint]
     plan: Plan
+    seed: int
+
+    def record(self) -> dict[str, Any]:
+        """What the result is made from, for its manifest: the same on every machine."""
+        models = {
+            str(model): {file.name: file.stat().st_size for file in checkpoint.files}
+            for model, checkpoint in self.models.items()
+        }
+        xxh3, method = checksum(self.source), self.recipe.method
+        return {"method": method, "models": models, "seed": self.seed, "xxh3": xxh3}
+
+    def identity(self) -> dict[str, Any]:
+        """What tells merges apart here: the layout, and that no input has changed meanwhile."""
+        layout = checksum(b"".join(shard.header for shard in self.plan.layout.shards))
+        changed = [file.stat().st_mtime_ns for c in self.models.values() for file in c.files]
+        return {**self.record(), "layout": layout, "times of the models' files": changed}
 
 
 def merge(
@@ -58,6 +75,7 @@ def merge(
     seed: int = 0,
     resume: bool = True,
     progress: Callable[[int, int], Any] | None = None,
+    distributed: bool = False,
 ) -> MergeReport:
     """Merge checkpoints as a recipe says and write the result as a checkpoint, or several results.
 
@@ -76,29 +94,30 @@ def merge(
         seed: of methods that drop elements at random.
         resume: go on with an interrupted merge of the same; else begin anew.
         progress: told of bytes done and of all bytes, from any thread.
+        distributed: all processes that torchrun has started share the work, on files that all of
+            them see; each must call this. ``max_ram`` and ``threads`` are of one process.
 
     Raises:
         ValueError: everything that is wrong with recipe, models, options or folder; a file that
             changes while it is read.
+        RuntimeError: another process failed.
         OSError: no such file; the disk is full or the like. The old result is untouched.
     """
     started = time.perf_counter()
     out_dir = Path(out_dir)
-    prepared = prepare(config, shard_size=shard_size, seed=seed)
-    resources = _resources(max_ram, device, threads)
-    records = {one.name: _record(one, seed) for one in prepared}
-    stagings = {
-        one.name: Staging(out_dir / one.name, one.plan.layout, _identity(one, records[one.name]))
-        for one in prepared
-    }
-    with contextlib.closing(Folders(out_dir, stagings)) as folders:
-        folders.begin(resume)
-        outputs = {one.name: _output(one, stagings[one.name], folders) for one in prepared}
-        todo = [one for one in prepared if one.name not in folders.complete]
-        bytes_in, bytes_out = _run(todo, folders, resources, progress)
-        for one in todo:
-            _commit(one, records[one.name], folders)
-        folders.finish()
+    with torchrun() if distributed else contextlib.nullcontext(Ranks()) as ranks:
+        prepared = ranks.here(lambda: prepare(config, shard_size=shard_size, seed=seed))
+        resources = ranks.here(lambda: _resources(max_ram, ranks.device(device), threads))
+        stagings = {
+            one.name: Staging(out_dir / one.name, one.plan.layout, one.identity())
+            for one in prepared
+        }
+        with contextlib.closing(Folders(out_dir, stagings)) as folders:
+            _begin(folders, resume, ranks)
+            outputs = {one.name: _output(one, stagings[one.name], folders) for one in prepared}
+            todo = [one for one in prepared if one.name not in folders.complete]
+            bytes_in, bytes_out = _run(todo, folders, resources, progress, ranks)
+            ranks.all(lambda: _finish(todo, folders) if ranks.first else None)
     warnings = [*(text for one in prepared for text in one.plan.warnings), *folders.warnings]
     return MergeReport(
         out_dir,
@@ -110,6 +129,17 @@ def merge(
         tuple(dict.fromkeys(warnings)),
         {} if "" in outputs else outputs,
     )
+
+
+def _begin(folders: Folders, resume: bool, ranks: Ranks) -> None:
+    def begin() -> State | None:
+        if ranks.first:
+            folders.begin(resume)
+        return folders.state() if ranks.first else None
+
+    begun = ranks.all(begin)[0]
+    if begun is not None and not ranks.first:
+        folders.join(begun, ranks.rank)
 
 
 def prepare(
@@ -132,7 +162,7 @@ def prepare(
         sources = {name: variants.text(each) for name, each in own.items()}
     shard_bytes = sizes.parse("shard_size", shard_size)
     plans = _plans(recipes, lambda each: make_plan(each, method, models, shard_bytes, seed))
-    return tuple(Prepared(n, recipes[n], sources[n], models, plans[n]) for n in recipes)
+    return tuple(Prepared(n, recipes[n], sources[n], models, plans[n], seed) for n in recipes)
 
 
 def _plans(recipes: Mapping[str, Recipe], plan: Callable[[Recipe], Plan]) -> dict[str, Plan]:
@@ -187,23 +217,6 @@ def _resources(max_ram: Size, device: str, threads: int | None) -> Resources:
     return Resources(threads or torch.get_num_threads(), memory - _OVERHEAD, found)
 
 
-def _record(prepared: Prepared, seed: int) -> dict[str, Any]:
-    """What the result is made from, for its manifest: the same on every machine."""
-    models = {
-        str(model): {file.name: file.stat().st_size for file in checkpoint.files}
-        for model, checkpoint in prepared.models.items()
-    }
-    method = prepared.recipe.method
-    return {"method": method, "models": models, "seed": seed, "xxh3": checksum(prepared.source)}
-
-
-def _identity(prepared: Prepared, record: dict[str, Any]) -> dict[str, Any]:
-    """What tells merges apart here: the layout, and that no input has changed meanwhile."""
-    headers = b"".join(shard.header for shard in prepared.plan.layout.shards)
-    changed = [file.stat().st_mtime_ns for c in prepared.models.values() for file in c.files]
-    return {**record, "layout": checksum(headers), "times of the models' files": changed}
-
-
 def _counter(total: int, progress: Callable[[int, int], Any] | None) -> Callable[[int], Any]:
     done = 0
 
@@ -227,8 +240,9 @@ def _run(
     folders: Folders,
     resources: Resources,
     progress: Callable[[int, int], Any] | None,
+    ranks: Ranks,
 ) -> tuple[int, int]:
-    """Merge what is missing; bytes that were read and written."""
+    """Merge what is missing, by all processes; bytes that were read and written."""
     if not todo:
         return 0, 0
     stagings = [folders.stagings[one.name] for one in todo]
@@ -241,12 +255,28 @@ def _run(
         ]
         bytes_in = sum(job[0].bytes for job in jobs)
         bytes_out = sum(p.output.bytes for job in jobs for _, p in pipeline.missing(job))
-        pipeline.advance = _counter(bytes_in + bytes_out, progress)
-        pipeline.run(jobs)
+        pipeline.advance = _counter((bytes_in + bytes_out) // ranks.count, progress)
+
+        def work() -> list[dict[str, str]]:
+            pipeline.run(ranks.part(jobs))
+            if not ranks.first:
+                for staging in stagings:
+                    staging.sync()
+            return [staging.sums for staging in stagings]
+
+        for found in ranks.all(work):
+            for staging, sums in zip(stagings, found, strict=True):
+                staging.sums.update(sums)
     return bytes_in, bytes_out
 
 
-def _commit(prepared: Prepared, record: dict[str, Any], folders: Folders) -> None:
+def _finish(todo: Sequence[Prepared], folders: Folders) -> None:
+    for one in todo:
+        _commit(one, folders)
+    folders.finish()
+
+
+def _commit(prepared: Prepared, folders: Folders) -> None:
     from .. import __version__  # late: the package imports this module
 
     plan, staging = prepared.plan, folders.stagings[prepared.name]
@@ -262,5 +292,5 @@ def _commit(prepared: Prepared, record: dict[str, Any], folders: Folders) -> Non
     tensors = {
         name: {"file": places[name].file, "xxh3": text} for name, text in staging.sums.items()
     }
-    manifest = Manifest(__version__, record, files, tensors)
+    manifest = Manifest(__version__, prepared.record(), files, tensors)
     folders.commit(prepared.name, manifest, texts)

@@ -12,7 +12,7 @@ of it: the bytes of each tensor that is listed are read again and compared with 
 
 from __future__ import annotations
 
-import errno
+import contextlib
 import json
 import os
 import shutil
@@ -24,6 +24,7 @@ from typing import Any
 import xxhash
 
 from ..state_files import sync_folder, write_text
+from .disk import Flusher, reserve, sync, write_all
 from .headers import INDEX, SINGLE
 from .layout import Layout, Place
 from .manifest import MANIFEST, Manifest, checksum
@@ -68,6 +69,7 @@ class Staging:
         self.sums: dict[str, str] = {}
         self._stage = folder / STAGING
         self._handles: dict[str, int] = {}
+        self._flusher: Flusher | None = None
         self._journal = -1
         self._lock = threading.Lock()
 
@@ -88,17 +90,34 @@ class Staging:
         if known is None:
             shutil.rmtree(self._stage, ignore_errors=True)
             self._stage.mkdir(parents=True)
+        self._open(JOURNAL)
         for shard in self.layout.shards:
-            handle = os.open(self._stage / shard.name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-            self._handles[shard.name] = handle
-            _reserve(handle, shard.bytes, self._stage / shard.name)
-            _write_all(handle, shard.header, 0)
-        path = self._stage / JOURNAL
-        self._journal = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+            handle = self._handles[shard.name]
+            reserve(handle, shard.bytes, self._stage / shard.name)
+            write_all(handle, shard.header, 0)
         if known is None:
             self._append({"merge": self.identity})
         else:
             self.sums = {name: text for name, text in known.items() if self._holds(name, text)}
+
+    def join(self, sums: Mapping[str, str], rank: int) -> None:
+        """Write into the files that another process has begun, with a journal of one's own.
+
+        Args:
+            sums: what that process has found complete.
+            rank: of this process.
+        """
+        self.sums = dict(sums)
+        self._open(f"journal-{rank}.jsonl")
+
+    def _open(self, journal: str) -> None:
+        create = os.O_CREAT | os.O_CLOEXEC
+        for shard in self.layout.shards:
+            path = self._stage / shard.name
+            self._handles[shard.name] = os.open(path, os.O_RDWR | create, 0o644)
+        path = self._stage / journal
+        self._journal = os.open(path, os.O_WRONLY | os.O_APPEND | create, 0o644)
+        self._flusher = Flusher()
 
     def look(self, resume: bool) -> dict[str, str] | None:
         """What an interrupted run of the same has written: checksums by tensor; None without one.
@@ -129,8 +148,8 @@ class Staging:
 
     def _journal_lines(self) -> list[dict[str, Any]]:
         """Those of an interrupted run, its identity first; none if there was none."""
-        path = self._stage / JOURNAL
-        lines = list(_lines(path)) if path.exists() else []
+        others = sorted(self._stage.glob("journal-*.jsonl"))  # of other processes
+        lines = [line for path in (self._stage / JOURNAL, *others) for line in _lines(path)]
         return lines if lines and "merge" in lines[0] else []
 
     def _interrupted(self) -> dict[str, str] | None:
@@ -163,7 +182,9 @@ class Staging:
 
     def write(self, file: str, at: int, data: memoryview) -> None:
         """Bytes of a shard."""
-        _write_all(self._handles[file], data, at)
+        write_all(self._handles[file], data, at)
+        if self._flusher is not None:
+            self._flusher.wrote(self._handles[file], len(data))
 
     def record(self, name: str, checksum: str) -> None:
         """A tensor is complete."""
@@ -172,10 +193,26 @@ class Staging:
             self._append({"tensor": name, "xxh3": checksum})
 
     def _append(self, line: Mapping[str, Any]) -> None:
-        _write_all(self._journal, json.dumps(line, sort_keys=True).encode() + b"\n")
+        write_all(self._journal, json.dumps(line, sort_keys=True).encode() + b"\n")
+
+    def sync(self) -> None:
+        """All that was written reaches the disk.
+
+        Raises:
+            OSError: it did not.
+        """
+        flusher, self._flusher = self._flusher, None
+        if flusher is not None:
+            flusher.close()
+        for handle in self._handles.values():
+            os.fsync(handle)
 
     def close(self) -> None:
         """Close all files; what was written stays for the next run."""
+        if self._flusher is not None:
+            with contextlib.suppress(OSError):  # nobody relies on what was not synced
+                self._flusher.close()
+            self._flusher = None
         for handle in [*self._handles.values(), *([self._journal] if self._journal >= 0 else [])]:
             os.close(handle)
         self._handles, self._journal = {}, -1
@@ -194,9 +231,8 @@ class Staging:
         """
         for name, text in texts.items():
             (self._stage / name).write_bytes(text)
-            _sync(self._stage / name)
-        for handle in self._handles.values():
-            os.fsync(handle)
+            sync(self._stage / name)
+        self.sync()
         sync_folder(self._stage)
         write_text(self._stage / MANIFEST, manifest.text())
 
@@ -248,7 +284,7 @@ def _makes_whole(name: str) -> bool:
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
     """Whole lines of a journal: a crash may have cut the last one."""
-    for line in path.read_bytes().split(b"\n")[:-1]:
+    for line in path.read_bytes().split(b"\n")[:-1] if path.exists() else ():
         try:
             content = json.loads(line)
         except ValueError:
@@ -261,29 +297,3 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str
     for key in {*old, *new}:
         if old.get(key) != new.get(key):
             yield key
-
-
-def _reserve(handle: int, length: int, path: Path) -> None:
-    """Take the disk space now, so that a full disk is met before the work."""
-    try:
-        os.posix_fallocate(handle, 0, length)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
-            raise OSError(error.errno, f"{path}: {error.strerror} ({length} bytes)") from error
-    os.ftruncate(handle, length)
-
-
-def _write_all(handle: int, data: bytes | memoryview, at: int | None = None) -> None:
-    view = memoryview(data)
-    done = 0
-    while done < len(view):
-        rest = view[done:]
-        done += os.write(handle, rest) if at is None else os.pwrite(handle, rest, at + done)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -41,10 +41,12 @@ def merge(
     """Merge checkpoints as CONFIG says: safetensors in, safetensors out.
 
     Everything is checked before a weight is read. Repeating the command goes on with an interrupted
-    merge; until it has ended, FOLDER holds what it held before.
+    merge; until it has ended, FOLDER holds what it held before. Several processes share
+    the work when torchrun starts them (`torchrun -m neulig_fast merge ...`).
     """
     with reported("what is done is kept: repeat the command to go on from there"):
         from ..checkpoints import merging, report
+        from ..checkpoints.ranks import speaks
 
         if dry_run:
             forecast = merging.foresee(
@@ -57,7 +59,7 @@ def merge(
             )
             typer.echo(forecast)
             return
-        with report.progress_bar(quiet) as advance:
+        with report.progress_bar(quiet or not speaks()) as advance:
             done = merging.merge(
                 config,
                 folder,
@@ -68,5 +70,7 @@ def merge(
                 seed=seed,
                 resume=resume,
                 progress=advance,
+                distributed=True,
             )
-        typer.echo(done)
+        if speaks():
+            typer.echo(done)
