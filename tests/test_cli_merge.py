@@ -32,6 +32,18 @@ def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+def test_models_to_try_it_on(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "examples/small_models.py"), "models", "--width", "32"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in (tmp_path / "models").iterdir()) == [
+        "base",
+        "m0",
+        "m1",
+        "m2",
+    ]
+
+
 def test_the_readmes_commands(models: Path) -> None:
     config = str(ROOT / "examples/ties.yml")
     planned = RUN.invoke(app, ["merge", config, "merged", "--dry-run"])

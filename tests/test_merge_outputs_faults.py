@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 import neulig_fast as nf
+from neulig_fast.checkpoints.folders import Folders
 from neulig_fast.checkpoints.manifest import MANIFEST, verify
 from neulig_fast.checkpoints.write import STAGING, Staging
 from neulig_fast.demo import llamas
@@ -204,23 +205,28 @@ def test_what_was_written_is_not_written_again(
 
 
 def test_a_journal_is_believed_for_its_own_result_alone(
-    tmp_path: Path, config: dict[str, Any], wanted: dict[str, dict[str, bytes]]
+    tmp_path: Path,
+    config: dict[str, Any],
+    wanted: dict[str, dict[str, bytes]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     out = tmp_path / "out"
     interrupted(out, config)
-    journals = {
-        name: {
-            json.loads(line).get("tensor")
-            for line in (out / name / STAGING / "journal.jsonl").read_text().splitlines()
-        }
-        for name in NAMES
-    }
-    assert len(set(map(frozenset, journals.values()))) == 1
     for shard in (out / NAMES[1] / STAGING).glob("*.safetensors"):
         shard.write_bytes(b"\xff" * shard.stat().st_size)
+    written = []
+    record = Staging.record
+
+    def spy(self: Staging, name: str, checksum: str) -> None:
+        written.append(self.folder.name)
+        record(self, name, checksum)
+
+    monkeypatch.setattr(Staging, "record", spy)
     report = nf.merge(config, out, shard_size=SIZE)
     resumed = [report.outputs[name].resumed for name in NAMES]
     assert resumed[0] == resumed[2] > resumed[1] == 0
+    again = [written.count(name) for name in NAMES]
+    assert [sum(pair) for pair in zip(again, resumed, strict=True)] == [12, 12, 12]
     assert contents(out) == wanted
 
 
@@ -243,6 +249,32 @@ def test_a_result_that_is_whole_stays(
     # The run has ended; another one is a merge of its own, as without outputs.
     assert nf.merge(config, out, shard_size=SIZE).resumed == 0
     assert files(out / NAMES[0]) != before
+
+
+def test_a_result_that_is_whole_but_not_in_its_place_is_moved_there(
+    tmp_path: Path,
+    config: dict[str, Any],
+    wanted: dict[str, dict[str, bytes]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    out = tmp_path / "out"
+    note = Folders._write_note
+
+    def stop(self: Folders, names: Any) -> None:
+        if names:
+            raise KeyboardInterrupt
+        note(self, names)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Folders, "_write_note", stop)
+        with pytest.raises(KeyboardInterrupt):
+            nf.merge(config, out, shard_size=SIZE)
+    assert contents(out) == {name: {} for name in NAMES}
+    before = files(out / NAMES[0] / STAGING)
+    assert MANIFEST in before
+    nf.merge(config, out, shard_size=SIZE)
+    assert files(out / NAMES[0]).items() <= before.items()
+    assert contents(out) == wanted
 
 
 @pytest.mark.parametrize("change", ["input", "layout", "resume off", "a file is gone"])
@@ -364,8 +396,10 @@ def test_a_disk_that_is_full_of_whole_results_has_room_for_the_rest(
 ) -> None:
     out = tmp_path / "out"
     ended_after_the_first(out, config, monkeypatch)
+    staged = [path.stat() for path in out.glob(f"*/{STAGING}/*.safetensors")]
+    free = sum(stat.st_size - 512 * stat.st_blocks for stat in staged)  # below 0 for small files
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=0))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=free))
     nf.merge(config, out, shard_size=SIZE)
 
 
