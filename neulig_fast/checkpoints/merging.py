@@ -17,14 +17,16 @@ from .._checks import raise_all
 from ..methods import METHODS
 from . import recipe_file, sizes
 from .companions import companions
+from .folders import Checkpoint
 from .forecast import Forecast, forecast
-from .headers import INDEX, Checkpoint
+from .headers import INDEX
 from .hub import open_models
 from .manifest import Manifest, checksum
 from .pipeline import Pipeline, Resources
 from .plan import Plan, make_plan
 from .read import Reader
 from .recipe import ModelRef, Recipe
+from .vocabularies import Vocabulary, unified
 from .write import Staging
 
 Size = int | str
@@ -70,6 +72,7 @@ class Prepared(NamedTuple):
     source: bytes
     models: Mapping[ModelRef, Checkpoint]
     plan: Plan
+    vocabulary: Vocabulary | None
 
 
 def merge(
@@ -139,10 +142,10 @@ def prepare(
     """
     content, source, base = _read(config)
     recipe = recipe_file.parse(content, METHODS)
-    models = open_models(recipe.models(), base)
+    models, vocabulary = unified(recipe, open_models(recipe.models(), base))
     method = METHODS[recipe.method]
     plan = make_plan(recipe, method, models, sizes.parse("shard_size", shard_size), seed)
-    return Prepared(recipe, source, models, plan)
+    return Prepared(recipe, source, models, plan, vocabulary)
 
 
 @contextlib.contextmanager
@@ -262,7 +265,7 @@ def _commit(prepared: Prepared, record: dict[str, Any], staging: Staging) -> Non
 
     plan = prepared.plan
     folders = {model: checkpoint.path for model, checkpoint in prepared.models.items()}
-    texts = companions(prepared.recipe, prepared.source, plan, folders)
+    texts = companions(prepared.recipe, prepared.source, plan, folders, prepared.vocabulary)
     index = plan.layout.index_text()
     if index is not None:
         texts[INDEX] = index.encode()
