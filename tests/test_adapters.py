@@ -20,6 +20,7 @@ import neulig_fast as nf
 from neulig_fast.checkpoints import pipeline, workspace
 from neulig_fast.checkpoints.hub import open_models
 from neulig_fast.checkpoints.plan import make_plan
+from neulig_fast.checkpoints.read import Reader
 from neulig_fast.checkpoints.recipe import ModelRef
 from neulig_fast.checkpoints.recipe_file import parse
 from neulig_fast.demo import llamas
@@ -224,13 +225,14 @@ def test_bits_do_not_depend_on_tiles(
     shapes = {"tall": (9001, 24), "wide": (3, 70_001), "words": (5003, 40)}
     state = {f"{name}.weight": torch.randn(shape) for name, shape in shapes.items()}
     llamas.write(tmp_path / "base", state, shards=1)
-    loras = factors(1, "tall", shapes["tall"]) | factors(2, "wide", shapes["wide"])
-    words = factors(3, "words", shapes["words"][::-1])
+    loras = factors(1, "tall", shapes["tall"], 100) | factors(2, "wide", shapes["wide"], 100)
+    words = factors(3, "words", shapes["words"][::-1], 100)
     loras["words.lora_embedding_A"] = words["words.lora_A.weight"]
     loras["words.lora_embedding_B"] = words["words.lora_B.weight"]
-    adapter(tmp_path / "lora", loras)
+    adapter(tmp_path / "lora", loras, r=100, lora_alpha=200)
     config = {"merge_method": method, "models": [{"model": on(tmp_path, "base", "lora")[0]}]}
     config["models"] += [{"model": str(tmp_path / "base")}] * (method == "karcher")
+    config["dtype"] = "float32"  # no rounding hides what differs
     nf.merge(config, tmp_path / "whole", threads=1)
     wanted = llamas.load(tmp_path / "whole")
     if method == "passthrough":
@@ -244,6 +246,35 @@ def test_bits_do_not_depend_on_tiles(
     got = llamas.load(tmp_path / "tiles")
     for name, tensor in wanted.items():
         assert torch.equal(tensor, got[name]), name
+
+
+def test_products_are_the_same_whatever_the_range(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A library of linear algebra may have other bits for other shapes."""
+    llamas.write(tmp_path / "base", {"q.weight": torch.zeros(9001, 24)}, shards=1)
+    adapter(tmp_path / "lora", factors(0, "q", (9001, 24)))
+    model = ModelRef.parse(on(tmp_path, "base", "lora")[0])
+    entry = open_models([model], tmp_path)[model].entries["q.weight"]
+    seen: set[tuple[torch.Size, bytes]] = set()
+    multiply = torch.mm
+
+    def spy(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
+        seen.add((left.shape, left.numpy().tobytes()))
+        return multiply(left, right, out=out)
+
+    monkeypatch.setattr(torch, "mm", spy)
+    scratch = torch.empty(1 << 20, dtype=torch.uint8)
+    whole = torch.empty(entry.elements)
+    with Reader() as reader:
+        reader.read(entry, 0, whole, scratch)
+        wanted = set(seen)
+        assert len(wanted) == 4
+        for start, stop in ((0, BLOCK), (BLOCK, 2 * BLOCK), (100_001, 100_002), (70_000, 216_024)):
+            part = torch.empty(stop - start)
+            reader.read(entry, start, part, scratch)
+            assert torch.equal(part, whole[start:stop])
+    assert seen == wanted
 
 
 def test_factors_count_as_memory(tmp_path: Path) -> None:

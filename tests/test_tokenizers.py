@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import neulig_fast as nf
-from neulig_fast.checkpoints import pipeline
+from neulig_fast.checkpoints import merging, pipeline
 from neulig_fast.demo import llamas
 
 BLOCK = 1 << 16
@@ -47,11 +47,14 @@ def tokenizer(folder: Path, words: list[str], kind: str = "WordLevel", added: in
 
 
 def family(
-    root: Path, dtype: torch.dtype = torch.float32, words: dict[str, list[str]] = TOKENS
+    root: Path,
+    dtype: torch.dtype = torch.float32,
+    words: dict[str, list[str]] = TOKENS,
+    width: int = 16,
 ) -> dict[str, dict[str, Tensor]]:
     found = {}
     for seed, (name, own) in enumerate(words.items()):
-        state = llamas.tensors(seed, layers=1, words=len(own) + 2)
+        state = llamas.tensors(seed, layers=1, width=width, words=len(own) + 2)
         found[name] = llamas.write(root / name, state, dtype)
         tokenizer(root / name, own, added=name == "m0")
     return found
@@ -161,6 +164,7 @@ def test_an_adapter_belongs_to_its_rows(tmp_path: Path) -> None:
     (tmp_path / "lora/adapter_config.json").write_text(json.dumps(config))
     asked = recipe(tmp_path, tokenizer_source="union")
     asked["models"][1]["model"] += f"+{tmp_path}/lora"
+    assert merging.foresee(asked, tmp_path / "out").bytes_out > 0
     nf.merge(asked, tmp_path / "out")
     models["m1"][HEAD] = models["m1"][HEAD] + b @ a
     words = ["<unk>", "a", "b", "c", "mine", "twice", "yours"]
@@ -179,7 +183,7 @@ def test_bits_do_not_depend_on_tiles(
         "m1": [*mixed, *range(2500, 5000)],
     }
     words = {name: [f"w{number}" for number in order] for name, order in orders.items()}
-    family(tmp_path, torch.bfloat16, words)
+    family(tmp_path, torch.bfloat16, words, width=24)  # tiles end within rows
     config = recipe(tmp_path, tokenizer_source="union") | {"merge_method": method}
     nf.merge(config, tmp_path / "whole", threads=1)
     wanted = llamas.load(tmp_path / "whole")
