@@ -18,7 +18,7 @@ from torch import Tensor
 import neulig_fast as nf
 from neulig_fast import testing
 from neulig_fast.checkpoints import pipeline, workspace
-from neulig_fast.checkpoints.folders import open_checkpoint
+from neulig_fast.checkpoints.checkpoint import open_checkpoint
 from neulig_fast.checkpoints.manifest import verify
 from neulig_fast.demo import llamas as samples
 

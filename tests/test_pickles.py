@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import neulig_fast as nf
 from neulig_fast.checkpoints import dtypes
-from neulig_fast.checkpoints.folders import open_checkpoint
+from neulig_fast.checkpoints.checkpoint import open_checkpoint
 from neulig_fast.checkpoints.read import Reader
 from neulig_fast.demo import llamas
 

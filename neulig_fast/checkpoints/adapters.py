@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from .._checks import did_you_mean, raise_all
 from . import dtypes
-from .folders import Checkpoint, open_checkpoint
+from .checkpoint import Checkpoint, open_checkpoint
 from .headers import Entry
 from .low_rank import LowRank
 

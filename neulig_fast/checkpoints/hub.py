@@ -9,7 +9,7 @@ from pathlib import Path
 
 from .._checks import raise_all
 from .adapters import adapted
-from .folders import Checkpoint, open_checkpoint
+from .checkpoint import Checkpoint, open_checkpoint
 from .recipe import ModelRef
 
 # What a merge may need of a repository: no other framework's weights.

@@ -17,7 +17,7 @@ from .._checks import raise_all
 from ..methods import METHODS
 from . import recipe_file, sizes
 from .companions import companions
-from .folders import Checkpoint
+from .checkpoint import Checkpoint
 from .forecast import Forecast, forecast
 from .headers import INDEX
 from .hub import open_models

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from .._checks import did_you_mean, raise_all
 from ..methods import Method, Task
 from . import dtypes, names, parameters
-from .folders import Checkpoint
+from .checkpoint import Checkpoint
 from .headers import Entry
 from .layout import Layout, Output, lay_out
 from .pieces import Piece, parity_of, pieces_of

@@ -17,7 +17,7 @@ import numpy as np
 
 from .._checks import did_you_mean, raise_all
 from . import names, tokens
-from .folders import Checkpoint
+from .checkpoint import Checkpoint
 from .headers import Entry
 from .recipe import ModelRef, Recipe
 from .rows import MEAN, Rows
