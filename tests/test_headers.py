@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from neulig_fast.checkpoints.headers import ITEM_BYTES, open_checkpoint, read_header
+from neulig_fast.checkpoints.checkpoint import open_checkpoint
+from neulig_fast.checkpoints.headers import ITEM_BYTES, read_header
 
 
 def write(path: Path, header: object, data: bytes = b"", length: int | None = None) -> Path:

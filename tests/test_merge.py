@@ -18,7 +18,7 @@ from torch import Tensor
 import neulig_fast as nf
 from neulig_fast import testing
 from neulig_fast.checkpoints import pipeline, workspace
-from neulig_fast.checkpoints.headers import open_checkpoint
+from neulig_fast.checkpoints.checkpoint import open_checkpoint
 from neulig_fast.checkpoints.manifest import verify
 from neulig_fast.demo import llamas as samples
 
@@ -493,3 +493,10 @@ def test_the_tolerance_rule_holds_against_separate_tensors(tmp_path: Path) -> No
         working = 0.3 * rows[0] + 0.7 * rows[1]
         oracle = 0.3 * rows[0].double() + 0.7 * rows[1].double()
         testing.assert_within_rule(got, working, oracle, 2)
+
+
+def test_modules_are_refused_with_what_to_do(tmp_path: Path, models: Any) -> None:
+    listed = recipe(tmp_path, "linear", ["m0", "m1"], each=[{"weight": 1}] * 2)["models"]
+    config = {"merge_method": "linear", "modules": {"text": {"models": listed}}}
+    text = refusal(lambda: nf.merge(config, tmp_path / "out"))
+    assert "modules is not supported; models merges all modules at once, and filters" in text

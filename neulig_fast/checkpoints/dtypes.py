@@ -44,3 +44,9 @@ def as_torch(dtype: str) -> torch.dtype:
     import torch
 
     return vars(torch)[_TORCH[dtype]]
+
+
+def of_torch(dtype: torch.dtype) -> str | None:
+    """The format's name of torch's; None for one that it does not have."""
+    names = {f"torch.{name}": format for format, name in _TORCH.items()}
+    return names.get(str(dtype))

@@ -109,7 +109,8 @@ def _measured(step: Callable[[], int]) -> float:
 
 def _read_rate(plan: Plan) -> float:
     """Of pieces all over the inputs: what lies in the system's cache is read as from there."""
-    entries = [source for tensor in plan.tensors for source in tensor.sources]
+    sources = [source for tensor in plan.tensors for source in tensor.sources]
+    entries = [part._replace(update=None) for source in sources for part in source.parts]
     elements = _PIECE // 8
     buffers: dict[str, torch.Tensor] = {}
     at = 0

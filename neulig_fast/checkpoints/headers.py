@@ -12,9 +12,14 @@ import struct
 from collections.abc import Iterator, Mapping
 from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .._checks import did_you_mean, raise_all
+from .._checks import raise_all
+from . import dtypes
+
+if TYPE_CHECKING:
+    from .low_rank import LowRank
+    from .rows import Rows
 
 # Bytes per element of the format's types.
 ITEM_BYTES = {
@@ -39,7 +44,12 @@ INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
 class Entry(NamedTuple):
-    """One tensor of a file: bytes ``start .. stop`` of it, counted from the file's first."""
+    """One tensor of a file: bytes ``start .. stop`` of it, counted from the file's first.
+
+    Attributes:
+        update: what is added to the values there.
+        rows: where its rows come from instead, if not all from there.
+    """
 
     name: str
     dtype: str
@@ -47,11 +57,48 @@ class Entry(NamedTuple):
     file: Path
     start: int
     stop: int
+    update: LowRank | None = None
+    rows: Rows | None = None
 
     @property
     def elements(self) -> int:
         """How many."""
         return prod(self.shape)
+
+    @property
+    def bytes(self) -> int:
+        """To be read, once."""
+        if self.rows is not None:
+            return self.rows.bytes
+        return self.stop - self.start + (self.update.bytes if self.update else 0)
+
+    @property
+    def parts(self) -> tuple[Entry, ...]:
+        """Tensors of files that it is read from, apart from updates."""
+        return self.rows.sources if self.rows is not None else (self,)
+
+    @property
+    def files(self) -> set[Path]:
+        """Those that its values come from."""
+        updates = [part.update for part in self.parts if part.update is not None]
+        factors = [factor for update in updates for factor in (update.left, update.right)]
+        return {entry.file for entry in (*self.parts, *factors)}
+
+    @property
+    def held(self) -> str:
+        """The type that holds its values: its own, or that in which they are computed."""
+        if self.rows is not None:
+            return self.rows.held
+        if self.update is None:
+            return self.dtype
+        factors = (self.update.left.dtype, self.update.right.dtype)
+        return dtypes.common([self.dtype, *factors, "F32"])
+
+    def fixed_scratch(self, item: int) -> int:
+        """Bytes that reading takes into elements of ``item`` bytes, however few of them."""
+        if self.rows is not None:
+            return self.rows.scratch_bytes(item)
+        return self.update.scratch_bytes(item) if self.update is not None else 0
 
 
 class Header(NamedTuple):
@@ -81,7 +128,7 @@ def read_header(path: Path) -> Header:
             )
         text = file.read(length)
     try:
-        content = json.loads(text, object_pairs_hook=_unique)
+        content = json.loads(text, object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: the header is not the JSON of safetensors ({error})") from error
     if not isinstance(content, dict):
@@ -107,7 +154,12 @@ def read_header(path: Path) -> Header:
     return Header(tuple(entries), metadata)
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object whose keys are different; for ``json.loads``.
+
+    Raises:
+        ValueError: they are not.
+    """
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found:
@@ -154,94 +206,3 @@ def _layout_faults(entries: list[Entry], begin: int, size: int) -> Iterator[str]
         at = max(at, entry.stop)
     if at != size:
         yield f"the tensors end at byte {at}, the file has {size}"
-
-
-# -- folders --------------------------------------------------------------------------------------
-
-
-class Checkpoint(NamedTuple):
-    """All tensors of a model by name, in the order of files and of their bytes in them."""
-
-    path: Path
-    entries: Mapping[str, Entry]
-    metadata: Mapping[str, str]
-
-    @property
-    def files(self) -> list[Path]:
-        """Those with its tensors."""
-        return sorted({entry.file for entry in self.entries.values()})
-
-    @property
-    def bytes(self) -> int:
-        """Of all tensors."""
-        return sum(entry.stop - entry.start for entry in self.entries.values())
-
-
-def open_checkpoint(path: str | Path) -> Checkpoint:
-    """A safetensors file, or a folder with one, or with shards and their index.
-
-    Files that an index does not name are not read: they may be left over from an earlier run.
-
-    Raises:
-        FileNotFoundError: no such file or folder.
-        ValueError: a folder without safetensors; an index that names files outside of the folder,
-            or that disagrees with its files; a broken file. Everything that is wrong, at once.
-    """
-    path = Path(path)
-    if path.is_file():
-        return _of_headers(path, [read_header(path)])
-    if not path.is_dir():
-        raise FileNotFoundError(f"{path}: no such file or folder")
-    if (path / INDEX).is_file():
-        return _sharded(path)
-    if (path / SINGLE).is_file():
-        return _of_headers(path, [read_header(path / SINGLE)])
-    files = sorted(path.glob("*.safetensors"))
-    if len(files) != 1:
-        found = ", ".join(file.name for file in files[:4]) or "none"
-        raise ValueError(
-            f"{path}: needs {SINGLE}, or {INDEX} with its shards, or one .safetensors file; "
-            f"found {found}"
-        )
-    return _of_headers(path, [read_header(files[0])])
-
-
-def _sharded(folder: Path) -> Checkpoint:
-    index = folder / INDEX
-    try:
-        content = json.loads(index.read_text(encoding="utf-8"), object_pairs_hook=_unique)
-        weight_map = content["weight_map"]
-        names = {str(name): str(file) for name, file in weight_map.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{index}: no index of shards with a weight_map ({error})") from error
-    files = sorted(set(names.values()))
-    faults = [
-        f"names the file {file!r}, which is not one of this folder's"
-        for file in files
-        if Path(file).name != file or not (folder / file).is_file()
-    ]
-    raise_all(str(index), faults)
-    checkpoint = _of_headers(folder, [read_header(folder / file) for file in files])
-    for name, file in names.items():
-        entry = checkpoint.entries.get(name)
-        if entry is None or entry.file.name != file:
-            hint = did_you_mean(name, checkpoint.entries) if entry is None else ""
-            faults.append(f"{name!r} is not in {file}{hint}")
-    unnamed = [name for name in checkpoint.entries if name not in names]
-    faults += [f"{name!r} is in {checkpoint.entries[name].file.name} alone" for name in unnamed]
-    raise_all(str(index), faults)
-    return checkpoint
-
-
-def _of_headers(path: Path, headers: list[Header]) -> Checkpoint:
-    entries: dict[str, Entry] = {}
-    faults = []
-    for header in headers:
-        for entry in header.entries:
-            if entry.name in entries:
-                both = f"{entries[entry.name].file.name} and {entry.file.name}"
-                faults.append(f"{entry.name!r} is in {both}")
-            entries[entry.name] = entry
-    raise_all(str(path), faults)
-    metadata = {k: v for header in headers for k, v in header.metadata.items()}
-    return Checkpoint(path, entries, metadata)

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from .._checks import raise_all
-from .headers import Checkpoint, open_checkpoint
+from .adapters import adapted
+from .checkpoint import Checkpoint, open_checkpoint
 from .recipe import ModelRef
 
 # What a merge may need of a repository: no other framework's weights.
 _PATTERNS = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "tokenizer*")
+_PICKLES = ("pytorch_model*.bin", "adapter_model.bin")  # where there are no safetensors
 
 
 def open_models(models: Sequence[ModelRef], base: Path) -> Mapping[ModelRef, Checkpoint]:
-    """The headers of all models.
+    """The headers of all models, with their adapters on them.
 
     Args:
         base: relative folders are relative to it, or, as in mergekit, to the working directory.
@@ -25,14 +28,14 @@ def open_models(models: Sequence[ModelRef], base: Path) -> Mapping[ModelRef, Che
     """
     found, faults = {}, []
     for model in models:
-        if model.lora is not None:
-            faults.append(f"{model}: LoRA adapters are not merged on the way; merge it first")
-            continue
         try:
-            found[model] = open_checkpoint(folder_of(model, base))
+            checkpoint = open_checkpoint(folder_of(replace(model, lora=None), base))
+            if model.lora is not None:
+                checkpoint = adapted(checkpoint, folder_of(model.lora, base), str(model))
+            found[model] = checkpoint
         except (OSError, ValueError) as error:
             faults.append(str(error))
-    raise_all("merge", faults)
+    raise_all("merge", dict.fromkeys(faults))
     return found
 
 
@@ -49,12 +52,19 @@ def folder_of(model: ModelRef, base: Path) -> Path:
             return path
     if model.path.count("/") > 1 or model.path.startswith((".", "/", "~")):
         raise ValueError(f"{model}: no such folder")
+    folder = _fetched(model, _PATTERNS)
+    if not any(folder.glob("*.safetensors")):
+        folder = _fetched(model, _PICKLES)
+    return folder
+
+
+def _fetched(model: ModelRef, patterns: Iterable[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         folder = snapshot_download(
-            model.path, revision=model.revision, allow_patterns=list(_PATTERNS)
+            model.path, revision=model.revision, allow_patterns=list(patterns)
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         offline = " (offline: HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""

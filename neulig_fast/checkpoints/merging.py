@@ -6,62 +6,27 @@ import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import yaml
 
 from .. import config_files
 from .._checks import raise_all
-from ..methods import METHODS
-from . import recipe_file, sizes, variants
+from . import sizes
 from .companions import companions
 from .folders import Folders, State, check_space
 from .forecast import Forecast, forecast
-from .headers import INDEX, Checkpoint
-from .hub import open_models
+from .headers import INDEX
 from .manifest import Manifest, checksum
 from .pipeline import Pipeline, Resources
-from .plan import Plan, make_plan
+from .prepared import Prepared, prepare
 from .ranks import Ranks, torchrun
 from .read import Reader
-from .recipe import ModelRef, Recipe
 from .report import MergeReport, OutputReport
 from .write import Staging
 
 Size = int | str
 _OVERHEAD = 64 << 20  # bytes of the ceiling for everything but buffers
-
-
-class Prepared(NamedTuple):
-    """A result of which everything is known but the weights.
-
-    Attributes:
-        name: of its folder below that of the merge; empty where it is the only result.
-        source: the recipe's file, or the one that asks for this result alone.
-    """
-
-    name: str
-    recipe: Recipe
-    source: bytes
-    models: Mapping[ModelRef, Checkpoint]
-    plan: Plan
-    seed: int
-
-    def record(self) -> dict[str, Any]:
-        """What the result is made from, for its manifest: the same on every machine."""
-        models = {
-            str(model): {file.name: file.stat().st_size for file in checkpoint.files}
-            for model, checkpoint in self.models.items()
-        }
-        xxh3, method = checksum(self.source), self.recipe.method
-        return {"method": method, "models": models, "seed": self.seed, "xxh3": xxh3}
-
-    def identity(self) -> dict[str, Any]:
-        """What tells merges apart here: the layout, and that no input has changed meanwhile."""
-        layout = checksum(b"".join(shard.header for shard in self.plan.layout.shards))
-        changed = [file.stat().st_mtime_ns for c in self.models.values() for file in c.files]
-        return {**self.record(), "layout": layout, "times of the models' files": changed}
 
 
 def merge(
@@ -142,45 +107,6 @@ def _begin(folders: Folders, resume: bool, ranks: Ranks) -> None:
         folders.join(begun, ranks.rank)
 
 
-def prepare(
-    config: str | Path | Mapping[str, Any], *, shard_size: Size = "5G", seed: int = 0
-) -> tuple[Prepared, ...]:
-    """All checks of :func:`merge` that need no weights: its results, of the same inputs.
-
-    Raises:
-        ValueError: everything that is wrong.
-        OSError: no such recipe.
-    """
-    content, source, base = _read(config)
-    recipe = recipe_file.parse(content, METHODS)
-    models = open_models(recipe.models(), base)
-    method = METHODS[recipe.method]
-    recipes, sources = {"": recipe}, {"": source}
-    if recipe.variants:
-        own = {n: variants.resolved(content, v, method) for n, v in recipe.variants.items()}
-        recipes = {name: recipe_file.parse(each, METHODS) for name, each in own.items()}
-        sources = {name: variants.text(each) for name, each in own.items()}
-    shard_bytes = sizes.parse("shard_size", shard_size)
-    plans = _plans(recipes, lambda each: make_plan(each, method, models, shard_bytes, seed))
-    return tuple(Prepared(n, recipes[n], sources[n], models, plans[n], seed) for n in recipes)
-
-
-def _plans(recipes: Mapping[str, Recipe], plan: Callable[[Recipe], Plan]) -> dict[str, Plan]:
-    """All plans; faults that results have in common are told once."""
-    plans: dict[str, Plan] = {}
-    faults: dict[str, list[str]] = {}
-    for name, recipe in recipes.items():
-        try:
-            plans[name] = plan(recipe)
-        except ValueError as error:
-            faults.setdefault(str(error), []).append(name)
-    if len(faults) == 1 and not plans:
-        raise ValueError(next(iter(faults)))
-    told = {text.removeprefix("merge: ").replace("\n", "\n    "): n for text, n in faults.items()}
-    raise_all("merge", [f"{', '.join(names)}: {text}" for text, names in told.items()])
-    return plans
-
-
 def foresee(
     config: str | Path,
     out_dir: str | Path,
@@ -195,14 +121,6 @@ def foresee(
     check_space(Path(out_dir), {one.name: one.plan.layout for one in prepared})
     resources = _resources(max_ram, device, threads)
     return forecast([one.plan for one in prepared], Path(out_dir), resources, _OVERHEAD)
-
-
-def _read(config: str | Path | Mapping[str, Any]) -> tuple[Any, bytes, Path]:
-    if isinstance(config, Mapping):
-        text = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
-        return config, text.encode(), Path()
-    path = Path(config)
-    return config_files.read(path), path.read_bytes(), path.resolve().parent
 
 
 def _resources(max_ram: Size, device: str, threads: int | None) -> Resources:
@@ -281,7 +199,7 @@ def _commit(prepared: Prepared, folders: Folders) -> None:
 
     plan, staging = prepared.plan, folders.stagings[prepared.name]
     paths = {model: checkpoint.path for model, checkpoint in prepared.models.items()}
-    texts = companions(prepared.recipe, prepared.source, plan, paths)
+    texts = companions(prepared.recipe, prepared.source, plan, paths, prepared.vocabulary)
     index = plan.layout.index_text()
     if index is not None:
         texts[INDEX] = index.encode()

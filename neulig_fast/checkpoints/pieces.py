@@ -26,7 +26,10 @@ def pieces_of(recipe: Recipe, method: Method) -> list[Piece]:
         ValueError: models that the method cannot merge, a parity that it does not have; all.
     """
     if set(recipe.parts) != {""}:
-        raise ValueError("merge: modules are not merged one by one; use models or slices")
+        raise ValueError(
+            "merge: modules is not supported; models merges all modules at once, and filters, "
+            "parts of tensors' names, give each its parameters"
+        )
     part = recipe.parts[""]
     pieces = []
     for piece in part.slices:

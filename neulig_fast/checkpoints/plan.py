@@ -12,7 +12,8 @@ from typing import NamedTuple
 from .._checks import did_you_mean, raise_all
 from ..methods import Method, Task
 from . import dtypes, names, parameters
-from .headers import Checkpoint, Entry
+from .checkpoint import Checkpoint
+from .headers import Entry
 from .layout import Layout, Output, lay_out
 from .pieces import Piece, parity_of, pieces_of
 from .recipe import ModelRef, Recipe
@@ -38,7 +39,7 @@ class Planned(NamedTuple):
     @property
     def bytes(self) -> int:
         """To be read, once."""
-        return sum(source.stop - source.start for source in self.sources)
+        return sum(source.bytes for source in self.sources)
 
 
 class Plan(NamedTuple):
@@ -99,7 +100,10 @@ class _Planner:
     ) -> None:
         self.recipe, self.method, self.models, self.seed = recipe, method, models, seed
         self.faults: list[str] = []
-        self.warnings: list[str] = list(recipe.warnings)
+        self.warnings: list[str] = [
+            *recipe.warnings,
+            *(n for m in models.values() for n in m.notes),
+        ]
         self.parity, self.pieces = parity_of(recipe, method), pieces_of(recipe, method)
         first = self.pieces[0]
         self.donor = first.base or recipe.base or first.experts[0].model
@@ -224,7 +228,7 @@ class _Planner:
             models=len(found),
             base=base is not None,
             settings=settings,
-            dtype=dtypes.common([source.dtype for source in sources]),
+            dtype=dtypes.common([source.held for source in sources]),
             seed=self.seed,
             parity=self.parity,
         )

@@ -14,7 +14,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from . import dtypes
+from . import dtypes, low_rank, rows
 from .headers import ITEM_BYTES, Entry
 
 _AHEAD = 64 << 20  # bytes that the system is told of before they are wanted
@@ -45,7 +45,8 @@ class Reader:
 
         Args:
             into: (P,) contiguous on the CPU, of the entry's type or one that holds its values.
-            scratch: bytes (uint8) for P elements of the entry, needed where the types differ.
+            scratch: bytes (uint8) for P elements of the entry, needed where the types differ; and
+                ``entry.fixed_scratch(...)`` at least.
 
         Raises:
             OSError: the file cannot be read.
@@ -53,14 +54,20 @@ class Reader:
         """
         stored = dtypes.as_torch(entry.dtype)
         target = into
-        if stored != into.dtype:
-            if scratch is None:
-                raise ValueError("reader: needs scratch memory to convert")
+        made = entry.update is not None or entry.rows is not None
+        if scratch is None and (stored != into.dtype or made):
+            raise ValueError("reader: needs scratch memory to convert")
+        if scratch is not None and entry.rows is not None:
+            rows.read(entry.rows, start, into, scratch, self.read)
+            return
+        if scratch is not None and stored != into.dtype:
             target = scratch[: into.numel() * stored.itemsize].view(stored)
         offset = entry.start + start * ITEM_BYTES[entry.dtype]
         self._fill(entry, offset, memoryview(target.view(torch.uint8).numpy()))
         if target is not into:
             into.copy_(target)
+        if scratch is not None and entry.update is not None:
+            low_rank.add(entry.update, start, into, scratch, self.read)
 
     def expect(self, entry: Entry) -> None:
         """Tell the system that a tensor will be read soon."""

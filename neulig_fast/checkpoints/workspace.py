@@ -36,8 +36,15 @@ def element_bytes(planned: Planned) -> int:
 
 
 def _scratch_bytes(planned: Planned) -> int:
-    others = [ITEM_BYTES[s.dtype] for s in planned.sources if s.dtype != planned.dtype]
+    parts = [part for source in planned.sources for part in source.parts]
+    others = [ITEM_BYTES[part.dtype] for part in parts if part.dtype != planned.dtype]
     return max(others, default=0)
+
+
+def _fixed_bytes(planned: Planned) -> int:
+    """What making sources takes of a workspace, whatever the tile."""
+    item = ITEM_BYTES[planned.dtype]
+    return max(source.fixed_scratch(item) for source in planned.sources)
 
 
 def tile_elements(planned: Planned, memory: int) -> int:
@@ -47,7 +54,7 @@ def tile_elements(planned: Planned, memory: int) -> int:
         ValueError: not one block does.
     """
     elements = planned.output.elements
-    space = memory - _ALIGNMENT * (len(planned.sources) + 2)
+    space = memory - _ALIGNMENT * (len(planned.sources) + 2) - _fixed_bytes(planned)
     fits = space // element_bytes(planned)
     if fits >= elements:
         return max(elements, 1)
@@ -87,5 +94,5 @@ class Workspace:
         width = -(-elements * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
         rows = take(width * len(planned.sources)).view(dtype).view(len(planned.sources), -1)
         out = take(elements * ITEM_BYTES[planned.output.dtype])
-        scratch = take(elements * _scratch_bytes(planned))
+        scratch = take(max(elements * _scratch_bytes(planned), _fixed_bytes(planned)))
         return Views(rows[:, :elements], out.view(dtypes.as_torch(planned.output.dtype)), scratch)
