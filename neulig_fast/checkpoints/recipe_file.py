@@ -31,7 +31,7 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 PARAMETERS = (
     *("weight", "density", "gamma", "epsilon", "lambda", "normalize", "rescale", "int8_mask", "t"),
     *("scale", "select_topk", "filter_wise", "nuslerp_flatten", "nuslerp_row_wise", "alpha", "r"),
-    *("normalize_weights", "eps", "max_iter", "tol"),
+    *("normalize_weights", "eps", "max_iter", "tol", "decay", "schedule", "tall_mask_lambda", "k"),
 )
 
 

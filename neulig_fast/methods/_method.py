@@ -41,6 +41,7 @@ class Parameter(NamedTuple):
         each: it belongs to a model (``weight``), else to the merge (``lambda``).
         low, high: bounds of numbers, inclusive.
         kind: of its values; an int is a float too.
+        words: of which one it must be, where that is so.
     """
 
     default: Value | None
@@ -48,6 +49,7 @@ class Parameter(NamedTuple):
     low: float = float("-inf")
     high: float = float("inf")
     kind: type = float
+    words: tuple[str, ...] = ()
 
     def faults(self, value: Value) -> Iterator[str]:
         """What is wrong with a value."""
@@ -60,6 +62,11 @@ class Parameter(NamedTuple):
         elif not isinstance(value, self.kind):
             kind = "true or false" if self.kind is bool else "a word"
             yield f"must be {kind}, got {value!r}"
+        elif self.words and value not in self.words:
+            from .._checks import did_you_mean
+
+            hint = did_you_mean(str(value), self.words)
+            yield f"must be one of {', '.join(self.words)}, got {value!r}{hint}"
 
     def _bounds(self) -> str:
         if isinf(self.low) and isinf(self.high):
