@@ -1,4 +1,4 @@
-"""Merge methods one by one: DELLA, RAM, consensus, EMR, Arcee Fusion, means over a run.
+"""Merge methods one by one: DELLA, RAM, consensus, EMR, Arcee Fusion, means over a run, Fisher.
 
 Against formulas in fp64 that share no code with the methods, closed forms, and hostile tensors.
 """
@@ -96,6 +96,7 @@ EVERY: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
     "arcee_fusion": ([{}], {}),
     "ema": ([{}] * 3, {"decay": 0.6, "base": False}),
     "wsm": ([{}] * 3, {"schedule": "1-sqrt", "base": False}),
+    "fisher": ([{"fisher": "m2"}, {"fisher": "base"}], {"base": False}),
 }
 
 
@@ -108,6 +109,9 @@ def test_bits_depend_on_neither_threads_nor_tiles(
     states = [{n: coarse(*s, seed=i) for n, s in shapes.items()} for i in range(4)]
     write(tmp_path, *states)
     each, more = EVERY[method]
+    each = [
+        own | {"fisher": str(tmp_path / own["fisher"])} if "fisher" in own else own for own in each
+    ]
     config = recipe(tmp_path, method, each, **more)
     wanted = merged(tmp_path, config, threads=1)
     monkeypatch.setattr(pipeline, "_STREAMED", BLOCK)
@@ -132,7 +136,7 @@ def test_a_dry_run_looks_at_a_part_of_a_tensor(tmp_path: Path, method: str) -> N
         for key, p in found.parameters.items()
     }
     task = Task("x", (40, 9000), len(each), found.base == "needed", settings)
-    rows = normal(len(each) + task.base, 2 * BLOCK).abs()
+    rows = normal(len(each) * (2 if found.beside else 1) + task.base, 2 * BLOCK).abs()
     out = torch.full((2 * BLOCK,), NAN)
     merged_alone(found, Planned(task, (), "F32", None), rows, out)  # type: ignore[arg-type]
     assert out.isfinite().all()
@@ -500,3 +504,103 @@ def test_parameters_that_cannot_be(
 ) -> None:
     write(tmp_path, *small_states(3))
     assert part in refusal(lambda: merged(tmp_path, recipe(tmp_path, method, [{}] * 2, **more)))
+
+
+# -- Fisher ---------------------------------------------------------------------------------------
+
+
+def fishers(folder: Path, *states: State, dtype: torch.dtype = torch.float32) -> list[Any]:
+    """Written as f0 ...; what models are told of them."""
+    for i, state in enumerate(states):
+        samples.write(folder / f"f{i}", state, dtype, shards=1)
+    return [{"fisher": str(folder / f"f{i}")} for i in range(len(states))]
+
+
+def test_fisher_as_the_oracle_has_it(tmp_path: Path) -> None:
+    states = small_states(3)
+    write(tmp_path, *states)
+    squares = [{n: (0.1 * t.square()) for n, t in state.items()} for state in small_states(5)[3:]]
+    each = fishers(tmp_path, *squares)
+    each[1]["weight"] = 2.5
+    for floor in (0.0, 0.05):
+        got = merged(tmp_path, recipe(tmp_path, "fisher", each, base=False, floor=floor))
+        for name in SHAPES:
+            x = np.stack([state[name].double().numpy() for state in states[:2]])
+            f = np.maximum(np.stack([state[name].double().numpy() for state in squares]), floor)
+            w = np.array([1, 2.5]).reshape(2, *[1] * (x.ndim - 1))
+            total = (w * f).sum(0)
+            wanted = np.where(total, (w * f * x).sum(0) / np.where(total, total, 1), np.nan)
+            close(got[name], np.where(np.isnan(wanted), (w * x).sum(0) / 3.5, wanted), 1e-6)
+
+
+def test_fisher_of_nothing_is_the_mean(tmp_path: Path) -> None:
+    write(tmp_path, {"x": torch.tensor([1.0, 4.0])}, {"x": torch.tensor([3.0, 0.0])}, {})
+    each = fishers(tmp_path, {"x": torch.tensor([0.0, 3.0])}, {"x": torch.tensor([0.0, 1.0])})
+    got = merged(tmp_path, recipe(tmp_path, "fisher", each, base=False, floor=0))["x"]
+    assert got.tolist() == [2.0, 3.0]
+    got = merged(tmp_path, recipe(tmp_path, "fisher", each, base=False, floor=10))["x"]
+    assert got.tolist() == [2.0, 2.0]
+    each = fishers(tmp_path, {"x": torch.tensor([NAN, 3.0])}, {"x": torch.tensor([0.0, 1.0])})
+    got = merged(tmp_path, recipe(tmp_path, "fisher", each, base=False))["x"]
+    assert got[0].isnan() and got[1] == 3
+
+
+def test_fisher_is_read_exactly_beside_other_types(tmp_path: Path) -> None:
+    states = [{"x": normal(20, seed=i), "ids": torch.arange(3) + i} for i in range(2)]
+    write(tmp_path, *states, {}, dtype=torch.bfloat16)
+    each = fishers(tmp_path, {"x": normal(20, seed=7).abs()}, {"x": normal(20, seed=8).abs()})
+    got = merged(tmp_path, recipe(tmp_path, "fisher", each, base=False))
+    x = [state["x"].bfloat16().double() for state in states]
+    f = [normal(20, seed=seed).abs().double().clamp(min=1e-6) for seed in (7, 8)]
+    close(got["x"], (f[0] * x[0] + f[1] * x[1]) / (f[0] + f[1]), 1e-6)
+    assert torch.equal(got["ids"], torch.arange(3))
+
+
+def test_fisher_by_layers(tmp_path: Path) -> None:
+    """A slice's Fisher information is of the layers that the slice takes."""
+    key = "model.layers.{}.w"
+    states = [{key.format(i): torch.full((2,), 10.0 * m + i) for i in range(3)} for m in range(2)]
+    write(tmp_path, *states, {})
+    flat = [{key.format(i): torch.full((2,), float(i + m)) for i in range(3)} for m in range(2)]
+    each = fishers(tmp_path, *flat)
+    sources = [
+        {"model": str(tmp_path / f"m{m}"), "layer_range": [1 - m, 2 - m], "parameters": each[m]}
+        for m in range(2)
+    ]
+    got = merged(tmp_path, {"merge_method": "fisher", "slices": [{"sources": sources}]})
+    assert got[key.format(0)].tolist() == [(1 * 1 + 1 * 10) / 2] * 2
+
+
+def test_fisher_that_does_not_fit_is_named(tmp_path: Path) -> None:
+    write(tmp_path, *small_states(3))
+    wrong = dict(small_states(1)[0])
+    wrong["a"] = torch.zeros(9, 6)
+    del wrong["v"]
+    each = fishers(tmp_path, small_states(1)[0], wrong)
+    text = refusal(lambda: merged(tmp_path, recipe(tmp_path, "fisher", each, base=False)))
+    assert f"{tmp_path / 'f1'} has no 'v'" in text
+    assert f"[9, 6] in {tmp_path / 'f1'}" in text
+    text = refusal(lambda: merged(tmp_path, recipe(tmp_path, "fisher", [{}, each[1]], base=False)))
+    assert f"fisher for {tmp_path / 'm0'} is missing" in text
+    each[0] = {"fisher": 3}
+    text = refusal(lambda: merged(tmp_path, recipe(tmp_path, "fisher", each, base=False)))
+    assert "models.0.parameters.fisher: must be text, got 3" in text
+    each = [own | {"weight": 0} for own in fishers(tmp_path, *small_states(2))]
+    text = refusal(lambda: merged(tmp_path, recipe(tmp_path, "fisher", each, base=False)))
+    assert "weights [0, 0] sum to zero" in text
+    each[0] = {"fisher": str(tmp_path / "nowhere")}
+    text = refusal(lambda: merged(tmp_path, recipe(tmp_path, "fisher", each, base=False)))
+    assert "nowhere: no such folder" in text
+
+
+def test_a_changed_fisher_is_another_merge(tmp_path: Path) -> None:
+    write(tmp_path, *small_states(3))
+    config = recipe(tmp_path, "fisher", fishers(tmp_path, *small_states(2)), base=False)
+
+    def stop(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        nf.merge(config, tmp_path / "out", threads=1, progress=stop)
+    fishers(tmp_path, *small_states(5)[3:])
+    assert "holds an interrupted merge that differs" in refusal(lambda: merged(tmp_path, config))

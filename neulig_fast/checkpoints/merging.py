@@ -21,6 +21,7 @@ from .forecast import Forecast, forecast
 from .headers import INDEX, Checkpoint
 from .hub import open_models
 from .manifest import Manifest, checksum
+from .pieces import models_beside
 from .pipeline import Pipeline, Resources
 from .plan import Plan, make_plan
 from .read import Reader
@@ -139,8 +140,8 @@ def prepare(
     """
     content, source, base = _read(config)
     recipe = recipe_file.parse(content, METHODS)
-    models = open_models(recipe.models(), base)
     method = METHODS[recipe.method]
+    models = open_models([*recipe.models(), *models_beside(recipe, method)], base)
     plan = make_plan(recipe, method, models, sizes.parse("shard_size", shard_size), seed)
     return Prepared(recipe, source, models, plan)
 

@@ -2,6 +2,7 @@
 
 from . import (
     della,
+    fisher,
     fusion,
     linear,
     selective,
@@ -13,7 +14,7 @@ from . import (
 from ._method import BLOCK, Apply, Measure, Method, Parameter, Statistic, Task, Tile
 
 _FAMILIES = (
-    *(linear, trajectory, task_vectors, della, sharing),
+    *(linear, trajectory, fisher, task_vectors, della, sharing),
     *(spherical, selective, fusion),
 )
 METHODS = {method.name: method for family in _FAMILIES for method in family.METHODS}

@@ -121,7 +121,8 @@ class Task:
 
 
 class Tile(NamedTuple):
-    """Elements ``start ..`` of a tensor: ``rows`` (N, P), an expert each, then the base."""
+    """Elements ``start ..`` of a tensor: ``rows`` (N, P), an expert each, then the base, then what
+    the method reads beside the experts."""
 
     rows: Tensor
     start: int
@@ -158,6 +159,8 @@ class Method:
         passes: how often ``measure`` looks at a tensor.
         base: ``needed`` for methods of task vectors; ``subtracted`` where there is one; or it is
             ``one more`` model.
+        beside: a parameter that names a model for each expert: its tensors of the same names are
+            further rows of tiles.
         fewest, most: numbers of experts, without the base.
         parities: frameworks whose meaning of it there is; the first is the default.
         faults: what is wrong with a task beyond its parameters' bounds.
@@ -171,6 +174,7 @@ class Method:
     measure: Callable[[Task], Measure] | None = None
     passes: int = 0
     base: str = "one more"
+    beside: str | None = None
     fewest: int = 1
     most: int | None = None
     parities: tuple[str, ...] = ("mergekit",)
