@@ -24,7 +24,7 @@ demo: $(INSTALLED)
 	$(VENV)/bin/neulig-fast demo
 
 test: $(INSTALLED)
-	$(PY) -m pytest -n auto
+	$(PY) -m pytest -n auto --dist worksteal
 
 check: $(INSTALLED)
 	$(PY) -m ruff check .

@@ -32,6 +32,16 @@ SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
     "sce": ({}, {"select_topk": 0.5}, 3),
     "nearswap": ({}, {"t": 0.001}, 1),
     "wise_ft": ({}, {"alpha": 0.3}, 1),
+    "della": ({"weight": 0.4, "density": 0.5}, {"epsilon": 0.1}, 3),
+    "della_linear": ({"weight": 0.4, "density": 0.5}, {"epsilon": 0.1}, 3),
+    "ram": ({}, {}, 3),
+    "ramplus_tl": ({}, {}, 3),
+    "arcee_fusion": ({}, {}, 1),
+    "consensus": ({}, {}, 3),
+    "emr": ({}, {}, 3),
+    "ema": ({}, {"decay": 0.5}, 3),
+    "wsm": ({}, {}, 3),
+    "fisher": ({}, {}, 2),
 }
 PLACEWISE = ("linear", "passthrough", "task_arithmetic", "ties", "nearswap", "wise_ft")
 
@@ -43,7 +53,10 @@ def merged(folder: Path, method: str, value: float | None) -> dict[str, Tensor]:
         if name == "m0" and value is not None:
             state[NAME].view(-1)[PLACE] = value
         llamas.write(folder / name, state, torch.float32)
-    models = [{"model": str(folder / f"m{k}"), "parameters": each} for k in range(count)]
+    models = [{"model": str(folder / f"m{k}"), "parameters": dict(each)} for k in range(count)]
+    for model in models if method == "fisher" else ():
+        llamas.write(folder / "fisher", {n: t.square() for n, t in llamas.tensors(9).items()})
+        model["parameters"]["fisher"] = str(folder / "fisher")
     config = {"merge_method": method, "models": models, "parameters": parameters}
     if METHODS[method].base != "one more" or method in ("slerp", "nearswap"):
         config["base_model"] = str(folder / "base")

@@ -7,16 +7,24 @@ from typing import NamedTuple
 
 from .._checks import did_you_mean, raise_all
 from ..methods import Method
-from .parameters import Scope
+from .parameters import Scope, look_up
 from .recipe import ModelRef, Recipe, Source
 
 
 class Piece(NamedTuple):
-    """A slice: its experts, its base if the method wants one, and scopes, the slice's first."""
+    """A slice.
+
+    Attributes:
+        experts: what is merged.
+        base: if the method wants one.
+        scopes: of parameters, the slice's first.
+        beside: for each expert the model that is read beside it, if the method wants one.
+    """
 
     experts: tuple[Source, ...]
     base: ModelRef | None
     scopes: tuple[Scope, ...]
+    beside: tuple[ModelRef | None, ...] = ()
 
 
 def pieces_of(recipe: Recipe, method: Method) -> list[Piece]:
@@ -38,10 +46,30 @@ def pieces_of(recipe: Recipe, method: Method) -> list[Piece]:
         if method.base != "one more":
             experts = tuple(source for source in experts if source.model != base)
         scopes = (piece.parameters, part.parameters, recipe.parameters)
-        pieces.append(Piece(experts, None if method.base == "one more" else base, scopes))
+        beside = tuple(_beside(source, scopes, method.beside) for source in experts)
+        pieces.append(Piece(experts, None if method.base == "one more" else base, scopes, beside))
     faults = [fault for piece in pieces for fault in _model_faults(piece, method)]
     raise_all("merge", dict.fromkeys([*faults, *_parity_faults(recipe, method)]))
     return pieces
+
+
+def models_beside(recipe: Recipe, method: Method) -> list[ModelRef]:
+    """What a method reads beside the recipe's models.
+
+    Raises:
+        ValueError: as :func:`pieces_of`.
+    """
+    if method.beside is None:
+        return []
+    named = (model for piece in pieces_of(recipe, method) for model in piece.beside)
+    return list(dict.fromkeys(model for model in named if model is not None))
+
+
+def _beside(source: Source, scopes: tuple[Scope, ...], key: str | None) -> ModelRef | None:
+    if key is None:
+        return None
+    named = look_up(key, "", 0.0, (source.parameters, *scopes))
+    return ModelRef.parse(named) if isinstance(named, str) else None
 
 
 def parity_of(recipe: Recipe, method: Method) -> str:

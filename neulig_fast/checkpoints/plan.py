@@ -26,7 +26,7 @@ class Planned(NamedTuple):
 
     Attributes:
         task: what the method does; None where the first source is taken as it is.
-        sources: where it is read from: the experts', then the base's.
+        sources: where it is read from: the experts', then the base's, then what is beside them.
         dtype: in memory, such that no input is rounded.
         output: its name, dtype and shape in the result.
     """
@@ -212,7 +212,8 @@ class _Planner:
         base: Entry | None,
         at: float,
     ) -> Iterator[Planned]:
-        wanted = [*found, base] if piece.base is not None else found
+        beside = self._beside(like, piece, found)
+        wanted = [*found, *([base] if piece.base is not None else []), *beside]
         sources = [entry for entry in wanted if entry is not None]
         if len(sources) < len(wanted) or not self._agree(name, sources, piece):
             return
@@ -238,10 +239,18 @@ class _Planner:
         dtype = dtypes.TO_FORMAT[stored] if stored else like.dtype
         yield Planned(task, tuple(sources), task.dtype, Output(name, dtype, like.shape))
 
+    def _beside(
+        self, like: Entry, piece: Piece, found: Sequence[Entry | None]
+    ) -> list[Entry | None]:
+        """What is read beside the experts' tensors, where they are merged."""
+        pairs = zip(piece.beside, found, strict=True) if dtypes.is_float(like.dtype) else ()
+        return [self._entry(model, own.name) for model, own in pairs if model and own]
+
     def _agree(self, name: str, sources: Sequence[Entry], piece: Piece) -> bool:
         shapes = {entry.shape for entry in sources}
         kinds = {dtypes.is_float(entry.dtype) for entry in sources}
         models = [*(s.model for s in piece.experts), *([piece.base] if piece.base else [])]
+        models = [*models, *(m for m in piece.beside if m)][: len(sources)]
         if len(shapes) > 1:
             each = zip(models, sources, strict=True)
             got = ", ".join(f"{list(entry.shape)} in {model}" for model, entry in each)

@@ -15,6 +15,7 @@ from . import recipe_file, sizes, variants
 from .checkpoint import Checkpoint
 from .hub import open_models
 from .manifest import checksum
+from .pieces import models_beside
 from .plan import Plan, make_plan
 from .recipe import ModelRef, Recipe
 from .vocabularies import Vocabulary, unified
@@ -63,8 +64,10 @@ def prepare(
     """
     content, source, base = _read(config)
     recipe = recipe_file.parse(content, METHODS)
-    models, vocabulary = unified(recipe, open_models(recipe.models(), base))
     method = METHODS[recipe.method]
+    opened = open_models([*recipe.models(), *models_beside(recipe, method)], base)
+    merged, vocabulary = unified(recipe, {model: opened[model] for model in recipe.models()})
+    models = {**opened, **merged}
     recipes, sources = {"": recipe}, {"": source}
     if recipe.variants:
         own = {n: variants.resolved(content, v, method) for n, v in recipe.variants.items()}

@@ -35,8 +35,10 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 PARAMETERS = (
     *("weight", "density", "gamma", "epsilon", "lambda", "normalize", "rescale", "int8_mask", "t"),
     *("scale", "select_topk", "filter_wise", "nuslerp_flatten", "nuslerp_row_wise", "alpha", "r"),
-    *("normalize_weights", "eps", "max_iter", "tol"),
+    *("normalize_weights", "eps", "max_iter", "tol", "decay", "schedule", "tall_mask_lambda", "k"),
+    *("fisher", "floor"),
 )
+_MODELS = ("fisher",)  # parameters that name a model
 
 
 def parse(content: Any, methods: Mapping[str, Method]) -> Recipe:
@@ -182,6 +184,8 @@ class _Reader:
         section = self.mapping(place, value, PARAMETERS)
         for name, setting in section.items():
             self.faults += [f"{_at(place, name)}: {f}" for f in parameters.faults(setting)]
+            if name in _MODELS:
+                self.model(_at(place, name), setting)
         return section
 
     def word(self, place: str, value: Any, known: tuple[str, ...]) -> str | None:

@@ -1,9 +1,22 @@
 """Merge methods: one file for a family, one table of them all."""
 
-from . import linear, selective, spherical, task_vectors
+from . import (
+    della,
+    fisher,
+    fusion,
+    linear,
+    selective,
+    sharing,
+    spherical,
+    task_vectors,
+    trajectory,
+)
 from ._method import BLOCK, Apply, Measure, Method, Parameter, Statistic, Task, Tile
 
-_FAMILIES = (linear, task_vectors, spherical, selective)
+_FAMILIES = (
+    *(linear, trajectory, fisher, task_vectors, della, sharing),
+    *(spherical, selective, fusion),
+)
 METHODS = {method.name: method for family in _FAMILIES for method in family.METHODS}
 
 __all__ = [

@@ -41,6 +41,7 @@ class Parameter(NamedTuple):
         each: it belongs to a model (``weight``), else to the merge (``lambda``).
         low, high: bounds of numbers, inclusive.
         kind: of its values; an int is a float too.
+        words: of which one it must be, where that is so.
     """
 
     default: Value | None
@@ -48,6 +49,7 @@ class Parameter(NamedTuple):
     low: float = float("-inf")
     high: float = float("inf")
     kind: type = float
+    words: tuple[str, ...] = ()
 
     def faults(self, value: Value) -> Iterator[str]:
         """What is wrong with a value."""
@@ -60,6 +62,11 @@ class Parameter(NamedTuple):
         elif not isinstance(value, self.kind):
             kind = "true or false" if self.kind is bool else "a word"
             yield f"must be {kind}, got {value!r}"
+        elif self.words and value not in self.words:
+            from .._checks import did_you_mean
+
+            hint = did_you_mean(str(value), self.words)
+            yield f"must be one of {', '.join(self.words)}, got {value!r}{hint}"
 
     def _bounds(self) -> str:
         if isinf(self.low) and isinf(self.high):
@@ -114,7 +121,8 @@ class Task:
 
 
 class Tile(NamedTuple):
-    """Elements ``start ..`` of a tensor: ``rows`` (N, P), an expert each, then the base."""
+    """Elements ``start ..`` of a tensor: ``rows`` (N, P), an expert each, then the base, then what
+    the method reads beside the experts."""
 
     rows: Tensor
     start: int
@@ -152,6 +160,8 @@ class Method:
         passes: how often ``measure`` looks at a tensor.
         base: ``needed`` for methods of task vectors; ``subtracted`` where there is one; or it is
             ``one more`` model.
+        beside: a parameter that names a model for each expert: its tensors of the same names are
+            further rows of tiles.
         fewest, most: numbers of experts, without the base.
         parities: frameworks whose meaning of it there is; the first is the default.
         faults: what is wrong with a task beyond its parameters' bounds.
@@ -165,6 +175,7 @@ class Method:
     measure: Callable[[Task], Measure] | None = None
     passes: int = 0
     base: str = "one more"
+    beside: str | None = None
     fewest: int = 1
     most: int | None = None
     parities: tuple[str, ...] = ("mergekit",)

@@ -96,7 +96,13 @@ def _rescaled(task: Task, rule: Mapping[str, Any]) -> Measure:
     if task.parity != "mergekit":
         return Kept(rule, [1 / d if d > 0 else 1.0 for d in task.each("density")])
     before, after = (yield Statistic(lambda tile: _magnitude_sums(tile, rule))).unbind()
-    return Kept(rule, (before / after.where(after > 0, before.where(before > 0, 1))).tolist())
+    return Kept(rule, restoring(before, after))
+
+
+def restoring(before: Tensor, after: Tensor) -> list[float]:
+    """What task vectors whose magnitudes sum to ``after``, (N,), have to be multiplied by to have
+    the sums ``before`` again; 1 where nothing is left."""
+    return (before / after.where(after > 0, before.where(before > 0, 1))).tolist()
 
 
 def _magnitude_sums(tile: Tile, rule: Mapping[str, Any]) -> Tensor:
@@ -145,13 +151,21 @@ def _tensors(rule: Mapping[str, Any], rows: Tensor, expert: int | None = None) -
 # -- how they are merged --------------------------------------------------------------------------
 
 
-def _merged(elected: bool) -> Callable[[Task, Any], Apply]:
+def election(task: Task, elected: bool) -> dict[str, Any]:
+    """How :func:`neulig_fast.merge_task_vectors` adds up what is kept."""
+    how: dict[str, Any] = {"lam": task.value("lambda")}
+    if elected:
+        how["elect"] = "sum" if task.parity == "peft" else "weighted_sum"
+    if task.value("normalize"):
+        how["divide"] = "count" if task.parity == "peft" and elected else "weights"
+    return how
+
+
+def merged(elected: bool) -> Callable[[Task, Any], Apply]:
+    """The sum of task vectors, of the elements that were :class:`Kept`."""
+
     def of_task(task: Task, kept: Kept) -> Apply:
-        how: dict[str, Any] = {"lam": task.value("lambda")}
-        if elected:
-            how["elect"] = "sum" if task.parity == "peft" else "weighted_sum"
-        if task.value("normalize"):
-            how["divide"] = "count" if task.parity == "peft" and elected else "weights"
+        how = election(task, elected)
 
         def apply(tile: Tile, out: Tensor) -> None:
             from ..ops import merge_task_vectors
@@ -175,7 +189,8 @@ def _merged(elected: bool) -> Callable[[Task, Any], Apply]:
 _PARITIES = ("mergekit", "peft", "paper")
 
 
-def _parameters(normalize: bool, **more: Parameter) -> dict[str, Parameter]:
+def parameters(normalize: bool, **more: Parameter) -> dict[str, Parameter]:
+    """Of methods of task vectors."""
     return {
         "weight": Parameter(None, each=True),
         "lambda": Parameter(1.0),
@@ -184,9 +199,10 @@ def _parameters(normalize: bool, **more: Parameter) -> dict[str, Parameter]:
     }
 
 
-def _dropping(normalize: bool, rescale: bool, **more: Parameter) -> dict[str, Parameter]:
+def dropping(normalize: bool, rescale: bool, **more: Parameter) -> dict[str, Parameter]:
+    """Of methods that drop elements."""
     density = Parameter(1.0, each=True, low=0, high=1)
-    return _parameters(normalize, density=density, rescale=Parameter(rescale, kind=bool), **more)
+    return parameters(normalize, density=density, rescale=Parameter(rescale, kind=bool), **more)
 
 
 _GAMMA = Parameter(0.01, each=True, low=0, high=1)
@@ -196,19 +212,19 @@ METHODS = (
         name="task_arithmetic",
         title="Task Arithmetic",
         source="Ilharco et al., ICLR 2023",
-        parameters=_parameters(normalize=False),
+        parameters=parameters(normalize=False),
         measure=_all,
-        apply=_merged(elected=False),
+        apply=merged(elected=False),
         base="needed",
     ),
     Method(
         name="ties",
         title="TIES-Merging",
         source="Yadav et al., NeurIPS 2023",
-        parameters=_dropping(normalize=True, rescale=False),
+        parameters=dropping(normalize=True, rescale=False),
         measure=_largest,
         passes=1,
-        apply=_merged(elected=True),
+        apply=merged(elected=True),
         base="needed",
         parities=_PARITIES,
     ),
@@ -216,10 +232,10 @@ METHODS = (
         name="dare_linear",
         title="DARE",
         source="Yu et al., ICML 2024",
-        parameters=_dropping(normalize=False, rescale=True),
+        parameters=dropping(normalize=False, rescale=True),
         measure=_drawn,
         passes=1,
-        apply=_merged(elected=False),
+        apply=merged(elected=False),
         base="needed",
         parities=_PARITIES,
     ),
@@ -227,10 +243,10 @@ METHODS = (
         name="dare_ties",
         title="DARE with TIES",
         source="Yu et al., ICML 2024; Yadav et al., NeurIPS 2023",
-        parameters=_dropping(normalize=False, rescale=True),
+        parameters=dropping(normalize=False, rescale=True),
         measure=_drawn,
         passes=1,
-        apply=_merged(elected=True),
+        apply=merged(elected=True),
         base="needed",
         parities=_PARITIES,
     ),
@@ -238,20 +254,20 @@ METHODS = (
         name="breadcrumbs",
         title="Model Breadcrumbs",
         source="Davari and Belilovsky, ECCV 2024",
-        parameters=_dropping(normalize=False, rescale=False, gamma=_GAMMA),
+        parameters=dropping(normalize=False, rescale=False, gamma=_GAMMA),
         measure=_without_outliers,
         passes=2,
-        apply=_merged(elected=False),
+        apply=merged(elected=False),
         base="needed",
     ),
     Method(
         name="breadcrumbs_ties",
         title="Model Breadcrumbs with TIES",
         source="Davari and Belilovsky, ECCV 2024; Yadav et al., NeurIPS 2023",
-        parameters=_dropping(normalize=False, rescale=False, gamma=_GAMMA),
+        parameters=dropping(normalize=False, rescale=False, gamma=_GAMMA),
         measure=_without_outliers,
         passes=2,
-        apply=_merged(elected=True),
+        apply=merged(elected=True),
         base="needed",
     ),
 )

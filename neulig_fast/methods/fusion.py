@@ -1,0 +1,99 @@
+"""Arcee Fusion: the elements of one expert that matter most, the others from its base.
+
+    importance = |theta_1 - theta_0| KL(softmax(x_1) || softmax(x_0))
+    theta = theta_1 where importance >= median + 1.5 (q_3 - q_1), else theta_0
+
+x_1 and x_0 are the rows of an element, along the last dimension. The median and the quartiles q of
+a tensor's n importances are those of place floor(q (n - 1)) in ascending order. The divergence is
+formed in fp64. NaN is the largest of importances: a row that has it is the expert's.
+
+Source: mergekit; Goddard et al., "Arcee's MergeKit", EMNLP 2024.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import floor, inf
+from typing import TYPE_CHECKING, NamedTuple
+
+from ._bands import Band, bands, cut_bands
+from ._largest import largest
+from ._method import Apply, Measure, Method, Statistic, Task, Tile
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_QUARTILES = (0.25, 0.5, 0.75)
+
+
+class Fused(NamedTuple):
+    """Bands that tiles cut, and the least importance that is taken."""
+
+    cut: Mapping[int, Tensor]
+    threshold: float
+
+
+def _measure(task: Task) -> Measure:
+    cut = yield from cut_bands(task)
+    low, middle, high = yield from _quartiles(task, cut)
+    return Fused(cut, middle + 1.5 * (high - low))
+
+
+def _quartiles(task: Task, cut: Mapping[int, Tensor]) -> Measure:
+    """Of all importances."""
+    places = [floor(share * (task.elements - 1)) for share in _QUARTILES]
+    counts = [task.elements - place for place in places]
+
+    def numbers(tile: Tile) -> tuple[Tensor, None]:
+        known = _importances(task, tile, cut).nan_to_num(nan=inf, posinf=inf)
+        return known.expand(len(counts), -1), None
+
+    found, _ = yield from largest(task, counts, numbers)
+    if 0 in places:  # all elements pass a threshold that is none of them
+        tiles = yield Statistic(lambda tile: _importances(task, tile, cut).min(), over="tiles")
+        least = float(min(tiles))
+        found = [value if place else least for place, value in zip(places, found, strict=True)]
+    return found
+
+
+def _importances(task: Task, tile: Tile, cut: Mapping[int, Tensor]) -> Tensor:
+    """(1, P), in the type of sums."""
+    import torch
+
+    return torch.cat([_importance(b)[b.of_band] for b in bands(task, tile, cut)])[None]
+
+
+def _importance(band: Band) -> Tensor:
+    """(R * W,) of a band."""
+    from .._checks import accumulation_dtype
+
+    x, base = band.rows.double()
+    log, other = x.log_softmax(-1), base.log_softmax(-1)
+    divergence = (log.exp() * (log - other)).sum(-1, keepdim=True).clamp(min=0)
+    return ((x - base).abs() * divergence).flatten().to(accumulation_dtype(band.rows.dtype))
+
+
+def _fusion(task: Task, fused: Fused) -> Apply:
+    def apply(tile: Tile, out: Tensor) -> None:
+        import torch
+
+        for band in bands(task, tile, fused.cut):
+            taken = ~(_importance(band)[band.of_band] < fused.threshold)
+            expert, base = tile.rows[:, band.of_tile]
+            out[band.of_tile] = torch.where(taken, expert, base).to(out.dtype)
+
+    return apply
+
+
+METHODS = (
+    Method(
+        name="arcee_fusion",
+        title="Arcee Fusion",
+        source="Goddard et al., EMNLP 2024",
+        measure=_measure,
+        passes=2,
+        apply=_fusion,
+        base="needed",
+        most=1,
+    ),
+)
