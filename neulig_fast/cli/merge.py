@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -48,25 +48,20 @@ def merge(
         from ..checkpoints import merging, report
         from ..checkpoints.ranks import speaks
 
+        options: dict[str, Any] = {
+            "max_ram": max_ram,
+            "shard_size": shard_size,
+            "device": device,
+            "threads": threads,
+        }
         if dry_run:
-            forecast = merging.foresee(
-                config,
-                folder,
-                max_ram=max_ram,
-                shard_size=shard_size,
-                device=device,
-                threads=threads,
-            )
-            typer.echo(forecast)
+            typer.echo(merging.foresee(config, folder, **options))
             return
         with report.progress_bar(quiet or not speaks()) as advance:
             done = merging.merge(
                 config,
                 folder,
-                max_ram=max_ram,
-                shard_size=shard_size,
-                device=device,
-                threads=threads,
+                **options,
                 seed=seed,
                 resume=resume,
                 progress=advance,
