@@ -4,6 +4,7 @@ Compiling needs a process in which Triton does not interpret, so most of this ru
 """
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -42,7 +43,16 @@ def test_triton_kernels_compile_without_spills_and_with_wide_accesses():
     assert "mixture_linear bfloat16 1600x1024x3072" in done.stdout
 
 
+def built_without_cuda():
+    """Whether there is an extension, and by choice without CUDA's part."""
+    info = ROOT / "neulig_fast/_build_info.json"
+    return info.exists() and json.loads(info.read_text())["built"] == "cpp"
+
+
 @pytest.mark.slow
+@pytest.mark.skipif(
+    built_without_cuda(), reason="built for the CPU; `make aot` compiles for minutes"
+)
 @pytest.mark.skipif(aot_nvcc.missing() is not None, reason=str(aot_nvcc.missing()))
 def test_cuda_kernels_compile_without_spills_and_with_wide_accesses():
     done = run("tools/aot.py", "--few", "--only", "nvcc", "--arch", "90")
