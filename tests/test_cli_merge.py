@@ -113,3 +113,12 @@ def test_memory_stays_below_its_ceiling(tmp_path: Path, method: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) <= 512 << 20, f"{int(done.stdout) >> 20} MiB"
+
+
+def test_a_dry_run_warns_as_the_merge_does(models: Path) -> None:
+    config = models / "typo.yml"
+    config.write_text((ROOT / "examples/ties.yml").read_text().replace("density", "densty", 1))
+    planned = RUN.invoke(app, ["merge", str(config), "merged", "--dry-run"])
+    warning = "densty: unknown key, not read; did you mean 'density'?"
+    assert planned.exit_code == 0 and warning in planned.output
+    assert warning in RUN.invoke(app, ["merge", str(config), "merged", "--quiet"]).output

@@ -32,6 +32,7 @@ class Forecast(NamedTuple):
         read, write, merge: bytes a second, of inputs or, for ``write``, of the result.
         seconds: predicted.
         bound: what takes them.
+        warnings: what is worth knowing, in words.
     """
 
     bytes_in: int
@@ -44,6 +45,7 @@ class Forecast(NamedTuple):
     merge: float
     seconds: float
     bound: str
+    warnings: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         rates = f"read {_rate(self.read)}, write {_rate(self.write)}, merge {_rate(self.merge)}"
@@ -52,7 +54,7 @@ class Forecast(NamedTuple):
         if self.outputs > 1:
             size = sizes.text(self.bytes_out // self.outputs)
             each = f" ({self.outputs} results of {size})"
-        return (
+        return "".join(f"warning: {text}\n" for text in self.warnings) + (
             f"reads {sizes.text(self.bytes_in)}{again}, "
             f"writes {sizes.text(self.bytes_out)}{each}\n"
             f"memory: at most {sizes.text(self.peak)}\n"

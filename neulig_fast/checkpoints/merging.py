@@ -120,7 +120,9 @@ def foresee(
     prepared = prepare(config, shard_size=shard_size)
     check_space(Path(out_dir), {one.name: one.plan.layout for one in prepared})
     resources = _resources(max_ram, device, threads)
-    return forecast([one.plan for one in prepared], Path(out_dir), resources, _OVERHEAD)
+    found = forecast([one.plan for one in prepared], Path(out_dir), resources, _OVERHEAD)
+    warnings = (text for one in prepared for text in one.plan.warnings)
+    return found._replace(warnings=tuple(dict.fromkeys(warnings)))
 
 
 def _resources(max_ram: Size, device: str, threads: int | None) -> Resources:

@@ -31,6 +31,7 @@ from .manifest import MANIFEST, Manifest, checksum
 
 STAGING, JOURNAL = ".merging", "journal.jsonl"
 _CHECK_BYTES = 16 << 20
+_NAMED = {"xxh3": "the recipe"}  # what a key of an identity is to people
 
 
 class TensorWriter:
@@ -296,4 +297,4 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
     for key in {*old, *new}:
         if old.get(key) != new.get(key):
-            yield key
+            yield _NAMED.get(key, key)
