@@ -604,3 +604,27 @@ def test_a_changed_fisher_is_another_merge(tmp_path: Path) -> None:
         nf.merge(config, tmp_path / "out", threads=1, progress=stop)
     fishers(tmp_path, *small_states(5)[3:])
     assert "holds an interrupted merge that differs" in refusal(lambda: merged(tmp_path, config))
+
+
+def test_fisher_does_not_differ_between_outputs(tmp_path: Path) -> None:
+    write(tmp_path, *small_states(3))
+    each = fishers(tmp_path, *small_states(2))
+    config = recipe(tmp_path, "fisher", each, base=False)
+    other = {"models": {"m0": {"fisher": str(tmp_path / "f1")}}}
+    config["neulig_fast"] = {"outputs": {"even": {}, "other": other}}
+    assert "is read once for all outputs" in refusal(lambda: nf.merge(config, tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+    ("method", "each", "more", "part"),
+    [
+        ("ram", {"weight": 0}, {}, "weight: ram has no such parameter"),
+        ("emr", {"lambda": 0.1}, {}, "lambda: is of the merge, not of a model"),
+    ],
+)
+def test_settings_that_nothing_reads_are_warned_of(
+    tmp_path: Path, method: str, each: dict[str, Any], more: dict[str, Any], part: str
+) -> None:
+    write(tmp_path, *small_states(3))
+    report = nf.merge(recipe(tmp_path, method, [each] * 2, **more), tmp_path / "out")
+    assert any(part in text for text in report.warnings)

@@ -15,8 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import neulig_fast as nf
-from neulig_fast.checkpoints import ranks
+from neulig_fast.checkpoints import merging, ranks
 from neulig_fast.checkpoints.manifest import verify
+from neulig_fast.checkpoints.prepared import prepare
 from neulig_fast.checkpoints.ranks import Ranks
 from neulig_fast.checkpoints.write import Staging
 from neulig_fast.demo import llamas
@@ -112,6 +113,58 @@ def test_what_is_wrong_is_said_once_and_nothing_is_left(tmp_path: Path) -> None:
     assert done.returncode != 0
     assert "m7: no such folder" in done.stderr
     assert not (tmp_path / "many").exists()
+
+
+def test_processes_that_were_asked_for_different_things_refuse(tmp_path: Path) -> None:
+    llamas.family(tmp_path, 2)
+    plans = [
+        prepare(recipe(tmp_path, *models), seed=seed)
+        for models, seed in ((("m0", "m1"), 0), (("m0", "m1"), 1), (("m1", "m0"), 0))
+    ]
+
+    class Several(Ranks):
+        others: list[Any]
+
+        def all(self, work: Any) -> list[Any]:
+            return [work(), *self.others]
+
+    ranks = Several(0, 2)
+    for other in plans:
+        told = [(one.name, one.record(), one.layout()) for one in other]
+        object.__setattr__(ranks, "others", [told])
+        if other is plans[0]:
+            merging._agree(plans[0], ranks)
+        else:
+            with pytest.raises(ValueError, match="processes 1 have another recipe"):
+                merging._agree(plans[0], ranks)
+
+
+def test_a_failure_to_sync_is_not_forgotten(tmp_path: Path, monkeypatch: Any) -> None:
+    llamas.family(tmp_path, 2)
+    config = recipe(tmp_path, "m0", "m1")
+
+    def failing(handle: int, fsync: Any = os.fsync) -> None:
+        if os.readlink(f"/proc/self/fd/{handle}").endswith(".safetensors"):
+            raise OSError(5, "the disk does not answer")
+        fsync(handle)
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="does not answer"):
+        patch.setattr(os, "fsync", failing)
+        nf.merge(config, tmp_path / "out")
+    assert nf.merge(config, tmp_path / "out").resumed == 0
+    verify(tmp_path / "out")
+
+
+def test_a_torn_line_of_a_journal_hides_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llamas.family(tmp_path, 2)
+    config = recipe(tmp_path, "m0", "m1")
+    done = interrupted(config, tmp_path / "out", monkeypatch)
+    journal = tmp_path / "out/.merging/journal.jsonl"
+    lines = journal.read_text().splitlines(keepends=True)
+    journal.write_text("".join([*lines[:2], '{"tensor": "half\n', *lines[2:]]))
+    assert nf.merge(config, tmp_path / "out").resumed == done
 
 
 @given(st.lists(st.integers(0, 1000), max_size=40), st.integers(1, 9))

@@ -248,3 +248,65 @@ def test_a_model_without_the_file_is_taken_to_have_the_same_tokens(tmp_path: Pat
     (tmp_path / "m0/tokenizer.json").unlink()
     text = refusal(recipe(tmp_path, tokenizer_source="base"), tmp_path)
     assert "must have one shape, got [6, 16]" in text
+
+
+# -- what is by token, under whatever name --------------------------------------------------------
+
+
+def two(root: Path, **tables: tuple[Any, Any]) -> dict[str, Any]:
+    """A base with tokens x, y and one model with y, x, with one tensor for each name."""
+    for k, (name, words) in enumerate({"base": ["x", "y"], "m0": ["y", "x"]}.items()):
+        state = {key.replace("__", "."): torch.tensor(pair[k]) for key, pair in tables.items()}
+        llamas.write(root / name, state, torch.float32, shards=1)
+        tokenizer(root / name, words)
+    models = [{"model": str(root / name), "parameters": {"weight": 1}} for name in ("base", "m0")]
+    own = {"base_model": str(root / "base"), "tokenizer_source": "base"}
+    return {"merge_method": "linear", "models": models, **own}
+
+
+@pytest.mark.parametrize("name", ["shared__weight", "rwkv__emb__weight", "wte__weight"])
+def test_embeddings_of_other_names_follow_their_tokens(tmp_path: Path, name: str) -> None:
+    config = two(tmp_path, **{name: ([[1.0], [2.0]], [[2.0], [1.0]])})
+    nf.merge(config, tmp_path / "out")
+    (got,) = llamas.load(tmp_path / "out").values()
+    assert got.tolist() == [[1.0], [2.0]]
+
+
+def test_a_table_of_places_is_left_alone(tmp_path: Path) -> None:
+    places = [[1.0], [2.0], [3.0]]
+    config = two(tmp_path, wte__weight=([[1.0], [2.0]], [[2.0], [1.0]]), wpe__weight=(places,) * 2)
+    nf.merge(config, tmp_path / "out")
+    got = llamas.load(tmp_path / "out")
+    assert got["wpe.weight"].tolist() == places and got["wte.weight"].tolist() == [[1.0], [2.0]]
+
+
+def test_a_heads_bias_follows_too_or_is_refused(tmp_path: Path) -> None:
+    table, bias = ([[1.0], [2.0]], [[2.0], [1.0]]), ([1.0, 2.0], [2.0, 1.0])
+    config = two(tmp_path, wte__weight=table, cls__predictions__bias=bias)
+    nf.merge(config, tmp_path / "out")
+    assert llamas.load(tmp_path / "out")["cls.predictions.bias"].tolist() == [1.0, 2.0]
+    wide = ([bias[0]], [bias[1]])
+    config = two(tmp_path / "wide", wte__weight=table, final_logits_bias=wide)
+    text = refusal(config, tmp_path / "wide")
+    assert "final_logits_bias has values by token that cannot be reordered" in text
+
+
+def test_an_embedding_that_is_not_known_is_refused(tmp_path: Path) -> None:
+    config = two(tmp_path, words__weight=([[1.0], [2.0]], [[2.0], [1.0]]))
+    assert "no tensor is known for the embedding" in refusal(config, tmp_path)
+
+
+def test_a_base_without_the_file_is_warned_of(tmp_path: Path) -> None:
+    config = two(tmp_path, wte__weight=([[1.0], [2.0]], [[2.0], [1.0]]))
+    (tmp_path / "base/tokenizer.json").unlink()
+    report = nf.merge(config, tmp_path / "out")
+    assert any("all models' tokens are taken for the same" in text for text in report.warnings)
+
+
+def test_fisher_models_are_not_reordered(tmp_path: Path) -> None:
+    config = two(tmp_path, wte__weight=([[1.0], [2.0]], [[2.0], [1.0]])) | {
+        "merge_method": "fisher"
+    }
+    for model in config["models"]:
+        model["parameters"] = {"fisher": str(tmp_path / "m0")}
+    assert "merge models of one vocabulary" in refusal(config, tmp_path)

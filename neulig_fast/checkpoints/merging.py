@@ -72,6 +72,7 @@ def merge(
     out_dir = Path(out_dir)
     with torchrun() if distributed else contextlib.nullcontext(Ranks()) as ranks:
         prepared = ranks.here(lambda: prepare(config, shard_size=shard_size, seed=seed))
+        _agree(prepared, ranks)
         resources = ranks.here(lambda: _resources(max_ram, ranks.device(device), threads))
         stagings = {
             one.name: Staging(out_dir / one.name, one.plan.layout, one.identity())
@@ -94,6 +95,17 @@ def merge(
         tuple(dict.fromkeys(warnings)),
         {} if "" in outputs else outputs,
     )
+
+
+def _agree(prepared: Sequence[Prepared], ranks: Ranks) -> None:
+    """ValueError, in every process, if they were given different things to do."""
+    plans = ranks.all(lambda: [(one.name, one.record(), one.layout()) for one in prepared])
+    others = [str(rank) for rank, plan in enumerate(plans) if plan != plans[0]]
+    if others:
+        raise ValueError(
+            f"merge: processes {', '.join(others)} have another recipe, seed or other models than "
+            "process 0: all must see the same files"
+        )
 
 
 def _begin(folders: Folders, resume: bool, ranks: Ranks) -> None:

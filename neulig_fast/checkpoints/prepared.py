@@ -46,11 +46,14 @@ class Prepared(NamedTuple):
         xxh3, method = checksum(self.source), self.recipe.method
         return {"method": method, "models": models, "seed": self.seed, "xxh3": xxh3}
 
+    def layout(self) -> str:
+        """A checksum of names, types, shapes and places of the result's tensors."""
+        return checksum(b"".join(shard.header for shard in self.plan.layout.shards))
+
     def identity(self) -> dict[str, Any]:
         """What tells merges apart here: the layout, and that no input has changed meanwhile."""
-        layout = checksum(b"".join(shard.header for shard in self.plan.layout.shards))
         changed = [file.stat().st_mtime_ns for c in self.models.values() for file in c.files]
-        return {**self.record(), "layout": layout, "times of the models' files": changed}
+        return {**self.record(), "layout": self.layout(), "times of the models' files": changed}
 
 
 def prepare(
@@ -67,6 +70,11 @@ def prepare(
     method = METHODS[recipe.method]
     opened = open_models([*recipe.models(), *models_beside(recipe, method)], base)
     merged, vocabulary = unified(recipe, {model: opened[model] for model in recipe.models()})
+    if method.beside and any(merged[model] is not opened[model] for model in merged):
+        raise ValueError(
+            f"tokenizer: {method.name} cannot bring models beside the recipe's into another order "
+            "of tokens: merge models of one vocabulary"
+        )
     models = {**opened, **merged}
     recipes, sources = {"": recipe}, {"": source}
     if recipe.variants:

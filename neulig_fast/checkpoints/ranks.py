@@ -12,11 +12,13 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 from .pipeline import Job
 
 T = TypeVar("T")
+_PATIENCE = timedelta(days=7)  # with one process that has more to do than the others
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,7 @@ class Ranks:
 
     rank: int = 0
     count: int = 1
+    group: Any = None  # of torch.distributed; None is the default one
 
     @property
     def first(self) -> bool:
@@ -70,7 +73,7 @@ class Ranks:
             failure = None
         except (OSError, ValueError, RuntimeError) as error:  # told to the others, then raised
             mine, failure = (None, f"{type(error).__name__}: {error}"), error
-        every = _exchange(mine, self.count)
+        every = _exchange(mine, self.count, self.group)
         if failure is not None:
             raise failure
         failed = list(_failures(every))
@@ -100,11 +103,13 @@ def torchrun() -> Iterator[Ranks]:
         raise ValueError(f"merge: {', '.join(lost)} not set: start several processes by torchrun")
     import torch.distributed as dist
 
-    ours = not dist.is_initialized()
+    ours, group = not dist.is_initialized(), None
     if ours:
-        dist.init_process_group("gloo")  # words only
+        dist.init_process_group("gloo", timeout=_PATIENCE)  # words only
+    else:
+        group = dist.new_group(backend="gloo", timeout=_PATIENCE)
     try:
-        yield Ranks(dist.get_rank(), dist.get_world_size())
+        yield Ranks(dist.get_rank(), dist.get_world_size(), group)
         if ours:
             dist.barrier()  # who leaves first would break the others' connections
     finally:
@@ -112,11 +117,11 @@ def torchrun() -> Iterator[Ranks]:
             dist.destroy_process_group()
 
 
-def _exchange(mine: Any, count: int) -> list[Any]:
+def _exchange(mine: Any, count: int, group: Any) -> list[Any]:
     import torch.distributed as dist
 
     every: list[Any] = [None] * count
-    dist.all_gather_object(every, mine)
+    dist.all_gather_object(every, mine, group=group)
     return every
 
 

@@ -8,7 +8,7 @@ at once.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -68,10 +68,30 @@ def parse(content: Any, methods: Mapping[str, Method]) -> Recipe:
     )
     faults = reader.faults
     if recipe.method in methods:
-        several, more = variants.read(recipe, methods[recipe.method])
-        recipe, faults = replace(recipe, variants=several), [*faults, *more]
+        method = methods[recipe.method]
+        several, more = variants.read(recipe, method)
+        warned = (*recipe.warnings, *dict.fromkeys(_unread(recipe, method)))
+        recipe = replace(recipe, variants=several, warnings=warned)
+        faults = [*faults, *more]
     raise_all("recipe", faults)
     return recipe
+
+
+def _unread(recipe: Recipe, method: Method) -> Iterator[str]:
+    """Parameters that the method does not have, or that a model has and the merge should."""
+    pieces = [piece for part in recipe.parts.values() for piece in part.slices]
+    scopes = [recipe.parameters, *(part.parameters for part in recipe.parts.values())]
+    own = [source.parameters for piece in pieces for source in piece.sources]
+    for scope in (*scopes, *(piece.parameters for piece in pieces), *own):
+        for name in scope:
+            if name not in method.parameters and name in PARAMETERS and name != "int8_mask":
+                yield f"parameters.{name}: {method.name} has no such parameter, it is not read"
+    for name in dict.fromkeys(name for scope in own for name in scope):
+        if name in method.parameters and not method.parameters[name].each:
+            yield (
+                f"parameters.{name}: is of the merge, not of a model: what models say of it is "
+                "not read"
+            )
 
 
 class _Reader:

@@ -25,6 +25,8 @@ import yaml
 
 from .._checks import did_you_mean
 from . import parameters
+from .headers import INDEX, SINGLE
+from .manifest import MANIFEST
 from .recipe import ModelRef, Parameters, Recipe, Variant
 
 if TYPE_CHECKING:
@@ -211,6 +213,8 @@ class _Reader:
             listed = f" (known: {', '.join(known)})" if known else ""
             hint = did_you_mean(str(name), known) or listed
             yield f"{place}.{name}: {self.method.name} has no such parameter{hint}"
+        elif name == self.method.beside:
+            yield f"{place}.{name}: is read once for all outputs, and cannot differ between them"
         elif of_model and not known[name].each:
             yield f"{place}.{name}: is of the merge, not of a model; it belongs under parameters"
 
@@ -235,6 +239,8 @@ class _Reader:
 def _name_faults(name: Any) -> Iterator[str]:
     if isinstance(name, bool):
         yield "YAML reads yes, no, on and off as true or false: put the name in quotes"
+    elif name in (INDEX, SINGLE, MANIFEST):
+        yield f"a checkpoint has a file of this name, got {name!r}"
     elif not _NAME.fullmatch(str(name)):
         yield f"folders' names are of letters, digits, _ . + = , and -, got {name!r}"
 

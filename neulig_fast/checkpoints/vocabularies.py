@@ -9,6 +9,7 @@ some model has, or the mean of those of all that do: mergekit's rule.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -25,6 +26,10 @@ from .tokens import Tokens
 
 _SHOWN = 8  # tokens of one message
 Models = Mapping[ModelRef, Checkpoint]
+# In names: tables not by token; embeddings of other names than most; heads and their biases.
+_BY_PLACE = ("wpe", "position", "token_type", "segment")
+_EMBEDDING = re.compile(r"(^|\.)(shared|emb)\.")
+_HEAD = re.compile(r"lm_head|logits_bias|predictions\.(bias|decoder)|(^|\.)decoder\.bias$")
 
 
 class Vocabulary(NamedTuple):
@@ -59,7 +64,7 @@ def unified(recipe: Recipe, models: Models) -> tuple[Models, Vocabulary | None]:
     found = _tokens(models, required=choice == "union")
     own = found.get(source)
     if own is None:
-        return models, Vocabulary(source)
+        return _noted(models, source, bool(found)), Vocabulary(source)
     wanted = own
     if choice == "union":
         wanted = tokens.union(own, [t for model, t in found.items() if model != source])
@@ -70,6 +75,15 @@ def unified(recipe: Recipe, models: Models) -> tuple[Models, Vocabulary | None]:
     raise_all("tokenizer", matcher.faults)
     text = json.dumps(wanted.content, ensure_ascii=False, indent=2).encode()
     return changed, Vocabulary(source, wanted.rows, text if wanted.ids != own.ids else None)
+
+
+def _noted(models: Models, source: ModelRef, others: bool) -> Models:
+    """Models as they are, with a warning if ``others`` have tokens to be compared with."""
+    if not others:
+        return models
+    checkpoint = models[source]
+    note = f"{source} has no {tokens.FILE}: all models' tokens are taken for the same"
+    return {**models, source: checkpoint._replace(notes=(*checkpoint.notes, note))}
 
 
 def _choice(recipe: Recipe) -> tuple[str, list[str]]:
@@ -133,7 +147,11 @@ class _Matcher:
         if model not in self.found:
             note = f"{model} has no {tokens.FILE}: its tokens are taken for those of the result"
             return checkpoint._replace(notes=(*checkpoint.notes, note))
-        entries = dict(checkpoint.entries)
+        entries, ordered = dict(checkpoint.entries), set(self._names(model))
+        if not ordered:
+            self._fault(f"{model}: no tensor is known for the embedding of its tokens")
+        for name in _unordered(checkpoint, self.sizes[model], ordered):
+            self._fault(f"{model}: {name} has values by token that cannot be reordered")
         for name in self._names(model):
             others = [m for m in self.found if m != model and name in self._names(m)]
             entries[name] = self._entry(name, (model, *others))
@@ -190,12 +208,20 @@ def _folder(checkpoint: Checkpoint) -> Path:
     return checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
 
 
+def _is_place(name: str) -> bool:
+    """Whether a table is by position or segment, not by token."""
+    return any(word in name.lower() for word in _BY_PLACE)
+
+
 def _vocabulary_rows(checkpoint: Checkpoint) -> int:
     """Of the embedding of tokens: the longest matrix before the layers."""
     lengths = [
         entry.shape[0]
         for name, entry in checkpoint.entries.items()
-        if names.split(name) is None and names.is_before_layers(name) and len(entry.shape) == 2
+        if names.split(name) is None
+        and len(entry.shape) == 2
+        and not _is_place(name)
+        and (names.is_before_layers(name) or _EMBEDDING.search(name))
     ]
     return max(lengths, default=0)
 
@@ -203,6 +229,16 @@ def _vocabulary_rows(checkpoint: Checkpoint) -> int:
 def _vocabulary_names(checkpoint: Checkpoint, rows: int) -> Iterator[str]:
     """Tensors of no layer with a row for every token: embeddings, the head and its bias."""
     for name, entry in checkpoint.entries.items():
-        matrix = len(entry.shape) == 2 or "lm_head" in name
-        if names.split(name) is None and matrix and entry.shape[:1] == (rows,):
+        matrix = len(entry.shape) == 2 or _HEAD.search(name)
+        by_token = names.split(name) is None and not _is_place(name) and matrix
+        if by_token and entry.shape[:1] == (rows,):
             yield name
+
+
+def _unordered(checkpoint: Checkpoint, rows: int, ordered: set[str]) -> Iterator[str]:
+    """What may have a value for every token but is not brought into order."""
+    for name, entry in checkpoint.entries.items():
+        if names.split(name) is None and name not in ordered and not _is_place(name):
+            by_width = len(entry.shape) == 2 and entry.shape[1] == rows
+            if _HEAD.search(name) and (by_width or entry.shape == (rows,)):
+                yield name

@@ -12,18 +12,18 @@ of it: the bytes of each tensor that is listed are read again and compared with 
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
 from ..state_files import sync_folder, write_text
+from . import journal
 from .disk import Flusher, reserve, sync, write_all
 from .headers import INDEX, SINGLE
 from .layout import Layout, Place
@@ -31,7 +31,6 @@ from .manifest import MANIFEST, Manifest, checksum
 
 STAGING, JOURNAL = ".merging", "journal.jsonl"
 _CHECK_BYTES = 16 << 20
-_NAMED = {"xxh3": "the recipe"}  # what a key of an identity is to people
 
 
 class TensorWriter:
@@ -111,13 +110,15 @@ class Staging:
         self.sums = dict(sums)
         self._open(f"journal-{rank}.jsonl")
 
-    def _open(self, journal: str) -> None:
+    def _open(self, journal_name: str) -> None:
         create = os.O_CREAT | os.O_CLOEXEC
         for shard in self.layout.shards:
             path = self._stage / shard.name
             self._handles[shard.name] = os.open(path, os.O_RDWR | create, 0o644)
-        path = self._stage / journal
+        path = self._stage / journal_name
         self._journal = os.open(path, os.O_WRONLY | os.O_APPEND | create, 0o644)
+        if os.fstat(self._journal).st_size:
+            write_all(self._journal, b"\n")  # a crash may have cut the last line
         self._flusher = Flusher()
 
     def look(self, resume: bool) -> dict[str, str] | None:
@@ -150,7 +151,7 @@ class Staging:
     def _journal_lines(self) -> list[dict[str, Any]]:
         """Those of an interrupted run, its identity first; none if there was none."""
         others = sorted(self._stage.glob("journal-*.jsonl"))  # of other processes
-        lines = [line for path in (self._stage / JOURNAL, *others) for line in _lines(path)]
+        lines = [line for path in (self._stage / JOURNAL, *others) for line in journal.lines(path)]
         return lines if lines and "merge" in lines[0] else []
 
     def _interrupted(self) -> dict[str, str] | None:
@@ -158,7 +159,7 @@ class Staging:
         lines = self._journal_lines()
         if not lines:
             return None
-        different = sorted(_differences(lines[0]["merge"], self.identity))
+        different = sorted(journal.differences(lines[0]["merge"], self.identity))
         if different:
             raise ValueError(
                 f"{self.folder}: holds an interrupted merge that differs in "
@@ -203,17 +204,29 @@ class Staging:
             OSError: it did not.
         """
         flusher, self._flusher = self._flusher, None
-        if flusher is not None:
-            flusher.close()
-        for handle in self._handles.values():
-            os.fsync(handle)
+        try:
+            if flusher is not None:
+                flusher.close()
+            for handle in self._handles.values():
+                os.fsync(handle)
+        except OSError:
+            self._forget()
+            raise
+
+    def _forget(self) -> None:
+        """After a failure to sync nothing that the journal lists may be on the disk, though it can
+        be read from memory: the next run begins anew."""
+        if self._journal >= 0:
+            os.ftruncate(self._journal, 0)
 
     def close(self) -> None:
         """Close all files; what was written stays for the next run."""
-        if self._flusher is not None:
-            with contextlib.suppress(OSError):  # nobody relies on what was not synced
-                self._flusher.close()
-            self._flusher = None
+        flusher, self._flusher = self._flusher, None
+        try:
+            if flusher is not None:
+                flusher.close()
+        except OSError:
+            self._forget()
         for handle in [*self._handles.values(), *([self._journal] if self._journal >= 0 else [])]:
             os.close(handle)
         self._handles, self._journal = {}, -1
@@ -258,7 +271,7 @@ class Staging:
     def is_sealed(self) -> bool:
         """Whether a run of the very same was interrupted between sealing and publishing."""
         lines = self._journal_lines()
-        same = bool(lines) and not list(_differences(lines[0]["merge"], self.identity))
+        same = bool(lines) and not list(journal.differences(lines[0]["merge"], self.identity))
         return same and Manifest.find(self._stage) is not None
 
     def clear(self) -> None:
@@ -281,20 +294,3 @@ class Staging:
 def _makes_whole(name: str) -> bool:
     """Whether loaders take a folder with this file for a checkpoint."""
     return name in (INDEX, SINGLE)
-
-
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Whole lines of a journal: a crash may have cut the last one."""
-    for line in path.read_bytes().split(b"\n")[:-1] if path.exists() else ():
-        try:
-            content = json.loads(line)
-        except ValueError:
-            return
-        if isinstance(content, dict):
-            yield content
-
-
-def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
-    for key in {*old, *new}:
-        if old.get(key) != new.get(key):
-            yield _NAMED.get(key, key)
