@@ -1,9 +1,9 @@
 """How the kernels of layers are cut into programs: the one place that chooses their tiles.
 
 Tiles of products of more than 64 rows by tensor cores on large GPUs were the fastest without spills
-of three to ten on an H100, at the sizes of ViTs; with some, 128 x 256 was 5 to 15 % faster. Other
-choices are not measured: the largest that AOT compiling shows free of spills on every architecture,
-and smaller ones for few rows or columns.
+of three to ten on an H100, at the sizes of ViTs (with some, 128 x 256 was faster). Other choices
+are not measured: the largest that AOT compiling shows free of spills on every architecture, and
+smaller ones for few rows or columns.
 """
 
 from __future__ import annotations
@@ -53,9 +53,8 @@ def product_tile(
     the GPU multiplies from shared memory, which leaves registers for more of them.
     """
     heavy = dtype == torch.float64 or (dtype == torch.float32 and not tf32)
-    cut = unit * dtype.itemsize < 16
     depth = 16 if heavy else 128 // dtype.itemsize  # the latter a cache line of every row
-    most = 64 if heavy or cut else 128
+    most = 64 if heavy or unit * dtype.itemsize < 16 else 128
     tall = 16 if rows <= 16 else min(64 if rows <= 64 else 128, most)
     narrow = tall == 16 or columns <= 64 or (sums > 1 and not large)
     wide = 64 if narrow else most

@@ -20,7 +20,7 @@ from ._launch import (
     why_not_layer,
     with_rows,
 )
-from ._mixture import weighted
+from ._mixture import mixed_held, weighted
 from ._rows import load_experts
 from ._tiles import MERGED_BYTES, Tile, merges_first, product_tile
 
@@ -77,23 +77,6 @@ def mixture_linear_kernel(
     store_tile(out_ptr, activate(y, ACTIVATION), row, column, R, HEIGHT)
 
 
-@triton.jit
-def _mixed(
-    held, coefs, coef_step, first_ptr, row_stride, place, mask,
-    ACC: tl.constexpr, N: tl.constexpr, HELD: tl.constexpr,
-):  # fmt: skip
-    """sum_i w_i * row_i[place], in order: the held experts, then the others by eights."""
-    total = weighted(tl.load(coefs).to(ACC), held[0].to(ACC))
-    for j in tl.static_range(1, HELD):
-        total += weighted(tl.load(coefs + j * coef_step).to(ACC), held[j].to(ACC))
-    for first in range(HELD, N, 8):
-        others = load_experts(first_ptr + first * row_stride, row_stride, place, mask, 8)
-        for j in tl.static_range(8):
-            w = tl.load(coefs + (first + j) * coef_step).to(ACC)
-            total += weighted(w, others[j].to(ACC))
-    return total
-
-
 @triton.jit(do_not_specialize=["K", "expert_units", "coef_stride", "coef_step"])
 def mixture_linear_merge_kernel(
     weight_ptr, bias_ptr, coef_ptr, merged_ptr, merged_bias_ptr, K: tl.int64,
@@ -120,7 +103,9 @@ def mixture_linear_merge_kernel(
         held = load_experts(weight_ptr, stride, place, mask, HELD)
         while row < K:  # the interpreter's range() refuses kernel arguments since numpy 2.4
             coefs = coef_ptr + row * coef_stride
-            merged = _mixed(held, coefs, coef_step, weight_ptr, stride, place, mask, ACC, N, HELD)
+            merged = mixed_held(
+                held, coefs, coef_step, weight_ptr, stride, place, mask, ACC, N, HELD
+            )
             out = merged_ptr + row * (HEIGHT * WIDTH) + place
             tl.store(out, merged.to(merged_ptr.dtype.element_ty), mask=mask)
             row += 1
@@ -130,7 +115,7 @@ def mixture_linear_merge_kernel(
         held = load_experts(bias_ptr, bias_stride, place, mask, HELD)
         while row < K:
             coefs = coef_ptr + row * coef_stride
-            merged = _mixed(
+            merged = mixed_held(
                 held, coefs, coef_step, bias_ptr, bias_stride, place, mask, ACC, N, HELD
             )
             tl.store(merged_bias_ptr + row * HEIGHT + place, merged, mask=mask)

@@ -53,10 +53,15 @@ def bytes_of(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}
 
 
-@pytest.mark.parametrize("count", [2, 3])
-def test_processes_give_the_bytes_of_one(tmp_path: Path, count: int) -> None:
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    """Of a base and two models beside it."""
     llamas.family(tmp_path, 2)
-    config = recipe(tmp_path, "m0", "m1")
+    return recipe(tmp_path, "m0", "m1")
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_processes_give_the_bytes_of_one(config: Path, tmp_path: Path, count: int) -> None:
     nf.merge(config, tmp_path / "one", shard_size=20_000)
     done = by_processes(count, config, tmp_path / "many", "--shard-size", 20_000, "--quiet")
     assert done.returncode == 0, done.stderr
@@ -81,10 +86,8 @@ def interrupted(config: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> int
 
 
 def test_a_merge_of_one_is_gone_on_with_by_several(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    llamas.family(tmp_path, 2)
-    config = recipe(tmp_path, "m0", "m1")
     nf.merge(config, tmp_path / "one")
     done = interrupted(config, tmp_path / "many", monkeypatch)
     process = by_processes(2, config, tmp_path / "many", "--quiet")
@@ -93,10 +96,8 @@ def test_a_merge_of_one_is_gone_on_with_by_several(
 
 
 def test_what_several_have_written_is_gone_on_with_by_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    llamas.family(tmp_path, 2)
-    config = recipe(tmp_path, "m0", "m1")
     done = interrupted(config, tmp_path / "out", monkeypatch)
     journal = tmp_path / "out/.merging/journal.jsonl"
     first, *lines = journal.read_text().splitlines(keepends=True)
@@ -122,26 +123,17 @@ def test_processes_that_were_asked_for_different_things_refuse(tmp_path: Path) -
         for models, seed in ((("m0", "m1"), 0), (("m0", "m1"), 1), (("m1", "m0"), 0))
     ]
 
-    class Several(Ranks):
-        others: list[Any]
-
-        def all(self, work: Any) -> list[Any]:
-            return [work(), *self.others]
-
-    ranks = Several(0, 2)
     for other in plans:
         told = [(one.name, one.record(), one.layout()) for one in other]
-        object.__setattr__(ranks, "others", [told])
+        ranks = SimpleNamespace(all=lambda work, told=told: [work(), told])
         if other is plans[0]:
-            merging._agree(plans[0], ranks)
+            merging._agree(plans[0], ranks)  # type: ignore[arg-type]
         else:
             with pytest.raises(ValueError, match="processes 1 have another recipe"):
-                merging._agree(plans[0], ranks)
+                merging._agree(plans[0], ranks)  # type: ignore[arg-type]
 
 
-def test_a_failure_to_sync_is_not_forgotten(tmp_path: Path, monkeypatch: Any) -> None:
-    llamas.family(tmp_path, 2)
-    config = recipe(tmp_path, "m0", "m1")
+def test_a_failure_to_sync_is_not_forgotten(config: Path, tmp_path: Path, monkeypatch: Any) -> None:
 
     def failing(handle: int, fsync: Any = os.fsync) -> None:
         if os.readlink(f"/proc/self/fd/{handle}").endswith(".safetensors"):
@@ -156,10 +148,8 @@ def test_a_failure_to_sync_is_not_forgotten(tmp_path: Path, monkeypatch: Any) ->
 
 
 def test_a_torn_line_of_a_journal_hides_no_other(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    llamas.family(tmp_path, 2)
-    config = recipe(tmp_path, "m0", "m1")
     done = interrupted(config, tmp_path / "out", monkeypatch)
     journal = tmp_path / "out/.merging/journal.jsonl"
     lines = journal.read_text().splitlines(keepends=True)
