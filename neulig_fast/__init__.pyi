@@ -4,6 +4,7 @@ from ._registry import NeuligFastWarning
 from .alignment import Alignment, align
 from .checkpoints import MergeReport, merge
 from .coefficients import CoefficientModule
+from .compat import Patch, patch
 from .encoders import expert_forward, mixture_forward
 from .neulig import Head, NeuLig, Report, zero_shot_head
 from .offsets import OffsetStats
@@ -47,6 +48,7 @@ __all__ = [
     "NeuLigLoss",
     "NeuligFastWarning",
     "OffsetStats",
+    "Patch",
     "Report",
     "TensorLists",
     "align",
@@ -74,6 +76,7 @@ __all__ = [
     "neulig_loss",
     "offset_gram",
     "ops",
+    "patch",
     "show_backends",
     "testing",
     "use_backend",
