@@ -236,7 +236,7 @@ class _Planner:
         for fault in self.method.faults(task):
             self._fault(f"{name!r}: {fault}")
         stored = self.recipe.out_dtype or self.recipe.dtype
-        dtype = dtypes.TO_FORMAT[stored] if stored else like.dtype
+        dtype = dtypes.TO_FORMAT[stored] if stored else like.like or like.dtype
         yield Planned(task, tuple(sources), task.dtype, Output(name, dtype, like.shape))
 
     def _beside(
