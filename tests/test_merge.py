@@ -458,6 +458,12 @@ def test_slices_beyond_a_models_layers(tmp_path: Path, models: Any) -> None:
     sources = [{"model": str(tmp_path / "m0"), "layer_range": [1, 3]}]
     config = {"merge_method": "passthrough", "slices": [{"sources": sources}]}
     assert "which has 2 layers" in refusal(lambda: nf.merge(config, tmp_path / "out"))
+    base = str(tmp_path / "base")
+    sources = [{"model": base, "layer_range": [1, 3]}, {**sources[0], "layer_range": [0, 2]}]
+    config = {"merge_method": "slerp", "base_model": base, "slices": [{"sources": sources}]}
+    config["parameters"] = {"t": 0.5}
+    fault = f"layer_range [1, 3] of {base}, which has 2 layers"
+    assert refusal(lambda: nf.merge(config, tmp_path / "out")).count(fault) == 1
 
 
 def test_a_merge_takes_the_memory_it_was_given(tmp_path: Path) -> None:
