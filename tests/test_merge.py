@@ -212,6 +212,22 @@ def test_wise_ft_lies_between(tmp_path: Path, models: Any) -> None:
         assert_rounded(got, 0.7 * models["base"][name].double() + 0.3 * models["m0"][name].double())
 
 
+@pytest.mark.parametrize("method", ["multislerp", "karcher"])
+def test_directions_that_cancel_are_averaged(tmp_path: Path, method: str) -> None:
+    """Opposite directions have no mean on the sphere; three that cancel have none either."""
+    x, y = torch.eye(40)[0], torch.eye(40)[1]
+    third = [x, -0.5 * x + 0.75**0.5 * y, -0.5 * x - 0.75**0.5 * y]
+    for number, rows in enumerate([[x + y, -2 * (x + y)], third, [x, x, -x]]):
+        for i, row in enumerate(rows):
+            samples.write(tmp_path / f"m{i}", {"x": row}, torch.float32, shards=1)
+        each = [{"weight": 1.0} if method == "multislerp" else {}] * len(rows)
+        config = recipe(tmp_path, method, [f"m{i}" for i in range(len(rows))], each=each)
+        nf.merge(config, tmp_path / f"out{number}")
+        got = samples.load(tmp_path / f"out{number}")["x"]
+        wanted = x if len(rows) == 3 and number == 2 else torch.zeros(40)
+        torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("method", ["slerp", "nuslerp", "multislerp", "karcher", "model_stock"])
 def test_zeros_and_equal_models_stay_what_they_are(tmp_path: Path, method: str) -> None:
     base = samples.tensors(0) | {"model.zero": torch.zeros(7), "model.empty": torch.zeros(0, 3)}
