@@ -22,7 +22,8 @@ class Case(NamedTuple):
         make: builds the inputs, the same ones in every call, and returns the call to be timed. It
             is called once without the patch and once under each parity, and so is what it returns:
             the replaced function must be looked up in either, not before. The call returns a
-            tensor, or a list, tuple or dictionary of tensors, equal in every repetition.
+            tensor, or a list, tuple or dictionary of tensors. Its first result is checked; one
+            that works in place may go on from there.
         check: ``check(result, expected)`` raises AssertionError for a result that does not agree
             with the host's. None: the tolerance rule on every tensor, with the host's as oracle.
         terms: of the sums in a result, for the tolerance rule.
