@@ -16,7 +16,9 @@ from .._registry import NeuligFastWarning
 from ._seam import MISSING, Counts, Host, Place, Replacement, Seam, importers
 
 # Name -> the module with its HOST, imported when it is asked for.
-HOSTS: dict[str, str] = {}
+HOSTS: dict[str, str] = {
+    "torch_swa": "neulig_fast.compat.torch_swa",
+}
 _PARITIES = ("exact", "accurate")
 
 
