@@ -16,7 +16,7 @@ from .._registry import NeuligFastWarning
 from ._seam import MISSING, Counts, Host, Place, Replacement, Seam, importers
 
 # Name -> the module with its HOST, imported when it is asked for.
-HOSTS: dict[str, str] = {}
+HOSTS: dict[str, str] = {"fusion_bench": "neulig_fast.compat.fusion_bench"}
 _PARITIES = ("exact", "accurate")
 
 
