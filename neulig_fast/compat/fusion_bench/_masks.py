@@ -59,6 +59,7 @@ def _elected(tensors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
     whole = merge_task_vectors(rows, ones, elect="sum", zero_sign=-1, combine="max")
     if not whole.sum().isfinite() and not whole.isfinite().all():
         raise Unsupported("values that are not finite")
+    whole.masked_fill_(whole == 0, -0.0)  # zeros are negative to the original
     positive, negative = whole > 0, whole < 0
     masks = [((row > 0) & positive) | ((row < 0) & negative) for row in rows]
     shape = tensors[0].shape

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ...ops.blend_lists import blend_lists
+from ...tensor_lists import TensorLists
 from .._seam import Seam, Unsupported
 from ._tensors import as_lists, check_mode, check_wide, same_names
 
@@ -66,7 +67,7 @@ def state_dict_weighted_sum(
     """Their weighted sum; a model of weight zero takes no part."""
     if len(state_dicts) != len(weights):
         raise Unsupported("weights of another number than the models")
-    same_names(state_dicts)
+    _floats(state_dicts)  # also those of weight zero must fit
     used = [(s, w) for s, w in zip(state_dicts, weights, strict=True) if w != 0]
     if not used:
         raise Unsupported("weights that are all zero")
@@ -80,12 +81,8 @@ def state_dict_weighted_sum(
 def _blended(exact: bool, states: _States, weights: Sequence[float], name: str) -> Any:
     if len(states) != len(weights) or not all(isinstance(w, (int, float)) for w in weights):
         raise Unsupported("weights that are not one number a model")
-    check_mode()
     names = same_names(states)
-    floats = [k for k in names if isinstance(x := states[0][k], Tensor) and x.is_floating_point()]
-    if not floats:
-        raise Unsupported("tensors that are no fp32, bf16, fp16 or fp64")
-    lists = as_lists([[state[k] for k in floats] for state in states])
+    floats, lists = _floats(states)
     if exact:
         check_wide(lists.flat)
     others = [{k: state[k] for k in names if k not in set(floats)} for state in states]
@@ -97,6 +94,16 @@ def _blended(exact: bool, states: _States, weights: Sequence[float], name: str) 
     with torch.no_grad():
         merged = dict(zip(floats, blend_lists(numbers, lists), strict=True))
     return OrderedDict((k, merged[k] if k in merged else rest[k]) for k in names)
+
+
+def _floats(states: _States) -> tuple[list[str], TensorLists]:
+    """The names of tensors of floats, and the models' tensors."""
+    check_mode()
+    names = same_names(states)
+    floats = [k for k in names if isinstance(x := states[0][k], Tensor) and x.is_floating_point()]
+    if not floats:
+        raise Unsupported("tensors that are no fp32, bf16, fp16 or fp64")
+    return floats, as_lists([[state[k] for k in floats] for state in states])
 
 
 def _values(state: Any) -> Sequence[Tensor]:
