@@ -7,6 +7,7 @@ from .checkpoints import MergeReport, merge
 from .coefficients import CoefficientModule
 from .compat import Patch, patch
 from .encoders import expert_forward, mixture_forward
+from .merged_linear import MergedLinear
 from .neulig import Head, NeuLig, Report, zero_shot_head
 from .offsets import OffsetStats
 from .ops import (
@@ -48,6 +49,7 @@ __all__ = [
     "Head",
     "MagnitudeSelect",
     "MergeReport",
+    "MergedLinear",
     "NeuLig",
     "NeuLigLoss",
     "NeuligFastWarning",
