@@ -13,9 +13,10 @@ import torch
 
 from ..methods import BLOCK, Method
 from . import dtypes, sizes
-from .pipeline import Job, Resources, merged_alone
+from .pipeline import Job, merged_alone
 from .plan import Plan
 from .read import Reader
+from .resources import OVERHEAD, Resources
 
 _SECONDS = 0.3  # for each rate
 _PIECE = 16 << 20  # bytes
@@ -63,13 +64,12 @@ class Forecast(NamedTuple):
         )
 
 
-def forecast(plans: Sequence[Plan], folder: Path, resources: Resources, overhead: int) -> Forecast:
+def forecast(plans: Sequence[Plan], folder: Path, resources: Resources) -> Forecast:
     """Measure rates of the disk and of merging, and predict from them.
 
     Args:
         plans: of all results, which have their inputs in common.
         folder: of the result; a temporary file is written beside it.
-        overhead: bytes of memory beside buffers.
     """
     plan = plans[0]
     read = _read_rate(plan)
@@ -82,7 +82,7 @@ def forecast(plans: Sequence[Plan], folder: Path, resources: Resources, overhead
     }
     bound = max(needed, key=lambda name: needed[name])
     passes = 1 + plan.method.passes
-    peak = resources.memory + overhead
+    peak = resources.memory + OVERHEAD
     return Forecast(
         bytes_in,
         bytes_out,
