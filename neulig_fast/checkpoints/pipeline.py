@@ -151,7 +151,7 @@ def merged_alone(method: Method, job: Job, rows: Tensor, out: Tensor) -> None:
         apply(tile, out)
 
 
-def _sum(tiles: Iterable[Tensor]) -> Tensor | None:
+def _sum(tiles: Iterable[Iterable[Tensor]]) -> Tensor | None:
     """Over all blocks, in order: no other order has the same bits."""
     total = None
     for blocks in tiles:
