@@ -21,6 +21,8 @@ from .report import MergeReport, OutputReport
 from .resources import Resources, Size, asked_for, check_memory
 from .write import Staging
 
+_LONG = 1 << 30  # bytes; less is merged about as soon as rates are measured
+
 
 def merge(
     config: str | Path | Mapping[str, Any],
@@ -33,6 +35,7 @@ def merge(
     seed: int = 0,
     resume: bool = True,
     progress: Callable[[int, int], Any] | None = None,
+    foreseen: Callable[[Forecast], Any] | None = None,
     distributed: bool = False,
 ) -> MergeReport:
     """Merge checkpoints as a recipe says and write the result as a checkpoint, or several results.
@@ -52,6 +55,8 @@ def merge(
         seed: of methods that drop elements at random.
         resume: go on with an interrupted merge of the same; else begin anew.
         progress: told of bytes done and of all bytes, from any thread.
+        foreseen: told before the work, if there is more than a GiB of it, what will bound it; its
+            rates take a second to measure.
         distributed: all processes that torchrun has started share the work, on files that all of
             them see; each must call this. ``max_ram`` and ``threads`` are of one process.
 
@@ -73,6 +78,8 @@ def merge(
         }
         with contextlib.closing(Folders(out_dir, stagings)) as folders:
             _begin(folders, resume, ranks)
+            if foreseen is not None and ranks.first:
+                _foresee(prepared, out_dir, resources, foreseen)
             outputs = {one.name: _output(one, stagings[one.name], folders) for one in prepared}
             todo = [one for one in prepared if one.name not in folders.complete]
             bytes_in, bytes_out = _run(todo, folders, resources, progress, ranks)
@@ -137,6 +144,14 @@ def _resources(
     found = asked_for(max_ram, device, threads)
     check_memory((tensor for one in prepared for tensor in one.plan.tensors), found)
     return found
+
+
+def _foresee(
+    prepared: Sequence[Prepared], out_dir: Path, resources: Resources, told: Callable[..., Any]
+) -> None:
+    plans = [one.plan for one in prepared]
+    if plans[0].bytes_in + sum(plan.layout.bytes for plan in plans) > _LONG:
+        told(forecast(plans, out_dir, resources))
 
 
 def _counter(total: int, progress: Callable[[int, int], Any] | None) -> Callable[[int], Any]:
