@@ -6,16 +6,18 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from ..methods import BLOCK, Method
+from ..methods import BLOCK, Method, Statistic, Tile
 from . import dtypes, sizes
-from .pipeline import Job, Resources, merged_alone
+from .pipeline import Job, Resources, answer, merged_alone
 from .plan import Plan
 from .read import Reader
+from .whole import measured
 
 _SECONDS = 0.3  # for each rate
 _PIECE = 16 << 20  # bytes
@@ -25,9 +27,11 @@ class Forecast(NamedTuple):
     """What is to be done and what will bound it.
 
     Attributes:
-        bytes_in, bytes_out: to read, each once or ``passes`` times, and to write, of all results.
+        bytes_in, bytes_out: to read, all ``passes`` over a whole model included, and to write, of
+            all results.
         outputs: how many results there are.
         passes: how often a tensor that does not fit into memory is read.
+        whole: whether they are passes over the model, and all tensors are read so often.
         peak: bytes of memory, above those of ``import torch``.
         read, write, merge: bytes a second, of inputs or, for ``write``, of the result.
         seconds: predicted.
@@ -45,11 +49,13 @@ class Forecast(NamedTuple):
     merge: float
     seconds: float
     bound: str
+    whole: bool = False
     warnings: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         rates = f"read {_rate(self.read)}, write {_rate(self.write)}, merge {_rate(self.merge)}"
-        again = f" (tensors beyond memory {self.passes} times)" if self.passes > 1 else ""
+        what = "the whole model" if self.whole else "tensors beyond memory"
+        again = f" ({what} {self.passes} times)" if self.passes > 1 else ""
         each = ""
         if self.outputs > 1:
             size = sizes.text(self.bytes_out // self.outputs)
@@ -75,26 +81,52 @@ def forecast(plans: Sequence[Plan], folder: Path, resources: Resources, overhead
     read = _read_rate(plan)
     write = _write_rate(folder)
     merge = _merge_rate(plans, resources) * resources.threads
-    bytes_in, bytes_out = plan.bytes_in, sum(plan.layout.bytes for plan in plans)
+    before = passes(plans)
+    bytes_in = plan.bytes_in + (before * plan.whole.bytes if plan.whole is not None else 0)
+    bytes_out = sum(plan.layout.bytes for plan in plans)
     needed = {
         "the disk": bytes_in / read + bytes_out / write,
         f"{plan.method.name} on {resources.threads} threads": bytes_in / merge,
     }
     bound = max(needed, key=lambda name: needed[name])
-    passes = 1 + plan.method.passes
     peak = resources.memory + overhead
     return Forecast(
         bytes_in,
         bytes_out,
         len(plans),
-        passes,
+        1 + before,
         peak,
         read,
         write,
         merge,
         needed[bound],
         bound,
+        plan.whole is not None,
     )
+
+
+def passes(plans: Sequence[Plan]) -> int:
+    """How often a method looks at the model, or where its scope is tensors at one that does not fit
+    into memory, before it merges: what it asks of random numbers in their place."""
+    first = next((planned for planned in plans[0].tensors if planned.task is not None), None)
+    if first is None:
+        return 0
+    wholes = [plan.whole.task for plan in plans if plan.whole is not None]
+    own = [p.task for plan in plans for p in plan.tensors if p.output.name == first.output.name]
+    tasks = wholes or [task for task in own if task is not None]
+    draw = torch.Generator().manual_seed(0)
+    dtype = dtypes.as_torch(first.dtype)
+    tile = Tile(torch.randn(len(first.sources), BLOCK, generator=draw).to(dtype), 0)
+    count = 0
+
+    def look(statistics: Sequence[Statistic]) -> list[Any]:
+        nonlocal count
+        count += any(statistic.starts is None for statistic in statistics)
+        return [answer(statistic, tile) for statistic in statistics]
+
+    side = 1 << BLOCK.bit_length() // 2
+    measured(plans[0].method, [replace(task, shape=(BLOCK // side, side)) for task in tasks], look)
+    return count
 
 
 def _rate(bytes_: float) -> str:

@@ -30,7 +30,7 @@ _MODEL = ("model", "parameters")
 _SOURCE = ("model", "layer_range", "parameters")
 _TOKENIZER = ("source", "tokens", "pad_to_multiple_of")
 # Our own section: what mergekit's files cannot say.
-_OURS = ("parity", *variants.KEYS)
+_OURS = ("parity", "scope", *variants.KEYS)
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 PARAMETERS = (
     *("weight", "density", "gamma", "epsilon", "lambda", "normalize", "rescale", "int8_mask", "t"),

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, TypeAlias
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
-from ._method import Measure, Statistic, Task, Tile
-from ._selection import LastTile, TiledSelect
+from ._method import BLOCK, Measure, Statistic, Task, Tile
+from ._selection import TiledSelect
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 # Of a tile: rows whose largest magnitudes are wanted, and what is subtracted from each.
 Numbers: TypeAlias = "Callable[[Tile], tuple[Tensor, Tensor | None]]"
+Number = TypeVar("Number", int, float)
 
 
 def task_vectors(tile: Tile) -> tuple[Tensor, Tensor | None]:
@@ -22,59 +23,148 @@ def task_vectors(tile: Tile) -> tuple[Tensor, Tensor | None]:
 
 
 def largest(task: Task, counts: Sequence[int], of: Numbers = task_vectors) -> Measure:
-    """(thresholds, cuts), a list each: what magnitude_select says of a whole tensor."""
-    found = yield Statistic(lambda tile: _select(of(tile), counts), over="whole")
-    if found is None:
-        found = yield from _in_tiles(task, counts, of)
+    """(thresholds, cuts), a list each: what magnitude_select says of a whole tensor. Where all
+    elements that equal a threshold are wanted, a cut may be any place after them."""
+    (found,) = yield from several(task, [counts], of)
     return found
 
 
-def _select(
-    numbers: tuple[Tensor, Tensor | None], counts: Sequence[int]
-) -> tuple[list[float], list[int]]:
-    import torch
-
-    from ..ops import magnitude_select
-
-    rows, base = numbers
-    thresholds, cuts = magnitude_select(rows, torch.tensor(list(counts), device=rows.device), base)
-    return thresholds.tolist(), cuts.tolist()
+def several(task: Task, counts: Sequence[Sequence[int]], of: Numbers = task_vectors) -> Measure:
+    """:func:`largest` for several lists of counts, in the same passes."""
+    wanted = tuple(map(tuple, counts))
+    found = yield Statistic(_Selected(of, wanted), over="whole")
+    if found is None:
+        found = yield from _in_tiles(task, wanted, of)
+    return found
 
 
-def _in_tiles(task: Task, counts: Sequence[int], of: Numbers) -> Measure:
+@dataclass(frozen=True)
+class _Selected:
+    """Of a tile that is the whole tensor: thresholds and cuts for every list of counts."""
+
+    of: Numbers
+    counts: tuple[tuple[int, ...], ...]
+
+    def __call__(self, tile: Tile) -> list[tuple[list[float], list[int]]]:
+        import torch
+
+        from ..ops import magnitude_select
+
+        rows, base = self.of(tile)
+        found = (
+            magnitude_select(rows, torch.tensor(each, device=rows.device), base)
+            for each in self.counts
+        )
+        return [(thresholds.tolist(), cuts.tolist()) for thresholds, cuts in found]
+
+
+def _in_tiles(task: Task, counts: tuple[tuple[int, ...], ...], of: Numbers) -> Measure:
     """Digit by digit, and then the cuts, in the tiles that have the last ties."""
-    search = TiledSelect(counts, bits=64 if task.dtype == "F64" else 32)
+    search = TiledSelect(sum(counts, ()), bits=64 if task.dtype == "F64" else 32)
+    starts: list[int] = []
+    tiles: list[Tensor] = []
     while not search.done:
-        search.advance((yield Statistic(_histogram(search, of), over="tiles")))
-    ends = search.last_tiles()
-    numbers = itertools.count()
-    found = yield Statistic(lambda tile: _cuts(tile, of, next(numbers), ends), over="tiles")
-    return search.thresholds(), [max(cuts) for cuts in zip(*found, strict=True)]
+        count = _Histogram(of, search.digit, _split(search.prefixes, len(counts)))
+        if search.last:
+            placed = yield Statistic(_Placed(count), over="tiles")
+            starts, tiles = [start for start, _ in placed], [found for _, found in placed]
+            search.advance(sum(tiles[1:], tiles[0]).tolist())
+        else:
+            search.advance((yield Statistic(count)).tolist())
+    thresholds = search.thresholds()
+    cuts = yield from _cuts(task, search, starts, tiles, len(counts), of)
+    return list(zip(_split(thresholds, len(counts)), _split(cuts, len(counts)), strict=True))
 
 
-def _histogram(search: TiledSelect, of: Numbers) -> Callable[[Tile], list[list[int]]]:
-    prefixes, digit = list(search.prefixes), search.digit
+def _split(values: Sequence[Number], parts: int) -> tuple[tuple[Number, ...], ...]:
+    length = len(values) // parts
+    return tuple(tuple(values[k * length : (k + 1) * length]) for k in range(parts))
 
-    def counted(tile: Tile) -> list[list[int]]:
+
+@dataclass(frozen=True)
+class _Histogram:
+    """(1, lists * N, 2048): how often every value of a digit occurs in a tile."""
+
+    of: Numbers
+    digit: int
+    prefixes: tuple[tuple[int, ...], ...]
+
+    def __call__(self, tile: Tile) -> Tensor:
         import torch
 
         from ..ops import magnitude_histogram
 
-        rows, base = of(tile)
-        wanted = torch.tensor(prefixes, device=rows.device)
-        return magnitude_histogram(rows, wanted, digit, base).tolist()
+        rows, base = self.of(tile)
+        known = {
+            each: magnitude_histogram(
+                rows, torch.tensor(each, device=rows.device), self.digit, base
+            )
+            for each in dict.fromkeys(self.prefixes)
+        }
+        return torch.cat([known[each] for each in self.prefixes])[None].cpu()
 
-    return counted
+
+@dataclass(frozen=True)
+class _Placed:
+    """A tile's start, and its histogram of the lowest digit without the half that is zero."""
+
+    histogram: _Histogram
+
+    def __call__(self, tile: Tile) -> tuple[int, Tensor]:
+        from ..ops._digits import DIGITS
+
+        return tile.start, self.histogram(tile)[0, :, : 1 << DIGITS[32][-1].width].clone()
 
 
-def _cuts(tile: Tile, of: Numbers, number: int, ends: Sequence[LastTile | None]) -> list[int]:
-    """For every row whose last tie is in this tile its cut, else 0."""
-    counts = [end.wanted if end is not None and end.tile == number else 0 for end in ends]
-    if not any(counts):
-        return counts
-    found = zip(*_select(of(tile), counts), counts, strict=True)
-    length = tile.rows.shape[1]  # all of a tile's elements: no threshold, and the cut is its end
-    return [
-        tile.start + (length if threshold < 0 else cut) if count else 0
-        for threshold, cut, count in found
-    ]
+def _cuts(
+    task: Task,
+    search: TiledSelect,
+    starts: Sequence[int],
+    tiles: Sequence[Tensor],
+    lists: int,
+    of: Numbers,
+) -> Measure:
+    """For each expert, for each list: one past the last tie."""
+    cuts = [task.elements if every else 0 for every in search.all_ties()]
+    ends = search.last_ties(tiles)
+    sought = {i: end for i, end in enumerate(ends) if end is not None and not cuts[i]}
+    if sought:
+        experts, thresholds = len(cuts) // lists, search.thresholds()
+        ties = tuple(
+            (starts[end.tile], i % experts, thresholds[i], end.rank) for i, end in sought.items()
+        )
+        among = frozenset(start for start, *_ in ties)
+        found = yield Statistic(_Place(of, ties), over="tiles", starts=among)
+        for places in found:
+            for i, place in zip(sought, places, strict=True):
+                cuts[i] += place
+    return cuts
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Of ties (start of a tile, row, threshold, rank): one past each in a tile, else 0."""
+
+    of: Numbers
+    ties: tuple[tuple[int, int, float, int], ...]
+
+    def __call__(self, tile: Tile) -> list[int]:
+        rows, base = self.of(tile)
+        return [
+            tile.start + _after(rows[row], base, threshold, rank) if start == tile.start else 0
+            for start, row, threshold, rank in self.ties
+        ]
+
+
+def _after(row: Tensor, base: Tensor | None, threshold: float, rank: int) -> int:
+    """One past the rank-th element whose magnitude is the threshold."""
+    from ..ops._magnitudes import magnitudes
+
+    at = 0
+    while True:
+        part = slice(at, at + BLOCK)
+        equal = magnitudes(row[part], None if base is None else base[part]) == threshold
+        found = equal.nonzero()
+        if rank <= len(found):
+            return at + int(found[rank - 1]) + 1
+        rank, at = rank - len(found), at + BLOCK

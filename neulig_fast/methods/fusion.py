@@ -91,7 +91,6 @@ METHODS = (
         title="Arcee Fusion",
         source="Goddard et al., EMNLP 2024",
         measure=_measure,
-        passes=2,
         apply=_fusion,
         base="needed",
         most=1,

@@ -154,7 +154,7 @@ METHODS = (
             "epsilon": _EPSILON,
         },
         measure=_count,
-        passes=1,
+        of_model=("epsilon", "r", "alpha"),
         apply=_ramplus,
         base="needed",
     ),

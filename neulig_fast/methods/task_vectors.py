@@ -30,7 +30,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ._largest import largest
+from ._largest import several
 from ._method import BLOCK, Apply, Measure, Method, Parameter, Statistic, Task, Tile, weights_tensor
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ class Kept(NamedTuple):
     scales: Sequence[float] | None = None
 
 
+_BOUNDS = ("lower", "upper")
 _CHUNK = 8 * BLOCK  # elements that are looked at in fp32 at once
 
 
@@ -75,10 +76,13 @@ def _between(task: Task, dropped: Sequence[int], wanted: Sequence[int]) -> Measu
     """The ``wanted`` largest that are left without the ``dropped`` largest."""
     rule: dict[str, Any] = {}
     last = [first + count for first, count in zip(dropped, wanted, strict=True)]
-    if any(count < task.elements for count in last):
-        rule["lower"], rule["lower_cut"] = yield from largest(task, last)
-    if any(dropped):
-        rule["upper"], rule["upper_cut"] = yield from largest(task, dropped)
+    bounds: dict[str, Sequence[int]]
+    bounds = {"lower": last} if any(count < task.elements for count in last) else {}
+    bounds |= {"upper": dropped} if any(dropped) else {}
+    if bounds:
+        found = yield from several(task, list(bounds.values()))
+        for name, (thresholds, cuts) in zip(bounds, found, strict=True):
+            rule[name], rule[f"{name}_cut"] = thresholds, cuts
     return (yield from _rescaled(task, rule))
 
 
@@ -140,9 +144,8 @@ def _tensors(rule: Mapping[str, Any], rows: Tensor, expert: int | None = None) -
     def tensor(name: str, values: Any) -> Any:
         if name == "seed":
             return values
-        chosen = torch.as_tensor(values, device=rows.device)
-        if name in ("lower", "upper"):
-            chosen = chosen.to(torch.promote_types(rows.dtype, torch.float32))
+        bound = torch.promote_types(rows.dtype, torch.float32) if name in _BOUNDS else None
+        chosen = torch.as_tensor(values, dtype=bound, device=rows.device)
         return chosen if expert is None else chosen[expert : expert + 1]
 
     return {name: tensor(name, values) for name, values in rule.items()}
@@ -223,7 +226,7 @@ METHODS = (
         source="Yadav et al., NeurIPS 2023",
         parameters=dropping(normalize=True, rescale=False),
         measure=_largest,
-        passes=1,
+        of_model=("density", "rescale"),
         apply=merged(elected=True),
         base="needed",
         parities=_PARITIES,
@@ -234,7 +237,6 @@ METHODS = (
         source="Yu et al., ICML 2024",
         parameters=dropping(normalize=False, rescale=True),
         measure=_drawn,
-        passes=1,
         apply=merged(elected=False),
         base="needed",
         parities=_PARITIES,
@@ -245,7 +247,6 @@ METHODS = (
         source="Yu et al., ICML 2024; Yadav et al., NeurIPS 2023",
         parameters=dropping(normalize=False, rescale=True),
         measure=_drawn,
-        passes=1,
         apply=merged(elected=True),
         base="needed",
         parities=_PARITIES,
@@ -256,7 +257,7 @@ METHODS = (
         source="Davari and Belilovsky, ECCV 2024",
         parameters=dropping(normalize=False, rescale=False, gamma=_GAMMA),
         measure=_without_outliers,
-        passes=2,
+        of_model=("density", "gamma", "rescale"),
         apply=merged(elected=False),
         base="needed",
     ),
@@ -266,7 +267,7 @@ METHODS = (
         source="Davari and Belilovsky, ECCV 2024; Yadav et al., NeurIPS 2023",
         parameters=dropping(normalize=False, rescale=False, gamma=_GAMMA),
         measure=_without_outliers,
-        passes=2,
+        of_model=("density", "gamma", "rescale"),
         apply=merged(elected=True),
         base="needed",
     ),
