@@ -173,6 +173,7 @@ class Method:
             further rows of tiles.
         fewest, most: numbers of experts, without the base.
         parities: frameworks whose meaning of it there is; the first is the default.
+        only: of parameters that not all parities read, those that do.
         faults: what is wrong with a task beyond its parameters' bounds.
     """
 
@@ -189,6 +190,7 @@ class Method:
     fewest: int = 1
     most: int | None = None
     parities: tuple[str, ...] = ("mergekit",)
+    only: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     faults: Callable[[Task], Iterable[str]] = lambda task: ()
 
 

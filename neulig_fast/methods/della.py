@@ -19,8 +19,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ._bands import Band, bands, cut_bands
+from ._kept import Kept, restoring
 from ._method import Apply, Measure, Method, Parameter, Statistic, Task, Tile, weights_tensor
-from .task_vectors import Kept, dropping, election, merged, restoring
+from .task_vectors import dropping, election, merged
 
 if TYPE_CHECKING:
     from torch import Tensor
