@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
@@ -59,21 +59,45 @@ class _Selected:
 
 
 def _in_tiles(task: Task, counts: tuple[tuple[int, ...], ...], of: Numbers) -> Measure:
-    """Digit by digit, and then the cuts, in the tiles that have the last ties."""
+    search, placed = yield from _searched(task, counts, of)
+    cuts = yield from _cuts(task, search, placed, len(counts), of)
+    parts = (_split(values, len(counts)) for values in (search.thresholds(), cuts))
+    return list(zip(*parts, strict=True))
+
+
+def magnitudes_of_rank(
+    task: Task, ranks: Sequence[Sequence[int]], of: Numbers, chunk: int | None = None
+) -> Measure:
+    """Of the numbers of each row that are not NaN the magnitudes with these ranks, 1 the largest;
+    one beyond the last is the smallest. A list for every list of ranks.
+
+    Args:
+        chunk: so many elements of a tile are asked of ``of`` at once; None is all.
+    """
+    search, _ = yield from _searched(task, tuple(map(tuple, ranks)), of, chunk)
+    found = search.thresholds()
+    if any(value < 0 for value in found):
+        least = yield Statistic(_Least(of, chunk), over="tiles")
+        smallest = [min(values) for values in zip(*least, strict=True)]
+        found = [v if v >= 0 else smallest[i % len(smallest)] for i, v in enumerate(found)]
+    return _split(found, len(ranks))
+
+
+def _searched(
+    task: Task, counts: tuple[tuple[int, ...], ...], of: Numbers, chunk: int | None = None
+) -> Measure:
+    """Digit by digit: the search, and of every tile its start and the counts of the last digit."""
     search = TiledSelect(sum(counts, ()), bits=64 if task.dtype == "F64" else 32)
-    starts: list[int] = []
-    tiles: list[Tensor] = []
+    placed: list[tuple[int, Tensor]] = []
     while not search.done:
-        count = _Histogram(of, search.digit, _split(search.prefixes, len(counts)))
+        count = _Histogram(of, chunk, search.digit, _split(search.prefixes, len(counts)))
         if search.last:
             placed = yield Statistic(_Placed(count), over="tiles")
-            starts, tiles = [start for start, _ in placed], [found for _, found in placed]
-            search.advance(sum(tiles[1:], tiles[0]).tolist())
+            first, *others = (found for _, found in placed)
+            search.advance(sum(others, first).tolist())
         else:
             search.advance((yield Statistic(count)).tolist())
-    thresholds = search.thresholds()
-    cuts = yield from _cuts(task, search, starts, tiles, len(counts), of)
-    return list(zip(_split(thresholds, len(counts)), _split(cuts, len(counts)), strict=True))
+    return search, placed
 
 
 def _split(values: Sequence[Number], parts: int) -> tuple[tuple[Number, ...], ...]:
@@ -81,11 +105,18 @@ def _split(values: Sequence[Number], parts: int) -> tuple[tuple[Number, ...], ..
     return tuple(tuple(values[k * length : (k + 1) * length]) for k in range(parts))
 
 
+def _chunks(tile: Tile, length: int | None) -> Iterator[Tile]:
+    step = length or tile.rows.shape[1]
+    for at in range(0, tile.rows.shape[1], step):
+        yield Tile(tile.rows[:, at : at + step], tile.start + at)
+
+
 @dataclass(frozen=True)
 class _Histogram:
     """(1, lists * N, 2048): how often every value of a digit occurs in a tile."""
 
     of: Numbers
+    chunk: int | None
     digit: int
     prefixes: tuple[tuple[int, ...], ...]
 
@@ -94,14 +125,32 @@ class _Histogram:
 
         from ..ops import magnitude_histogram
 
-        rows, base = self.of(tile)
-        known = {
-            each: magnitude_histogram(
-                rows, torch.tensor(each, device=rows.device), self.digit, base
-            )
-            for each in dict.fromkeys(self.prefixes)
-        }
+        known: dict[tuple[int, ...], Tensor] = {}
+        for rows, base in map(self.of, _chunks(tile, self.chunk)):
+            for each in dict.fromkeys(self.prefixes):
+                wanted = torch.tensor(each, device=rows.device)
+                counts = magnitude_histogram(rows, wanted, self.digit, base)
+                known[each] = known[each] + counts if each in known else counts
         return torch.cat([known[each] for each in self.prefixes])[None].cpu()
+
+
+@dataclass(frozen=True)
+class _Least:
+    """The smallest magnitude of every row that is not NaN; infinity where all are."""
+
+    of: Numbers
+    chunk: int | None
+
+    def __call__(self, tile: Tile) -> list[float]:
+        import torch
+
+        from ..ops._magnitudes import magnitudes
+
+        found = [
+            torch.stack([magnitudes(row, base).nan_to_num(nan=torch.inf).min() for row in rows])
+            for rows, base in map(self.of, _chunks(tile, self.chunk))
+        ]
+        return torch.stack(found).amin(0).tolist()
 
 
 @dataclass(frozen=True)
@@ -117,16 +166,11 @@ class _Placed:
 
 
 def _cuts(
-    task: Task,
-    search: TiledSelect,
-    starts: Sequence[int],
-    tiles: Sequence[Tensor],
-    lists: int,
-    of: Numbers,
+    task: Task, search: TiledSelect, placed: Sequence[tuple[int, Tensor]], lists: int, of: Numbers
 ) -> Measure:
     """For each expert, for each list: one past the last tie."""
     cuts = [task.elements if every else 0 for every in search.all_ties()]
-    ends = search.last_ties(tiles)
+    starts, ends = [start for start, _ in placed], search.last_ties([found for _, found in placed])
     sought = {i: end for i, end in enumerate(ends) if end is not None and not cuts[i]}
     if sought:
         experts, thresholds = len(cuts) // lists, search.thresholds()

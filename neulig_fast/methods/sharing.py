@@ -24,20 +24,11 @@ import operator
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ._method import BLOCK, Apply, Measure, Method, Parameter, Statistic, Task, Tile, weights_tensor
+from ._blocks import blocks
+from ._method import Apply, Measure, Method, Parameter, Statistic, Task, Tile, weights_tensor
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-
-def _blocks(tile: Tile) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Block by block: its place in the tile, the base (P,) and task vectors (N, P)."""
-    from .._checks import accumulation_dtype
-
-    for at in range(0, tile.rows.shape[1], BLOCK):
-        place = slice(at, at + BLOCK)
-        wide = tile.rows[:, place].to(accumulation_dtype(tile.rows.dtype))
-        yield place, wide[-1], wide[:-1] - wide[-1]
 
 
 # -- RAM ------------------------------------------------------------------------------------------
@@ -70,7 +61,7 @@ def _counts(task: Task, tile: Tile) -> Tensor:
     import torch
 
     found = []
-    for _, _, d in _blocks(tile):
+    for _, _, d in blocks(tile):
         active, together = _active(task, d)
         pair = (active & (together > 1), active & (together == 1))
         found.append(torch.stack([each.sum(1) for each in pair]))
@@ -87,7 +78,7 @@ def _ramplus(task: Task, factors: Sequence[float]) -> Apply:
     def apply(tile: Tile, out: Tensor) -> None:
         import torch
 
-        for place, base, d in _blocks(tile):
+        for place, base, d in blocks(tile):
             active, together = _active(task, d)
             total = torch.zeros_like(base)
             for own, vector, factor in zip(active, d, factors, strict=True):
@@ -108,7 +99,7 @@ def _consensus(task: Task, _: None) -> Apply:
     def apply(tile: Tile, out: Tensor) -> None:
         import torch
 
-        for place, base, d in _blocks(tile):
+        for place, base, d in blocks(tile):
             total = torch.zeros_like(base)
             for vector, weight in zip(d, weights, strict=True):
                 total += weight * vector
