@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from .._checks import did_you_mean, raise_all
-from . import parameters, variants
+from . import parameters, portland, variants
 from .pieces import parity_of
 from .recipe import ModelRef, Parameters, Part, Recipe, Slice, Source
 
@@ -31,7 +31,7 @@ _MODEL = ("model", "parameters")
 _SOURCE = ("model", "layer_range", "parameters")
 _TOKENIZER = ("source", "tokens", "pad_to_multiple_of")
 # Our own section: what mergekit's files cannot say.
-_OURS = ("parity", "scope", *variants.KEYS)
+_OURS = ("parity", "scope", *portland.KEYS, *variants.KEYS)
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 PARAMETERS = (
     *("weight", "density", "gamma", "epsilon", "lambda", "normalize", "rescale", "int8_mask", "t"),
