@@ -450,7 +450,7 @@ def test_tall_masks_to_the_bit() -> None:
 
 
 def test_dare_keeps_its_share_and_follows_the_generator() -> None:
-    original, fast = pair(f"{METHOD}.dare.utils:param_random_drop_", "accurate")
+    _, fast = pair(f"{METHOD}.dare.utils:param_random_drop_", "accurate")
     start = nn.Parameter(torch.rand(100, 300) + 1)
     draws = []
     for seed in (1, 1, 2):

@@ -78,6 +78,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_file(factors, root / "models/lora/adapter_model.safetensors")
     config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4}
     (root / "models/lora/adapter_config.json").write_text(json.dumps(config))
+    pool = nf.ExpertPool([torch.nn.Linear(2, 2) for _ in range(3)], names=["m0", "m1", "m2"])
+    engine = nf.NeuLig(pool, {"cars": nf.Head(torch.ones(2, 2))})
+    engine.calibration = {"cars": torch.tensor([0.5, 0.3, 0.2])}
+    engine.save(root / "engine")
     return root
 
 

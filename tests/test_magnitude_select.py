@@ -346,25 +346,27 @@ def test_lower_instruction_sets_find_the_same(level):
 def select_from_tiles(tiles, counts, bases, dtype):
     """What a program does whose tensors never lie in memory as a whole."""
     search = TiledSelect(counts, bits=8 * _checks.accumulation_dtype(dtype).itemsize)
+    each = []
     while not search.done:
         prefix = torch.tensor(search.prefixes)
-        search.advance(
-            [
-                neulig_fast.magnitude_histogram(tile, prefix, search.digit, base).tolist()
-                for tile, base in zip(tiles, bases, strict=True)
-            ]
-        )
-    acc = _checks.accumulation_dtype(dtype)
-    starts, cuts = np.cumsum([0, *(tile.shape[1] for tile in tiles)]).tolist(), []
-    for i, last in enumerate(search.last_tiles()):
+        each = [
+            neulig_fast.magnitude_histogram(tile, prefix, search.digit, base)
+            for tile, base in zip(tiles, bases, strict=True)
+        ]
+        search.advance(sum(each).tolist())
+    ends, cuts = np.cumsum([tile.shape[1] for tile in tiles]).tolist(), []
+    for i, last in enumerate(search.last_ties(each)):
         if last is None:
             cuts.append(0)
             continue
-        row, base = tiles[last.tile][i].to(acc), bases[last.tile]
-        magnitudes = (row if base is None else row - base.to(acc)).abs()
-        ties = (magnitudes == search.thresholds()[i]).nonzero().flatten().tolist()
-        cuts.append(starts[last.tile] + ties[last.tie - 1] + 1)
-    return torch.tensor(search.thresholds(), dtype=acc), cuts
+        tile, base = tiles[last.tile], bases[last.tile]
+        d = tile[i].double() if base is None else tile[i].double() - base.double()
+        if dtype != torch.float64:
+            d = d.float()
+        equal = (d.abs() == search.thresholds()[i]).nonzero()
+        cuts.append(ends[last.tile] - tile.shape[1] + int(equal[last.rank - 1]) + 1)
+    thresholds = torch.tensor(search.thresholds(), dtype=_checks.accumulation_dtype(dtype))
+    return thresholds, cuts, search.all_ties()
 
 
 @pytest.mark.parametrize("with_base", [False, True])
@@ -376,12 +378,18 @@ def test_tiles_of_any_size_select_the_same(dtype, with_base):
     base = normal(P, seed=3).to(dtype) if with_base else None
     counts = [k for _ in rows for k in (0, 1, P // 5, P - 1, P)]
     expected = neulig_fast.magnitude_select(params, torch.tensor(counts), base)
+    acc = _checks.accumulation_dtype(dtype)
+    d = (params.to(acc) - (0 if base is None else base.to(acc))).abs()
+    tied = d == expected.thresholds[:, None]
+    kept = tied & (torch.arange(P) < expected.cuts[:, None])
     for sizes in ([P], [1, P - 1], [700, 0, 1, 1299, 1000]):
         tiles = params.split(sizes, 1)
         bases = [None] * len(sizes) if base is None else base.split(sizes)
-        thresholds, cuts = select_from_tiles(tiles, counts, bases, dtype)
+        thresholds, cuts, all_ties = select_from_tiles(tiles, counts, bases, dtype)
         assert torch.equal(thresholds, expected.thresholds)
         assert cuts == expected.cuts.tolist()
+        some = expected.cuts > 0
+        assert all_ties == (some & (tied == kept).all(1)).tolist()
 
 
 # -- errors ---------------------------------------------------------------------------------------

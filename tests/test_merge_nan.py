@@ -42,7 +42,9 @@ SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
     "ema": ({}, {"decay": 0.5}, 3),
     "wsm": ({}, {}, 3),
     "fisher": ({}, {}, 2),
+    "pcb": ({"density": 0.3}, {}, 3),
 }
+OTHERS = sorted(set(METHODS) - {"neulig"})  # linear, with other weights (test_merge_portland.py)
 PLACEWISE = ("linear", "passthrough", "task_arithmetic", "ties", "nearswap", "wise_ft")
 
 
@@ -60,12 +62,14 @@ def merged(folder: Path, method: str, value: float | None) -> dict[str, Tensor]:
     config = {"merge_method": method, "models": models, "parameters": parameters}
     if METHODS[method].base != "one more" or method in ("slerp", "nearswap"):
         config["base_model"] = str(folder / "base")
+    if METHODS[method].scopes:
+        config["neulig_fast"] = {"scope": "tensor"}  # what is known of the model depends on it
     out = folder / "out"
     nf.merge(config, out)
     return llamas.load(out)
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("method", OTHERS)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=str)
 def test_it_stays_in_its_tensor(tmp_path: Path, method: str, value: float) -> None:
     clean = merged(tmp_path / "clean", method, None)

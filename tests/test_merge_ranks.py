@@ -60,8 +60,19 @@ def config(tmp_path: Path) -> Path:
     return recipe(tmp_path, "m0", "m1")
 
 
-@pytest.mark.parametrize("count", [2, 3])
-def test_processes_give_the_bytes_of_one(config: Path, tmp_path: Path, count: int) -> None:
+def of_the_model(config: Path) -> None:
+    """TIES, with thresholds that processes find together."""
+    content = json.loads(config.read_text())
+    ours = {"merge_method": "ties", "neulig_fast": {"scope": "model"}}
+    config.write_text(json.dumps(content | ours | {"parameters": {"rescale": True}}))
+
+
+@pytest.mark.parametrize(("count", "scope"), [(2, "model"), (3, "tensor")])
+def test_processes_give_the_bytes_of_one(
+    config: Path, tmp_path: Path, count: int, scope: str
+) -> None:
+    if scope == "model":
+        of_the_model(config)
     nf.merge(config, tmp_path / "one", shard_size=20_000)
     done = by_processes(count, config, tmp_path / "many", "--shard-size", 20_000, "--quiet")
     assert done.returncode == 0, done.stderr

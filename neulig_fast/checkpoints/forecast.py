@@ -6,17 +6,19 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from ..methods import BLOCK, Method
+from ..methods import BLOCK, Method, Statistic, Tile
 from . import dtypes, sizes
-from .pipeline import Job, merged_alone
+from .pipeline import Job, answer, merged_alone
 from .plan import Plan
 from .read import Reader
 from .resources import OVERHEAD, Resources
+from .whole import measured
 from .workspace import tile_elements
 
 _SECONDS = 0.3  # for each rate
@@ -27,9 +29,11 @@ class Forecast(NamedTuple):
     """What is to be done and what will bound it.
 
     Attributes:
-        bytes_in, bytes_out: to read, each once, and to write, of all results.
+        bytes_in, bytes_out: to read, each once or in all passes over a whole model, and to write,
+            of all results.
         bytes_again: to read besides, of tensors that do not fit into memory at once; at most.
         outputs: how many results there are.
+        passes: over the whole model; 1 where nothing is looked for in it first.
         peak: bytes of memory, above those of ``import torch``.
         read, write, merge: bytes a second, of inputs or, for ``write``, of the result.
         seconds: predicted.
@@ -47,6 +51,7 @@ class Forecast(NamedTuple):
     merge: float
     seconds: float
     bound: str
+    passes: int = 1
     warnings: tuple[str, ...] = ()
 
     @property
@@ -57,7 +62,7 @@ class Forecast(NamedTuple):
 
     def __str__(self) -> str:
         rates = f"read {_rate(self.read)}, write {_rate(self.write)}, merge {_rate(self.merge)}"
-        again = ""
+        again = f" (the whole model {self.passes} times)" if self.passes > 1 else ""
         if self.bytes_again:
             size = sizes.text(self.bytes_again)
             again = f" and up to {size} again, of tensors that do not fit into memory at once"
@@ -85,8 +90,12 @@ def forecast(plans: Sequence[Plan], folder: Path, resources: Resources) -> Forec
     read = _read_rate(plan)
     write = _write_rate(folder)
     merge = _merge_rate(plans, resources) * resources.threads
-    bytes_in, bytes_out = plan.bytes_in, sum(plan.layout.bytes for plan in plans)
-    again = plan.method.passes * _beyond(plan, resources.share)
+    looks, bytes_in, again = passes(plans), plan.bytes_in, 0
+    if plan.whole is None:
+        again = looks * _beyond(plan, resources.share)
+    else:
+        bytes_in += looks * plan.whole.bytes
+    bytes_out = sum(plan.layout.bytes for plan in plans)
     needed = {
         "the disk": (bytes_in + again) / read + bytes_out / write,
         f"{plan.method.name} on {resources.threads} threads": (bytes_in + again) / merge,
@@ -104,6 +113,7 @@ def forecast(plans: Sequence[Plan], folder: Path, resources: Resources) -> Forec
         merge,
         needed[bound],
         bound,
+        passes=1 if plan.whole is None else 1 + looks,
     )
 
 
@@ -111,6 +121,30 @@ def _beyond(plan: Plan, memory: int) -> int:
     """Bytes of the inputs of merged tensors that a thread's memory does not hold at once."""
     merged = (tensor for tensor in plan.tensors if tensor.task is not None)
     return sum(t.bytes for t in merged if tile_elements(t, memory) < t.output.elements)
+
+
+def passes(plans: Sequence[Plan]) -> int:
+    """How often a method looks at the model, or where its scope is tensors at one that does not fit
+    into memory, before it merges: what it asks of random numbers in their place."""
+    first = next((planned for planned in plans[0].tensors if planned.task is not None), None)
+    if first is None:
+        return 0
+    wholes = [plan.whole.task for plan in plans if plan.whole is not None]
+    own = [p.task for plan in plans for p in plan.tensors if p.output.name == first.output.name]
+    tasks = wholes or [task for task in own if task is not None]
+    draw = torch.Generator().manual_seed(0)
+    dtype = dtypes.as_torch(first.dtype)
+    tile = Tile(torch.randn(len(first.sources), BLOCK, generator=draw).to(dtype), 0)
+    count = 0
+
+    def look(statistics: Sequence[Statistic]) -> list[Any]:
+        nonlocal count
+        count += any(statistic.starts is None for statistic in statistics)
+        return [answer(statistic, tile) for statistic in statistics]
+
+    side = 1 << BLOCK.bit_length() // 2
+    measured(plans[0].method, [replace(task, shape=(BLOCK // side, side)) for task in tasks], look)
+    return count
 
 
 def _rate(bytes_: float) -> str:

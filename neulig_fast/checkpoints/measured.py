@@ -15,19 +15,32 @@ from typing import Any
 from torch import Tensor
 
 from ..methods import Apply, Method, Statistic, Task, Tile
+from .planned import Known, Planned
 
 
 def applied(
-    method: Method, tasks: Sequence[Task | None], measure: Callable[[Statistic], Any]
+    method: Method, job: Sequence[Planned], measure: Callable[[Statistic], Any]
 ) -> list[Apply]:
-    """How tiles of each task are merged, once all is measured that the method wants to know.
+    """How tiles of a tensor are merged for each result, once all is measured that the method wants
+    to know.
 
     Args:
-        tasks: of one tensor, with other settings each; None where it is taken as it is.
+        job: the tensor, with other settings each.
         measure: looks at the tensor.
     """
     known: list[tuple[Mapping[str, Any], Any]] = []
-    return [_applied(method, task, measure, known) for task in tasks]
+    return [
+        _in_model(method, planned.task, planned.known)
+        if planned.task is not None and planned.known is not None
+        else _applied(method, planned.task, measure, known)
+        for planned in job
+    ]
+
+
+def _in_model(method: Method, task: Task, known: Known) -> Apply:
+    """Of a tensor whose elements' places are those in the whole model."""
+    apply = method.apply(task, known.found)
+    return lambda tile, out: apply(tile._replace(start=tile.start + known.place), out)
 
 
 def _applied(

@@ -10,15 +10,17 @@ from typing import Any
 
 from .companions import companions
 from .folders import Folders, State, check_space
-from .forecast import Forecast, forecast
+from .forecast import Forecast, forecast, passes
 from .headers import INDEX
 from .manifest import Manifest, checksum
-from .pipeline import Pipeline
+from .pipeline import Job, Pipeline
 from .prepared import Prepared, prepare
 from .ranks import Ranks, torchrun
 from .read import Reader
 from .report import MergeReport, OutputReport
 from .resources import Resources, Size, asked_for, check_memory
+from .survey import Survey
+from .whole import known
 from .write import Staging
 
 _LONG = 1 << 30  # bytes; less is merged about as soon as rates are measured
@@ -185,14 +187,15 @@ def _run(
     stagings = [folders.stagings[one.name] for one in todo]
     with Reader() as reader:
         pipeline = Pipeline(todo[0].plan.method, reader, stagings, resources)
-        jobs = [
-            job
-            for job in zip(*(one.plan.tensors for one in todo), strict=True)
-            if pipeline.missing(job)
-        ]
+        every: Sequence[Job] = list(zip(*(one.plan.tensors for one in todo), strict=True))
+        jobs = [job for job in every if pipeline.missing(job)]
         bytes_in = sum(job[0].bytes for job in jobs)
         bytes_out = sum(p.output.bytes for job in jobs for _, p in pipeline.missing(job))
-        pipeline.advance = _counter((bytes_in + bytes_out) // ranks.count, progress)
+        ahead = _ahead(todo) if jobs else 0
+        pipeline.advance = _counter((ahead + bytes_in + bytes_out) // ranks.count, progress)
+        if jobs:
+            every, read = _surveyed(todo, pipeline, every, ranks)
+            jobs, bytes_in = [job for job in every if pipeline.missing(job)], bytes_in + read
 
         def work() -> list[dict[str, str]]:
             pipeline.run(ranks.part(jobs))
@@ -205,6 +208,23 @@ def _run(
             for staging, sums in zip(stagings, found, strict=True):
                 staging.sums.update(sums)
     return bytes_in, bytes_out
+
+
+def _ahead(todo: Sequence[Prepared]) -> int:
+    """Bytes that are read before anything is merged."""
+    plans = [one.plan for one in todo]
+    return 0 if plans[0].whole is None else passes(plans) * plans[0].whole.bytes
+
+
+def _surveyed(
+    todo: Sequence[Prepared], pipeline: Pipeline, jobs: Sequence[Job], ranks: Ranks
+) -> tuple[Sequence[Job], int]:
+    """Jobs that know what their method wants to know of the whole model, and bytes read for it."""
+    wholes = [one.plan.whole for one in todo if one.plan.whole is not None]
+    if not wholes:
+        return jobs, 0
+    survey = Survey(pipeline, jobs, wholes[0].places, ranks)
+    return known(pipeline.method, wholes, jobs, survey.look), survey.bytes
 
 
 def _finish(todo: Sequence[Prepared], folders: Folders) -> None:

@@ -60,7 +60,7 @@ def pieces_of(recipe: Recipe, method: Method) -> list[Piece]:
         base = None if method.base == "one more" else base
         pieces.append(Piece(experts, base, scopes, beside, piece.sources))
     faults = [fault for piece in pieces for fault in _model_faults(piece, method)]
-    raise_all("merge", dict.fromkeys([*faults, *_parity_faults(recipe, method)]))
+    raise_all("merge", dict.fromkeys([*faults, *_word_faults(recipe, method)]))
     return pieces
 
 
@@ -88,6 +88,12 @@ def parity_of(recipe: Recipe, method: Method) -> str:
     return str(recipe.ours.get("parity", method.parities[0]))
 
 
+def scope_of(recipe: Recipe, method: Method) -> str:
+    """``model`` where the method sees the whole model as one tensor, else ``tensor``."""
+    default = method.scopes.get(parity_of(recipe, method), "tensor")
+    return str(recipe.ours.get("scope", default))
+
+
 def _model_faults(piece: Piece, method: Method) -> Iterator[str]:
     if method.base == "needed" and piece.base is None:
         yield f"{method.name} needs a base_model: it merges differences to it"
@@ -103,8 +109,11 @@ def _model_faults(piece: Piece, method: Method) -> Iterator[str]:
     yield f"{method.name} merges {wanted} models{besides}, got {count}"
 
 
-def _parity_faults(recipe: Recipe, method: Method) -> Iterator[str]:
-    known, asked = method.parities, parity_of(recipe, method)
-    if asked not in known:
-        hint = did_you_mean(asked, known)
-        yield f"neulig_fast.parity: {method.name} has {', '.join(known)}, got {asked!r}{hint}"
+def _word_faults(recipe: Recipe, method: Method) -> Iterator[str]:
+    scopes = ("tensor",) if method.of_model is None else ("tensor", "model")
+    words = {"parity": (method.parities, parity_of(recipe, method))}
+    words |= {"scope": (scopes, scope_of(recipe, method))}
+    for key, (known, asked) in words.items():
+        if asked not in known:
+            hint = did_you_mean(asked, known)
+            yield f"neulig_fast.{key}: {method.name} has {', '.join(known)}, got {asked!r}{hint}"

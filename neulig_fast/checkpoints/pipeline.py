@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..methods import Method, Statistic, Tile
 from .measured import applied
-from .plan import Planned
+from .planned import Planned
 from .read import Reader
 from .resources import Resources
 from .workspace import Workspace, tile_elements
@@ -66,11 +66,22 @@ class Pipeline:
         Raises:
             Whatever a thread meets first; the others end after their tile.
         """
+
+        def merge(worker: Worker, job: Job) -> None:
+            missing = self.missing(job)
+            if missing:
+                worker.merge(missing)
+
+        self.each(jobs, merge)
+
+    def each(self, jobs: Iterable[Job], act: Callable[[Worker, Job], None]) -> None:
+        """Have a worker act on every job, all threads at once; raises as :meth:`run`."""
         todo = deque(jobs)
         count = self.resources.threads
         before = torch.get_num_threads()
+        self._stopped.clear()
         with ThreadPoolExecutor(count, thread_name_prefix="merge") as pool:
-            working = [pool.submit(self._work, todo) for _ in range(count)]
+            working = [pool.submit(self._work, todo, act) for _ in range(count)]
             try:
                 wait(working, return_when=FIRST_EXCEPTION)
             finally:
@@ -90,7 +101,7 @@ class Pipeline:
         if self._stopped.is_set():
             raise Stopped
 
-    def _work(self, todo: deque[Job]) -> None:
+    def _work(self, todo: deque[Job], act: Callable[[Worker, Job], None]) -> None:
         torch.set_num_threads(1)  # products of matrices may have other bits with more
         worker = Worker(self)
         while True:
@@ -101,9 +112,7 @@ class Pipeline:
             with contextlib.suppress(IndexError):
                 for source in todo[0][0].sources:
                     self.reader.expect(source)
-            missing = self.missing(job)
-            if missing:
-                worker.merge(missing)
+            act(worker, job)
 
 
 class Worker:
@@ -125,8 +134,8 @@ class Worker:
         job = [planned for _, planned in missing]
         writers = [staging.tensor(planned.output.name) for staging, planned in missing]
         tiles = _Tiles(job[0], self._workspace, self._pipeline, self._device)
-        merges = applied(self._method, [planned.task for planned in job], tiles.measure)
-        for tile in tiles.read(streamed=self._method.passes == 0):
+        merges = applied(self._method, job, tiles.measure)
+        for tile in tiles.merged():
             for apply, writer in zip(merges, writers, strict=True):
                 out = tiles.out(tile)
                 apply(tile, out)
@@ -135,23 +144,36 @@ class Worker:
             writer.finish()
         self._pipeline.advance(job[0].bytes + sum(planned.output.bytes for planned in job))
 
+    def measure(
+        self, planned: Planned, place: int, statistics: Sequence[Statistic]
+    ) -> list[list[Any]]:
+        """For every statistic its values of the tensor's tiles.
+
+        Args:
+            place: of the tensor's first element in what is measured.
+        """
+        with torch.cuda.stream(self._stream):
+            tiles = _Tiles(planned, self._workspace, self._pipeline, self._device, place)
+            return tiles.values(statistics)
+
 
 def merged_alone(method: Method, job: Job, rows: Tensor, out: Tensor) -> None:
     """Merge a tensor whose elements are at hand, ``rows`` (N, P), into ``out`` (P,), again and
     again for all outputs."""
     tile = Tile(rows, 0)
-
-    def measure(statistic: Statistic) -> Any:
-        value = statistic.of(tile)
-        if statistic.over == "blocks":
-            return _sum([value])
-        return [value] if statistic.over == "tiles" else value
-
-    for apply in applied(method, [planned.task for planned in job], measure):
+    for apply in applied(method, job, lambda statistic: answer(statistic, tile)):
         apply(tile, out)
 
 
-def _sum(tiles: Iterable[Iterable[Tensor]]) -> Tensor | None:
+def answer(statistic: Statistic, tile: Tile) -> Any:
+    """A statistic of a tile that is all there is."""
+    value = statistic.of(tile)
+    if statistic.over == "blocks":
+        return added([value])
+    return [value] if statistic.over == "tiles" else value
+
+
+def added(tiles: Iterable[Iterable[Tensor]]) -> Tensor | None:
     """Over all blocks, in order: no other order has the same bits."""
     total = None
     for blocks in tiles:
@@ -164,25 +186,34 @@ class _Tiles:
     """A tensor's tiles, read into a workspace and moved to the device."""
 
     def __init__(
-        self, planned: Planned, workspace: Workspace, pipeline: Pipeline, device: torch.device
+        self,
+        planned: Planned,
+        workspace: Workspace,
+        pipeline: Pipeline,
+        device: torch.device,
+        place: int = 0,
     ) -> None:
         self._planned, self._pipeline, self._device = planned, pipeline, device
+        self._place = place
         self._fits = tile_elements(planned, workspace.bytes)
         self._views = workspace.views(planned, self._fits)
         self._whole: Tile | None = None  # what was read, if it is all
+        self._measured = False
 
-    def read(self, streamed: bool = False) -> Iterator[Tile]:
-        """All tiles in order; a tensor that fits as a whole is read once.
+    def merged(self) -> Iterator[Tile]:
+        """All tiles in order, to be merged: the same that were measured, but small ones, for the
+        caches, if none was."""
+        return self._read(self._fits if self._measured else min(self._fits, _STREAMED))
 
-        Args:
-            streamed: nothing else reads it: small tiles, for the caches.
-        """
+    def _read(self, step: int, starts: frozenset[int] | None = None) -> Iterator[Tile]:
+        """All tiles, or those with some starts; a tensor that fits as a whole is read once."""
         elements = self._planned.output.elements
         if self._whole is not None:
             yield self._whole
             return
-        step = min(self._fits, _STREAMED) if streamed else self._fits
         for start in range(0, elements, step):
+            if starts is not None and self._place + start not in starts:
+                continue
             self._pipeline.check()
             tile = self._tile(start, min(step, elements - start))
             if step >= elements:
@@ -193,7 +224,7 @@ class _Tiles:
         rows = self._views.rows[:, :length]
         for source, row in zip(self._planned.sources, rows, strict=True):
             self._pipeline.reader.read(source, start, row, self._views.scratch)
-        return Tile(rows.to(self._device, non_blocking=True), start)
+        return Tile(rows.to(self._device, non_blocking=True), self._place + start)
 
     def out(self, tile: Tile) -> Tensor:
         """Where the result of a tile goes, on the device."""
@@ -212,6 +243,19 @@ class _Tiles:
         if statistic.over == "whole":
             if self._fits < self._planned.output.elements:
                 return None
-            return statistic.of(next(self.read()))
-        values = (statistic.of(tile) for tile in self.read())
-        return list(values) if statistic.over == "tiles" else _sum(values)
+            return self.values([statistic])[0][0]
+        (values,) = self.values([statistic])
+        return values if statistic.over == "tiles" else added(values)
+
+    def values(self, statistics: Sequence[Statistic]) -> list[list[Any]]:
+        """Of every statistic those of all tiles, or of the tiles that it is of."""
+        self._measured = True
+        found: list[list[Any]] = [[] for _ in statistics]
+        asked = [statistic.starts for statistic in statistics]
+        every = None if None in asked else frozenset().union(*(s for s in asked if s is not None))
+        for tile in self._read(self._fits, every):
+            for statistic, values in zip(statistics, found, strict=True):
+                if statistic.starts is None or tile.start in statistic.starts:
+                    value = statistic.of(tile)  # blocks' while the tile is there
+                    values.append(list(value) if statistic.over == "blocks" else value)
+        return found

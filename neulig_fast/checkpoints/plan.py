@@ -15,31 +15,12 @@ from . import dtypes, names, parameters
 from .checkpoint import Checkpoint
 from .headers import Entry
 from .layout import Layout, Output, lay_out
-from .pieces import Piece, parity_of, pieces_of
+from .pieces import Piece, parity_of, pieces_of, scope_of
+from .planned import Planned
 from .recipe import ModelRef, Recipe
+from .whole import Whole, as_one
 
 _SHOWN = 20  # faults of a kind; a wrong model would have thousands
-
-
-class Planned(NamedTuple):
-    """One tensor of the result.
-
-    Attributes:
-        task: what the method does; None where the first source is taken as it is.
-        sources: where it is read from: the experts', then the base's, then what is beside them.
-        dtype: in memory, such that no input is rounded.
-        output: its name, dtype and shape in the result.
-    """
-
-    task: Task | None
-    sources: tuple[Entry, ...]
-    dtype: str
-    output: Output
-
-    @property
-    def bytes(self) -> int:
-        """To be read, once."""
-        return sum(source.bytes for source in self.sources)
 
 
 class Plan(NamedTuple):
@@ -48,6 +29,7 @@ class Plan(NamedTuple):
     Attributes:
         donor: the model whose names, configuration and tokenizer the result has.
         warnings: what is worth knowing, in words.
+        whole: all tensors as one, where the method's scope is the model.
     """
 
     method: Method
@@ -56,6 +38,7 @@ class Plan(NamedTuple):
     donor: ModelRef
     layers: Mapping[str, int]
     warnings: tuple[str, ...]
+    whole: Whole | None = None
 
     @property
     def bytes_in(self) -> int:
@@ -80,12 +63,14 @@ def make_plan(
         ValueError: everything that is wrong.
     """
     planner = _Planner(recipe, method, models, seed)
-    tensors = planner.tensors()
+    tensors, whole = planner.tensors(), None
     raise_all("merge", planner.faults)
+    if scope_of(recipe, method) == "model":
+        tensors, whole = as_one(method, tensors)
     layout = lay_out([tensor.output for tensor in tensors], shard_bytes)
     counts = names.layer_counts(tensor.output.name for tensor in tensors)
     warned = tuple(dict.fromkeys(planner.warnings))
-    return Plan(method, tuple(tensors), layout, planner.donor, counts, warned)
+    return Plan(method, tuple(tensors), layout, planner.donor, counts, warned, whole)
 
 
 class _Planner:

@@ -17,6 +17,7 @@ from .hub import open_models
 from .manifest import checksum
 from .pieces import models_beside
 from .plan import Plan, make_plan
+from .portland import with_coefficients
 from .recipe import ModelRef, Recipe
 from .vocabularies import Vocabulary, unified
 
@@ -44,7 +45,8 @@ class Prepared(NamedTuple):
             for model, checkpoint in self.models.items()
         }
         xxh3, method = checksum(self.source), self.recipe.method
-        return {"method": method, "models": models, "seed": self.seed, "xxh3": xxh3}
+        made = {"method": method, "models": models, "seed": self.seed, "xxh3": xxh3}
+        return {**made, **self.recipe.beside}
 
     def layout(self) -> str:
         """A checksum of names, types, shapes and places of the result's tensors."""
@@ -66,7 +68,7 @@ def prepare(
         OSError: no such recipe.
     """
     content, source, base = _read(config)
-    recipe = recipe_file.parse(content, METHODS)
+    recipe = with_coefficients(recipe_file.parse(content, METHODS), base)
     method = METHODS[recipe.method]
     opened = open_models([*recipe.models(), *models_beside(recipe, method)], base)
     merged, vocabulary = unified(recipe, {model: opened[model] for model in recipe.models()})
@@ -79,7 +81,8 @@ def prepare(
     recipes, sources = {"": recipe}, {"": source}
     if recipe.variants:
         own = {n: variants.resolved(content, v, method) for n, v in recipe.variants.items()}
-        recipes = {name: recipe_file.parse(each, METHODS) for name, each in own.items()}
+        parsed = {name: recipe_file.parse(each, METHODS) for name, each in own.items()}
+        recipes = {name: with_coefficients(each, base) for name, each in parsed.items()}
         sources = {name: variants.text(each) for name, each in own.items()}
     shard_bytes = sizes.parse("shard_size", shard_size)
     plans = _plans(recipes, lambda each: make_plan(each, method, models, shard_bytes, seed))

@@ -87,6 +87,7 @@ class Recipe:
         tokenizer: ``union``, ``base`` or a model; or mergekit's mapping.
         ours: the section ``neulig_fast``.
         variants: by the name of its folder each of several results that are asked for.
+        beside: what the result is made from besides models and this file.
         warnings: what was read over, in words.
     """
 
@@ -99,6 +100,7 @@ class Recipe:
     tokenizer: str | Mapping[str, Any] | None = None
     ours: Mapping[str, Any] = field(default_factory=dict)
     variants: Mapping[str, Variant] = field(default_factory=dict)
+    beside: Mapping[str, Any] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
 
     def models(self) -> list[ModelRef]:

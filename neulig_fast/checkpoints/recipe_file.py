@@ -13,7 +13,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from .._checks import did_you_mean, raise_all
-from . import parameters, variants
+from . import parameters, portland, variants
+from .pieces import parity_of
 from .recipe import ModelRef, Parameters, Part, Recipe, Slice, Source
 
 if TYPE_CHECKING:
@@ -30,13 +31,13 @@ _MODEL = ("model", "parameters")
 _SOURCE = ("model", "layer_range", "parameters")
 _TOKENIZER = ("source", "tokens", "pad_to_multiple_of")
 # Our own section: what mergekit's files cannot say.
-_OURS = ("parity", *variants.KEYS)
+_OURS = ("parity", "scope", *portland.KEYS, *variants.KEYS)
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 PARAMETERS = (
     *("weight", "density", "gamma", "epsilon", "lambda", "normalize", "rescale", "int8_mask", "t"),
     *("scale", "select_topk", "filter_wise", "nuslerp_flatten", "nuslerp_row_wise", "alpha", "r"),
     *("normalize_weights", "eps", "max_iter", "tol", "decay", "schedule", "tall_mask_lambda", "k"),
-    *("fisher", "floor", "majority_sign_method"),
+    *("fisher", "floor", "majority_sign_method", "merge_func"),
 )
 _MODELS = ("fisher",)  # parameters that name a model
 
@@ -83,7 +84,8 @@ def _unread(recipe: Recipe, method: Method) -> Iterator[str]:
     pieces = [piece for part in recipe.parts.values() for piece in part.slices]
     scopes = [recipe.parameters, *(part.parameters for part in recipe.parts.values())]
     own = [source.parameters for piece in pieces for source in piece.sources]
-    for scope in (*scopes, *(piece.parameters for piece in pieces), *own):
+    scopes = [*scopes, *(piece.parameters for piece in pieces)]
+    for scope in (*scopes, *own):
         for name in scope:
             if name not in method.parameters and name in PARAMETERS and name != "int8_mask":
                 yield f"parameters.{name}: {method.name} has no such parameter, it is not read"
@@ -93,6 +95,10 @@ def _unread(recipe: Recipe, method: Method) -> Iterator[str]:
                 f"parameters.{name}: is of the merge, not of a model: what models say of it is "
                 "not read"
             )
+    parity = parity_of(recipe, method)
+    for name, readers in method.only.items():
+        if parity not in readers and any(name in scope for scope in scopes):
+            yield f"parameters.{name}: not read with parity {parity}"
 
 
 class _Reader:

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..methods import BLOCK
 from . import dtypes
 from .headers import ITEM_BYTES
-from .plan import Planned
+from .planned import Planned
 
 _ALIGNMENT = 128  # bytes, of each row, as in the arena
 

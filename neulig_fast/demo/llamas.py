@@ -89,6 +89,17 @@ def mergekit_family(root: Path) -> dict[str, dict[str, Tensor]]:
     return family(root, 3, torch.float32)
 
 
+def fusionbench_family(root: Path) -> dict[str, dict[str, Tensor]]:
+    """The models that tests/data/fusionbench has FusionBench's merges of. Values are multiples of
+    1/4: many task vectors' elements are equal, or cancel each other."""
+    sizes = {"layers": 1, "width": 8, "words": 20}
+    found = {}
+    for i, name in enumerate(("base", "m0", "m1", "m2")):
+        state = {n: (t * 4).round() / 4 for n, t in tensors(i, **sizes).items()}
+        found[name] = write(root / name, state, torch.float32)
+    return found
+
+
 def load(folder: Path) -> dict[str, Tensor]:
     """All tensors of a merged folder, by the safetensors library."""
     found: dict[str, Tensor] = {}

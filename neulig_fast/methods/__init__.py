@@ -1,6 +1,7 @@
 """Merge methods: one file for a family, one table of them all."""
 
 from . import (
+    balance,
     della,
     fisher,
     fusion,
@@ -14,7 +15,7 @@ from . import (
 from ._method import BLOCK, Apply, Measure, Method, Parameter, Statistic, Task, Tile
 
 _FAMILIES = (
-    *(linear, trajectory, fisher, task_vectors, della, sharing),
+    *(linear, trajectory, fisher, task_vectors, della, sharing, balance),
     *(spherical, selective, fusion),
 )
 METHODS = {method.name: method for family in _FAMILIES for method in family.METHODS}

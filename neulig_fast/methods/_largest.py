@@ -1,10 +1,10 @@
-"""Thresholds of the largest of some numbers, whether they fit into memory as a whole or not."""
+"""The largest magnitudes of a tensor, or of a model, as methods want to know them."""
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, TypeAlias
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 from ._method import BLOCK, Measure, Statistic, Task, Tile
 from ._selection import TiledSelect
@@ -16,86 +16,191 @@ if TYPE_CHECKING:
 # subtracted from each. What is computed for the purpose comes in small pieces, since it takes
 # memory beside the tile.
 Numbers: TypeAlias = "Callable[[Tile], Iterable[tuple[Tensor, Tensor | None]]]"
+Number = TypeVar("Number", int, float)
+
+
+def task_vectors(tile: Tile) -> Iterable[tuple[Tensor, Tensor | None]]:
+    """Those of a tile's experts."""
+    return [(tile.rows[:-1], tile.rows[-1])]
 
 
 def largest(task: Task, counts: Sequence[int]) -> Measure:
-    """(thresholds, cuts), a list each: what magnitude_select says of a tensor's task vectors."""
-    found = yield Statistic(lambda tile: _select(tile, counts), over="whole")
+    """(thresholds, cuts), a list each: what magnitude_select says of a tensor's task vectors. Where
+    all elements that equal a threshold are wanted, a cut may be any place after them."""
+    (found,) = yield from several(task, [counts])
+    return found
+
+
+def several(task: Task, counts: Sequence[Sequence[int]]) -> Measure:
+    """:func:`largest` for several lists of counts, in the same passes."""
+    wanted = tuple(map(tuple, counts))
+    found = yield Statistic(_Selected(wanted), over="whole")
     if found is None:
-        found = yield from largest_of(task, counts, lambda tile: [(tile.rows[:-1], tile.rows[-1])])
+        found = yield from _in_tiles(task, wanted, task_vectors)
     return found
 
 
 def largest_of(task: Task, counts: Sequence[int], of: Numbers) -> Measure:
-    """The same of numbers that are in no memory: digit by digit, and then the cuts, in the tiles
-    that have the last ties."""
-    search = yield from _searched(task, counts, of)
-    numbers = itertools.count()
-    found = yield Statistic(lambda tile: _cuts(tile, of, next(numbers), search), over="tiles")
-    return search.thresholds(), [max(cuts) for cuts in zip(*found, strict=True)]
+    """:func:`largest` of numbers that are in no memory: digit by digit, and then the cuts, in the
+    tiles that have the last ties."""
+    (found,) = yield from _in_tiles(task, (tuple(counts),), of)
+    return found
 
 
-def thresholds_of(task: Task, counts: Sequence[int], of: Numbers) -> Measure:
-    """The thresholds alone."""
-    search = yield from _searched(task, counts, of)
-    return search.thresholds()
+@dataclass(frozen=True)
+class _Selected:
+    """Of a tile that is the whole tensor: thresholds and cuts for every list of counts."""
+
+    counts: tuple[tuple[int, ...], ...]
+
+    def __call__(self, tile: Tile) -> list[tuple[list[float], list[int]]]:
+        import torch
+
+        from ..ops import magnitude_select
+
+        rows, base = tile.rows[:-1], tile.rows[-1]
+        found = (
+            magnitude_select(rows, torch.tensor(each, device=rows.device), base)
+            for each in self.counts
+        )
+        return [(thresholds.tolist(), cuts.tolist()) for thresholds, cuts in found]
 
 
-def _select(tile: Tile, counts: Sequence[int]) -> tuple[list[float], list[int]]:
-    import torch
-
-    from ..ops import magnitude_select
-
-    wanted = torch.tensor(list(counts), device=tile.rows.device)
-    thresholds, cuts = magnitude_select(tile.rows[:-1], wanted, tile.rows[-1])
-    return thresholds.tolist(), cuts.tolist()
+def _in_tiles(task: Task, counts: tuple[tuple[int, ...], ...], of: Numbers) -> Measure:
+    search, placed = yield from _searched(task, counts, of)
+    cuts = yield from _cuts(task, search, placed, len(counts), of)
+    parts = (_split(values, len(counts)) for values in (search.thresholds(), cuts))
+    return list(zip(*parts, strict=True))
 
 
-def _searched(task: Task, counts: Sequence[int], of: Numbers) -> Measure:
-    search = TiledSelect(counts, bits=64 if task.dtype == "F64" else 32)
+def magnitudes_of_rank(task: Task, ranks: Sequence[Sequence[int]], of: Numbers) -> Measure:
+    """Of the numbers of each row that are not NaN the magnitudes with these ranks, 1 the largest;
+    one beyond the last is the smallest. A list for every list of ranks."""
+    search, _ = yield from _searched(task, tuple(map(tuple, ranks)), of)
+    found = search.thresholds()
+    if any(value < 0 for value in found):
+        least = yield Statistic(_Least(of), over="tiles")
+        smallest = [min(values) for values in zip(*least, strict=True)]
+        found = [v if v >= 0 else smallest[i % len(smallest)] for i, v in enumerate(found)]
+    return _split(found, len(ranks))
+
+
+def _searched(task: Task, counts: tuple[tuple[int, ...], ...], of: Numbers) -> Measure:
+    """Digit by digit: the search, and of every tile its start and the counts of the last digit."""
+    search = TiledSelect(sum(counts, ()), bits=64 if task.dtype == "F64" else 32)
+    placed: list[tuple[int, Tensor]] = []
     while not search.done:
-        search.advance((yield Statistic(_histogram(search, of), over="tiles")))
-    return search
+        count = _Histogram(of, search.digit, _split(search.prefixes, len(counts)))
+        if search.last:
+            placed = yield Statistic(_Placed(count), over="tiles")
+            first, *others = (found for _, found in placed)
+            search.advance(sum(others, first).tolist())
+        else:
+            search.advance((yield Statistic(count)).tolist())
+    return search, placed
 
 
-def _histogram(search: TiledSelect, of: Numbers) -> Callable[[Tile], list[list[int]]]:
-    prefixes, digit = list(search.prefixes), search.digit
+def _split(values: Sequence[Number], parts: int) -> tuple[tuple[Number, ...], ...]:
+    length = len(values) // parts
+    return tuple(tuple(values[k * length : (k + 1) * length]) for k in range(parts))
 
-    def counted(tile: Tile) -> list[list[int]]:
+
+@dataclass(frozen=True)
+class _Histogram:
+    """(1, lists * N, 2048): how often every value of a digit occurs in a tile."""
+
+    of: Numbers
+    digit: int
+    prefixes: tuple[tuple[int, ...], ...]
+
+    def __call__(self, tile: Tile) -> Tensor:
         import torch
 
         from ..ops import magnitude_histogram
 
-        wanted = torch.tensor(prefixes, device=tile.rows.device)
-        total = torch.zeros(1, dtype=torch.int64, device=tile.rows.device)
-        for rows, base in of(tile):
-            total = total + magnitude_histogram(rows, wanted, digit, base)
-        return total.tolist()
-
-    return counted
-
-
-def _cuts(tile: Tile, of: Numbers, number: int, search: TiledSelect) -> list[int]:
-    """For every row whose last tie is in this tile its cut, else 0."""
-    ends = zip(search.last_tiles(), search.thresholds(), strict=True)
-    return [
-        _cut(tile, of, i, threshold, end.tie) if end is not None and end.tile == number else 0
-        for i, (end, threshold) in enumerate(ends)
-    ]
+        known: dict[tuple[int, ...], Tensor] = {}
+        for rows, base in self.of(tile):
+            for each in dict.fromkeys(self.prefixes):
+                wanted = torch.tensor(each, device=rows.device)
+                counts = magnitude_histogram(rows, wanted, self.digit, base)
+                known[each] = known[each] + counts if each in known else counts
+        return torch.cat([known[each] for each in self.prefixes])[None].cpu()
 
 
-def _cut(tile: Tile, of: Numbers, i: int, threshold: float, tie: int) -> int:
-    """One past the ``tie``-th number of row i, from 1, whose magnitude is the threshold."""
-    from .._checks import accumulation_dtype
+@dataclass(frozen=True)
+class _Least:
+    """The smallest magnitude of every row that is not NaN; infinity where all are."""
 
-    place, found = tile.start, 0
-    for rows, base in of(tile):
-        for at in range(0, rows.shape[1], BLOCK):
-            row = rows[i, at : at + BLOCK].to(accumulation_dtype(rows.dtype))
-            d = row if base is None else row - base[at : at + BLOCK].to(row.dtype)
-            ties = (d.abs() == threshold).nonzero()
-            if 0 < tie <= len(ties):
-                found = place + int(ties[tie - 1]) + 1
-            tie -= len(ties)
-            place += len(row)
-    return found
+    of: Numbers
+
+    def __call__(self, tile: Tile) -> list[float]:
+        import torch
+
+        from ..ops._magnitudes import magnitudes
+
+        found = [
+            torch.stack([magnitudes(row, base).nan_to_num(nan=torch.inf).min() for row in rows])
+            for rows, base in self.of(tile)
+        ]
+        return torch.stack(found).amin(0).tolist()
+
+
+@dataclass(frozen=True)
+class _Placed:
+    """A tile's start, and its histogram of the lowest digit without the half that is zero."""
+
+    histogram: _Histogram
+
+    def __call__(self, tile: Tile) -> tuple[int, Tensor]:
+        from ..ops._digits import DIGITS
+
+        return tile.start, self.histogram(tile)[0, :, : 1 << DIGITS[32][-1].width].clone()
+
+
+def _cuts(
+    task: Task, search: TiledSelect, placed: Sequence[tuple[int, Tensor]], lists: int, of: Numbers
+) -> Measure:
+    """For each expert, for each list: one past the last tie."""
+    cuts = [task.elements if every else 0 for every in search.all_ties()]
+    starts, ends = [start for start, _ in placed], search.last_ties([found for _, found in placed])
+    sought = {i: end for i, end in enumerate(ends) if end is not None and not cuts[i]}
+    if sought:
+        experts, thresholds = len(cuts) // lists, search.thresholds()
+        ties = tuple(
+            (starts[end.tile], i % experts, thresholds[i], end.rank) for i, end in sought.items()
+        )
+        among = frozenset(start for start, *_ in ties)
+        found = yield Statistic(_Place(of, ties), over="tiles", starts=among)
+        for places in found:
+            for i, place in zip(sought, places, strict=True):
+                cuts[i] += place
+    return cuts
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Of ties (start of a tile, row, threshold, rank): one past each in a tile, else 0."""
+
+    of: Numbers
+    ties: tuple[tuple[int, int, float, int], ...]
+
+    def __call__(self, tile: Tile) -> list[int]:
+        return [
+            self._after(tile, row, threshold, rank) if start == tile.start else 0
+            for start, row, threshold, rank in self.ties
+        ]
+
+    def _after(self, tile: Tile, i: int, threshold: float, rank: int) -> int:
+        """One past the rank-th element of row i whose magnitude is the threshold."""
+        from ..ops._magnitudes import magnitudes
+
+        place = tile.start
+        for rows, base in self.of(tile):
+            for at in range(0, rows.shape[1], BLOCK):
+                part = slice(at, at + BLOCK)
+                row = magnitudes(rows[i, part], None if base is None else base[part])
+                found = (row == threshold).nonzero()
+                if rank <= len(found):
+                    return place + int(found[rank - 1]) + 1
+                rank, place = rank - len(found), place + len(row)
+        raise RuntimeError("elements that were counted are not there: a model changed meanwhile")

@@ -14,6 +14,9 @@ whole model (a threshold, a norm), is a generator of the statistics it needs:
 
 Statistics of tiles are added up in the order of elements, in pieces of ``BLOCK`` elements whatever
 the size of a tile: results depend on neither tiles, threads, ranks nor a restart.
+
+To a method of the scope ``model`` all tensors are one, in the order of the plan: ``measure`` is
+asked once, its tiles are those of all tensors, and an element's place is that in the whole.
 """
 
 from __future__ import annotations
@@ -138,10 +141,14 @@ class Statistic(NamedTuple):
         over: ``blocks``: the answer is the sum over all blocks, in order. ``whole``: of a tile that
             is the whole tensor; None is the answer where the tensor does not fit into memory.
             ``tiles``: a list of all tiles' values, the same tiles every time.
+        starts: of tiles, where the first of their elements are: only these are looked at.
+
+    Statistics that are equal are measured once where they are measured together.
     """
 
     of: Callable[[Tile], Any]
     over: str = "blocks"
+    starts: frozenset[int] | None = None
 
 
 # Merges a tile into its second argument, (P,) in the type of the result.
@@ -159,13 +166,16 @@ class Method:
         apply: how to merge tiles of a task, given what ``measure`` returned (None without).
         measure: what must be known of a task first; tasks that agree in the settings that it reads
             may share what it returns.
-        passes: how often ``measure`` looks at a tensor.
+        of_model: parameters that ``measure`` reads where the method sees the model as one tensor:
+            they are the same for all tensors then. None where it can only look at tensors.
+        scopes: by parity, the scope where a recipe names none; ``tensor`` where this says nothing.
         base: ``needed`` for methods of task vectors; ``subtracted`` where there is one; or it is
             ``one more`` model.
         beside: a parameter that names a model for each expert: its tensors of the same names are
             further rows of tiles.
         fewest, most: numbers of experts, without the base.
         parities: frameworks whose meaning of it there is; the first is the default.
+        only: of parameters that not all parities read, those that do.
         faults: what is wrong with a task beyond its parameters' bounds.
     """
 
@@ -175,12 +185,14 @@ class Method:
     apply: Callable[[Task, Any], Apply]
     parameters: Mapping[str, Parameter] = field(default_factory=dict)
     measure: Callable[[Task], Measure] | None = None
-    passes: int = 0
+    of_model: tuple[str, ...] | None = None
+    scopes: Mapping[str, str] = field(default_factory=dict)
     base: str = "one more"
     beside: str | None = None
     fewest: int = 1
     most: int | None = None
     parities: tuple[str, ...] = ("mergekit",)
+    only: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     faults: Callable[[Task], Iterable[str]] = lambda task: ()
 
 

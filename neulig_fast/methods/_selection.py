@@ -1,8 +1,8 @@
 """magnitude_select of task vectors that are seen tile by tile: the arithmetic between the passes.
 
-For every digit, magnitude_histogram of every tile, then :meth:`TiledSelect.advance`. Two or more
-machines do the same with the counts of all tiles. Thresholds follow from the last digit, and cuts
-from a look for the last tie in the one tile that has it.
+For every digit, the sum of magnitude_histogram over all tiles, then :meth:`TiledSelect.advance`.
+Two or more machines do the same with the counts of all tiles. Thresholds follow from the last
+digit, and so do the tiles in which the last ties lie that count.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from typing import NamedTuple
 from ..ops._digits import DIGITS
 
 
-class LastTile(NamedTuple):
-    """The cut is one past the ``tie``-th element, from 1, of this tile whose magnitude is the
-    threshold."""
+class LastTie(NamedTuple):
+    """Of the elements of a tile whose magnitude is the threshold, the ``rank``-th (from 1) is the
+    last that counts."""
 
     tile: int
-    tie: int
+    rank: int
 
 
 class TiledSelect:
@@ -40,29 +40,29 @@ class TiledSelect:
         self.prefixes = [0 if count > 0 else -1 for count in counts]
         self._all = [False] * len(counts)
         self._ranks = list(counts)  # among the magnitudes with the prefix
-        self._ties: list[list[int]] = []  # of every tile: magnitudes with the prefix
+        self._ties = [0] * len(counts)  # how many have it
 
     @property
     def done(self) -> bool:
-        """Whether all digits are known."""
-        return self.digit == len(DIGITS[self.bits])
+        """Whether nothing is left to count."""
+        return self.digit == len(DIGITS[self.bits]) or all(prefix < 0 for prefix in self.prefixes)
 
-    def advance(self, tiles: Sequence[Sequence[Sequence[int]]]) -> None:
-        """Hear the counts of this digit: those of every tile, of every expert, of every value."""
-        if self.digit == 0:
-            self._ties = [[0] * len(self._ranks) for _ in tiles]
+    @property
+    def last(self) -> bool:
+        """Whether the digit to count next is the lowest, which tells ties."""
+        return self.digit == len(DIGITS[self.bits]) - 1
+
+    def advance(self, counts: Sequence[Sequence[int]]) -> None:
+        """Hear the counts of this digit, those of every value for each expert."""
         width = DIGITS[self.bits][self.digit].width
         for i, prefix in enumerate(self.prefixes):
             if prefix < 0:
                 continue
-            sums = [sum(values) for values in zip(*(tile[i] for tile in tiles), strict=True)]
-            if self.digit == 0 and self._ranks[i] >= sum(sums):
+            if self.digit == 0 and self._ranks[i] >= sum(counts[i]):
                 self.prefixes[i], self._all[i] = -1, True
                 continue
-            value, self._ranks[i] = _find(sums, self._ranks[i])
-            self.prefixes[i] = prefix << width | value
-            for ties, tile in zip(self._ties, tiles, strict=True):
-                ties[i] = tile[i][value]
+            value, self._ranks[i] = _find(counts[i], self._ranks[i])
+            self.prefixes[i], self._ties[i] = prefix << width | value, counts[i][value]
         self.digit += 1
 
     def thresholds(self) -> list[float]:
@@ -75,16 +75,25 @@ class TiledSelect:
             for key, every in zip(self.prefixes, self._all, strict=True)
         ]
 
-    def last_tiles(self) -> list[LastTile | None]:
-        """For each expert the tile with the last tie that counts; None: its cut is 0."""
-        return [None if key < 0 else self._last_tile(i) for i, key in enumerate(self.prefixes)]
+    def all_ties(self) -> list[bool]:
+        """For each expert whether every element that equals its threshold is wanted."""
+        found = zip(self.prefixes, self._ranks, self._ties, strict=True)
+        return [key >= 0 and rank == ties for key, rank, ties in found]
 
-    def _last_tile(self, i: int) -> LastTile:
+    def last_ties(self, tiles: Sequence[Sequence[Sequence[int]]]) -> list[LastTie | None]:
+        """For each expert where its last tie is, from all tiles' counts of the lowest digit; None:
+        nothing was searched for."""
+        return [
+            None if key < 0 else self._last_tie(i, tiles) for i, key in enumerate(self.prefixes)
+        ]
+
+    def _last_tie(self, i: int, tiles: Sequence[Sequence[Sequence[int]]]) -> LastTie:
+        value = self.prefixes[i] % (1 << DIGITS[self.bits][-1].width)
         rank, tile = self._ranks[i], 0
-        while rank > self._ties[tile][i]:
-            rank -= self._ties[tile][i]
+        while rank > tiles[tile][i][value]:
+            rank -= int(tiles[tile][i][value])
             tile += 1
-        return LastTile(tile, rank)
+        return LastTie(tile, rank)
 
 
 def _find(counts: Sequence[int], rank: int) -> tuple[int, int]:

@@ -19,8 +19,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ._bands import Band, bands, cut_bands
+from ._kept import Kept, restoring
 from ._method import Apply, Measure, Method, Parameter, Statistic, Task, Tile, weights_tensor
-from .task_vectors import Kept, dropping, election, merged, restoring
+from .task_vectors import dropping, election, merged
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -146,7 +147,6 @@ METHODS = (
         source="Deep et al., arXiv 2406.11617",
         parameters=dropping(normalize=True, rescale=True, epsilon=_EPSILON),
         measure=_draw,
-        passes=2,
         apply=_della(elected=True),
         base="needed",
         parities=("mergekit", "paper"),
@@ -158,7 +158,6 @@ METHODS = (
         source="Deep et al., arXiv 2406.11617",
         parameters=dropping(normalize=False, rescale=True, epsilon=_EPSILON),
         measure=_draw,
-        passes=2,
         apply=_della(elected=False),
         base="needed",
         parities=("mergekit", "paper"),

@@ -12,13 +12,13 @@ Source: mergekit; Goddard et al., "Arcee's MergeKit", EMNLP 2024.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from math import floor, inf
 from typing import TYPE_CHECKING, NamedTuple
 
 from ._bands import Band, bands, cut_bands
-from ._largest import thresholds_of
-from ._method import Apply, Measure, Method, Statistic, Task, Tile
+from ._largest import magnitudes_of_rank
+from ._method import Apply, Measure, Method, Task, Tile
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,30 +41,19 @@ def _measure(task: Task) -> Measure:
 
 def _quartiles(task: Task, cut: Mapping[int, Tensor]) -> Measure:
     """Of all importances."""
-    places = [floor(share * (task.elements - 1)) for share in _QUARTILES]
-    counts = [task.elements - place for place in places]
+    ranks = [[task.elements - floor(share * (task.elements - 1))] for share in _QUARTILES]
 
     def numbers(tile: Tile) -> Iterator[tuple[Tensor, None]]:
         for known in _importances(task, tile, cut):
-            yield known.nan_to_num(nan=inf, posinf=inf).expand(len(counts), -1), None
+            yield known.nan_to_num(nan=inf, posinf=inf)[None], None
 
-    found = yield from thresholds_of(task, counts, numbers)
-    if 0 in places:  # all elements pass a threshold that is none of them
-        tiles = yield Statistic(lambda tile: _least(_importances(task, tile, cut)), over="tiles")
-        least = min(tiles)
-        found = [value if place else least for place, value in zip(places, found, strict=True)]
-    return found
+    found = yield from magnitudes_of_rank(task, ranks, numbers)
+    return [value for (value,) in found]
 
 
 def _importances(task: Task, tile: Tile, cut: Mapping[int, Tensor]) -> Iterator[Tensor]:
     """(P,) of every band, in the type of sums."""
     return (_importance(band)[band.of_band] for band in bands(task, tile, cut))
-
-
-def _least(pieces: Iterable[Tensor]) -> float:
-    import torch
-
-    return float(torch.stack([piece.min() for piece in pieces]).min())
 
 
 def _importance(band: Band) -> Tensor:
@@ -95,7 +84,6 @@ METHODS = (
         title="Arcee Fusion",
         source="Goddard et al., EMNLP 2024",
         measure=_measure,
-        passes=4,
         apply=_fusion,
         base="needed",
         most=1,

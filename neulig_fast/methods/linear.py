@@ -2,6 +2,8 @@
 
     linear        theta = sum_i w_i theta_i, divided by sum_i w_i where ``normalize``
     passthrough   theta = scale theta_1: layers of models one after the other
+    neulig        theta = sum_i w_i theta_i, w a trained Portland's mean CoopVec of the data set
+                  that a recipe names in the place of weights
 
 Source of linear: Wortsman et al., "Model soups: averaging weights of multiple fine-tuned models
 improves accuracy without increasing inference time", ICML 2022.
@@ -41,6 +43,10 @@ def _sums_to_zero(task: Task) -> Iterator[str]:
         yield f"weights {task.each('weight')} sum to zero, they cannot be normalised"
 
 
+def _neulig(task: Task, _: Any) -> Apply:
+    return blended(task.each("weight"))
+
+
 def _passed(task: Task, _: Any) -> Apply:
     scale = task.each("scale")[0]
     return blended([scale])
@@ -54,6 +60,13 @@ METHODS = (
         _linear,
         {"weight": Parameter(None, each=True), "normalize": Parameter(True, kind=bool)},
         faults=_sums_to_zero,
+    ),
+    Method(
+        "neulig",
+        "NeuLig",
+        "arXiv 2503.01268, ICCV 2025",
+        _neulig,
+        {"weight": Parameter(None, each=True)},
     ),
     Method(
         "passthrough",

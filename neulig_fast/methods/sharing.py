@@ -10,31 +10,25 @@ ramplus_tl  what expert i changed alone is multiplied by 1 + r min(s_i / u_i, al
 consensus   tau = sum_i w_i d_i where at least k experts have |d_i| >= l_i |tau - d_i|, l_i their
             tall_mask_lambda; 0 elsewhere (Wang et al., "Localizing Task Information for Improved
             Model Merging and Compression", ICML 2024)
-emr         tau has the sign of sum_i d_i and the largest magnitude of the d_i of that sign: the
-            unified model of EMR-Merging (Huang et al., NeurIPS 2024), without masks of tasks
+emr         tau has the sign of sum_i d_i, minus where that is zero, and the largest magnitude of
+            the d_i of that sign: the unified model of EMR-Merging (Huang et al., NeurIPS 2024),
+            without masks of tasks
 
-Where RAM+ has u_i = 0, nothing is multiplied. NaN is active, and passes the masks of consensus.
+With the parity fusionbench, masks of consensus ask for > instead of >=. Where RAM+ has u_i = 0,
+nothing is multiplied. NaN is active, and passes the masks of consensus.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ._method import BLOCK, Apply, Measure, Method, Parameter, Statistic, Task, Tile, weights_tensor
+from ._blocks import blocks
+from ._method import Apply, Measure, Method, Parameter, Statistic, Task, Tile, weights_tensor
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-
-def _blocks(tile: Tile) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Block by block: its place in the tile, the base (P,) and task vectors (N, P)."""
-    from .._checks import accumulation_dtype
-
-    for at in range(0, tile.rows.shape[1], BLOCK):
-        place = slice(at, at + BLOCK)
-        wide = tile.rows[:, place].to(accumulation_dtype(tile.rows.dtype))
-        yield place, wide[-1], wide[:-1] - wide[-1]
 
 
 # -- RAM ------------------------------------------------------------------------------------------
@@ -66,7 +60,7 @@ def _counts(task: Task, tile: Tile) -> Iterator[Tensor]:
     """(2, N) for each block: of elements where an expert is active with others, and alone."""
     import torch
 
-    for _, _, d in _blocks(tile):
+    for _, _, d in blocks(tile):
         active, together = _active(task, d)
         pair = (active & (together > 1), active & (together == 1))
         yield torch.stack([each.sum(1) for each in pair]).cpu()
@@ -82,7 +76,7 @@ def _ramplus(task: Task, factors: Sequence[float]) -> Apply:
     def apply(tile: Tile, out: Tensor) -> None:
         import torch
 
-        for place, base, d in _blocks(tile):
+        for place, base, d in blocks(tile):
             active, together = _active(task, d)
             total = torch.zeros_like(base)
             for own, vector, factor in zip(active, d, factors, strict=True):
@@ -98,17 +92,18 @@ def _ramplus(task: Task, factors: Sequence[float]) -> Apply:
 
 def _consensus(task: Task, _: None) -> Apply:
     weights, bounds = task.each("weight"), task.each("tall_mask_lambda")
+    below = operator.le if task.parity == "fusionbench" else operator.lt
 
     def apply(tile: Tile, out: Tensor) -> None:
         import torch
 
-        for place, base, d in _blocks(tile):
+        for place, base, d in blocks(tile):
             total = torch.zeros_like(base)
             for vector, weight in zip(d, weights, strict=True):
                 total += weight * vector
             agreed = torch.zeros_like(base, dtype=torch.int64)
             for vector, bound in zip(d, bounds, strict=True):
-                agreed += ~(vector.abs() < bound * (total - vector).abs())
+                agreed += ~below(vector.abs(), bound * (total - vector).abs())
             total.masked_fill_(agreed < task.value("k"), 0)
             out[place] = (base + task.value("lambda") * total).to(out.dtype)
 
@@ -119,7 +114,8 @@ def _emr(task: Task, _: None) -> Apply:
     def apply(tile: Tile, out: Tensor) -> None:
         from ..ops import merge_task_vectors
 
-        how: dict[str, Any] = {"elect": "sum", "combine": "max", "lam": task.value("lambda")}
+        how: dict[str, Any] = {"elect": "sum", "zero_sign": -1, "combine": "max"}
+        how["lam"] = task.value("lambda")
         ones, rows = weights_tensor([1.0] * task.models, tile.rows), tile.rows
         merge_task_vectors(rows[:-1], ones, rows[-1], out=out, **how)
 
@@ -152,7 +148,7 @@ METHODS = (
             "epsilon": _EPSILON,
         },
         measure=_count,
-        passes=1,
+        of_model=("epsilon", "r", "alpha"),
         apply=_ramplus,
         base="needed",
     ),
@@ -168,6 +164,7 @@ METHODS = (
         },
         apply=_consensus,
         base="needed",
+        parities=("mergekit", "fusionbench"),
         faults=_more_than_there_are,
     ),
     Method(
@@ -177,5 +174,6 @@ METHODS = (
         parameters={"lambda": Parameter(1.0)},
         apply=_emr,
         base="needed",
+        parities=("paper", "fusionbench"),
     ),
 )

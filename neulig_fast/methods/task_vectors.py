@@ -21,141 +21,42 @@ What frameworks mean differs, and ``parity`` chooses:
                  frequency``); the divisor is the number of experts that agree; ``rescale`` divides
                  by density
     paper        as mergekit's, but ``rescale`` divides by density
+    fusionbench  DARE as the paper's. TIES sees the model as one tensor and keeps all that is at
+                 least the (density * n + 1)-th largest magnitude. Signs are elected by unweighted
+                 task vectors, those of zero sums by the sum of all signs (where that is zero too
+                 minus; nobody's for max). ``merge_func``: sum, mean over those that agree, or max
 
-Ties among magnitudes go to the smaller index. A random decision depends on the seed, the tensor's
-name, the expert's number and the element's index, on nothing else.
+Otherwise ties among magnitudes go to the smaller index. A random decision depends on the seed, the
+tensor's name, the expert's number and the element's index, on nothing else.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
-from ._largest import largest
-from ._method import BLOCK, Apply, Measure, Method, Parameter, Statistic, Task, Tile, weights_tensor
+from ._kept import Kept, drawn, everything, largest_elements, tensors, without_outliers
+from ._method import Apply, Method, Parameter, Task, Tile, weights_tensor
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-class Kept(NamedTuple):
-    """Which elements of every task vector are kept, as :func:`neulig_fast.merge_task_vectors` has
-    it, and what makes up for the others."""
-
-    rule: Mapping[str, Any]
-    scales: Sequence[float] | None = None
-
-
-_MAJORITY = "majority_sign_method"
-_MAJORITIES = {"total": "sum", "frequency": "count"}  # peft's words and the operator's
-
-
-# -- which elements are kept ----------------------------------------------------------------------
-
-
-def _all(task: Task) -> Measure:
-    return Kept({})
-    yield  # a generator that wants to know nothing
-
-
-def _largest(task: Task) -> Measure:
-    n = task.elements
-    kept = yield from _between(task, [0] * task.models, [int(d * n) for d in task.each("density")])
-    return kept
-
-
-def _without_outliers(task: Task) -> Measure:
-    n = task.elements
-    wanted = [int(density * n) for density in task.each("density")]
-    outliers = [int(gamma * n) for gamma in task.each("gamma")]
-    dropped = [min(top, n - count) for top, count in zip(outliers, wanted, strict=True)]
-    kept = yield from _between(task, dropped, wanted)
-    return kept
-
-
-def _between(task: Task, dropped: Sequence[int], wanted: Sequence[int]) -> Measure:
-    """The ``wanted`` largest that are left without the ``dropped`` largest."""
-    rule: dict[str, Any] = {}
-    last = [first + count for first, count in zip(dropped, wanted, strict=True)]
-    if any(count < task.elements for count in last):
-        rule["lower"], rule["lower_cut"] = yield from largest(task, last)
-    if any(dropped):
-        rule["upper"], rule["upper_cut"] = yield from largest(task, dropped)
-    return (yield from _rescaled(task, rule))
-
-
-def _drawn(task: Task) -> Measure:
-    density = [float(d) for d in task.each("density")]
-    if all(d == 1 for d in density):
-        return Kept({})
-    rule = {"density": density, "seed": task.seed, "streams": task.streams()}
-    return (yield from _rescaled(task, rule))
-
-
-def _rescaled(task: Task, rule: Mapping[str, Any]) -> Measure:
-    if not rule or not task.value("rescale"):
-        return Kept(rule)
-    if task.parity != "mergekit":
-        return Kept(rule, [1 / d if d > 0 else 1.0 for d in task.each("density")])
-    before, after = (yield Statistic(lambda tile: _magnitude_sums(tile, rule))).unbind()
-    return Kept(rule, restoring(before, after))
-
-
-def restoring(before: Tensor, after: Tensor) -> list[float]:
-    """What task vectors whose magnitudes sum to ``after``, (N,), have to be multiplied by to have
-    the sums ``before`` again; 1 where nothing is left."""
-    return (before / after.where(after > 0, before.where(before > 0, 1))).tolist()
-
-
-def _magnitude_sums(tile: Tile, rule: Mapping[str, Any]) -> Iterator[Tensor]:
-    """(2, N) for each block: sums of |d_i|, before and after elements are dropped."""
-    import torch
-
-    from .._checks import accumulation_dtype
-    from ..ops import merge_task_vectors
-
-    one = torch.ones(1, device=tile.rows.device)
-    start = tile.start
-    for rows in tile.rows.split(BLOCK, dim=1):
-        wide = rows.to(accumulation_dtype(rows.dtype))
-        d = wide[:-1] - wide[-1]
-        kept = [
-            merge_task_vectors(d[i : i + 1], one, start=start, **_tensors(rule, d, i))
-            for i in range(len(d))
-        ]
-        yield torch.stack([_abs_sums(d), _abs_sums(torch.stack(kept))]).cpu()
-        start += rows.shape[1]
-
-
-def _abs_sums(x: Tensor) -> Tensor:
-    """(N,) in fp64, of a block."""
-    return x.abs().sum(1).double()
-
-
-def _tensors(rule: Mapping[str, Any], rows: Tensor, expert: int | None = None) -> dict[str, Any]:
-    """A rule for all experts, or for one, on the device of ``rows``."""
-    import torch
-
-    def tensor(name: str, values: Any) -> Any:
-        if name == "seed":
-            return values
-        chosen = torch.as_tensor(values, device=rows.device)
-        if name in ("lower", "upper"):
-            chosen = chosen.to(torch.promote_types(rows.dtype, torch.float32))
-        return chosen if expert is None else chosen[expert : expert + 1]
-
-    return {name: tensor(name, values) for name, values in rule.items()}
-
-
 # -- how they are merged --------------------------------------------------------------------------
+
+_MAJORITIES = {"total": "sum", "frequency": "count"}  # peft's words and the operator's
+_MERGED = {"sum": {}, "mean": {"divide": "count"}, "max": {"combine": "max"}}
 
 
 def election(task: Task, elected: bool) -> dict[str, Any]:
     """How :func:`neulig_fast.merge_task_vectors` adds up what is kept."""
     how: dict[str, Any] = {"lam": task.value("lambda")}
     if elected:
-        own = task.parity == "peft"
-        how["elect"] = _MAJORITIES[task.value(_MAJORITY)] if own else "weighted_sum"
+        how["elect"] = "weighted_sum" if task.parity in ("mergekit", "paper") else "sum"
+    if elected and task.parity == "peft":
+        how["elect"] = _MAJORITIES[task.value("majority_sign_method")]
+    if task.parity == "fusionbench" and elected:
+        return how | _MERGED[task.value("merge_func")]
     if task.value("normalize"):
         how["divide"] = "count" if task.parity == "peft" and elected else "weights"
     return how
@@ -165,7 +66,7 @@ def merged(elected: bool) -> Callable[[Task, Any], Apply]:
     """The sum of task vectors, of the elements that were :class:`Kept`."""
 
     def of_task(task: Task, kept: Kept) -> Apply:
-        how = election(task, elected)
+        how = election(task, elected) | {"zero_sign": kept.zero_sign}
 
         def apply(tile: Tile, out: Tensor) -> None:
             from ..ops import merge_task_vectors
@@ -174,7 +75,7 @@ def merged(elected: bool) -> Callable[[Task, Any], Apply]:
             if kept.scales is not None:
                 how["scales"] = weights_tensor(kept.scales, rows)
             weights = weights_tensor(task.each("weight"), rows)
-            rule = _tensors(kept.rule, rows)
+            rule = tensors(kept.rule, rows)
             merge_task_vectors(
                 rows[:-1], weights, rows[-1], start=tile.start, out=out, **rule, **how
             )
@@ -205,16 +106,9 @@ def dropping(normalize: bool, rescale: bool, **more: Parameter) -> dict[str, Par
     return parameters(normalize, density=density, rescale=Parameter(rescale, kind=bool), **more)
 
 
-def _majority_of_another(task: Task) -> Iterator[str]:
-    majority = task.value(_MAJORITY)
-    if task.parity != "peft" and majority != "total":
-        yield (
-            f"{_MAJORITY}: {majority} is peft's: it needs parity: peft below neulig_fast, got "
-            f"{task.parity}"
-        )
-
-
-_ELECTION = {_MAJORITY: Parameter("total", kind=str, words=tuple(_MAJORITIES))}
+_MERGE_FUNC = Parameter("sum", kind=str, words=("sum", "mean", "max"))
+_MAJORITY = {"majority_sign_method": Parameter("total", kind=str, words=tuple(_MAJORITIES))}
+_MAJORITY_OF = {"majority_sign_method": ("peft",)}
 _GAMMA = Parameter(0.01, each=True, low=0, high=1)
 
 METHODS = (
@@ -223,52 +117,56 @@ METHODS = (
         title="Task Arithmetic",
         source="Ilharco et al., ICLR 2023",
         parameters=parameters(normalize=False),
-        measure=_all,
+        measure=everything,
         apply=merged(elected=False),
         base="needed",
+        parities=("mergekit", "fusionbench"),
     ),
     Method(
         name="ties",
         title="TIES-Merging",
         source="Yadav et al., NeurIPS 2023",
-        parameters=dropping(normalize=True, rescale=False, **_ELECTION),
-        measure=_largest,
-        passes=1,
+        parameters=dropping(normalize=True, rescale=False, merge_func=_MERGE_FUNC, **_MAJORITY),
+        measure=largest_elements,
+        of_model=("density", "rescale", "merge_func"),
+        scopes={"fusionbench": "model"},
         apply=merged(elected=True),
         base="needed",
-        parities=_PARITIES,
-        faults=_majority_of_another,
+        parities=(*_PARITIES, "fusionbench"),
+        only={
+            "merge_func": ("fusionbench",),
+            **dict.fromkeys(("normalize", "rescale"), _PARITIES),
+            **_MAJORITY_OF,
+        },
     ),
     Method(
         name="dare_linear",
         title="DARE",
         source="Yu et al., ICML 2024",
         parameters=dropping(normalize=False, rescale=True),
-        measure=_drawn,
-        passes=1,
+        measure=drawn,
         apply=merged(elected=False),
         base="needed",
-        parities=_PARITIES,
+        parities=(*_PARITIES, "fusionbench"),
     ),
     Method(
         name="dare_ties",
         title="DARE with TIES",
         source="Yu et al., ICML 2024; Yadav et al., NeurIPS 2023",
-        parameters=dropping(normalize=False, rescale=True, **_ELECTION),
-        measure=_drawn,
-        passes=1,
+        parameters=dropping(normalize=False, rescale=True, **_MAJORITY),
+        measure=drawn,
+        only=_MAJORITY_OF,
         apply=merged(elected=True),
         base="needed",
         parities=_PARITIES,
-        faults=_majority_of_another,
     ),
     Method(
         name="breadcrumbs",
         title="Model Breadcrumbs",
         source="Davari and Belilovsky, ECCV 2024",
         parameters=dropping(normalize=False, rescale=False, gamma=_GAMMA),
-        measure=_without_outliers,
-        passes=2,
+        measure=without_outliers,
+        of_model=("density", "gamma", "rescale"),
         apply=merged(elected=False),
         base="needed",
     ),
@@ -277,8 +175,8 @@ METHODS = (
         title="Model Breadcrumbs with TIES",
         source="Davari and Belilovsky, ECCV 2024; Yadav et al., NeurIPS 2023",
         parameters=dropping(normalize=False, rescale=False, gamma=_GAMMA),
-        measure=_without_outliers,
-        passes=2,
+        measure=without_outliers,
+        of_model=("density", "gamma", "rescale"),
         apply=merged(elected=True),
         base="needed",
     ),

@@ -82,11 +82,7 @@ def load(
 ) -> NeuLig:
     """See :meth:`NeuLig.load`."""
     folder = Path(path)
-    index = _read_index(folder)
-    state = read_state_dict(folder / index["state"])
-    if index["state"] != f"state-{_hash(state)}.safetensors":
-        raise ValueError(f"{folder / index['state']} is damaged: its hash does not fit its name")
-    raise_all(str(folder / index["state"]), _state_faults(index, state))
+    index, state = _read_state(folder)
     pool = _load_pool(folder, index["experts"], template, device)
     heads = {
         task["name"]: Head(
@@ -106,6 +102,23 @@ def load(
     if index["history"] is not None:
         engine.history = _history(index["history"], state)
     return engine
+
+
+def read_vectors(path: str | Path) -> tuple[list[str], dict[str, Tensor | None]]:
+    """Of a saved engine the experts' names and, by task, the mean CoopVec (N,) of its calibration
+    set; None where none is stored. The experts themselves are not read.
+
+    Raises:
+        FileNotFoundError, ValueError: no such save, another format, a damaged file, or vectors of
+            another length.
+    """
+    folder = Path(path)
+    index, state = _read_state(folder)
+    names = index["experts"]["names"]
+    found = {task["name"]: state.get(f"calibration.{k}") for k, task in enumerate(index["tasks"])}
+    wrong = [task for task, v in found.items() if v is not None and v.shape != (len(names),)]
+    raise_all(str(folder), [f"the vector of {t!r} must be ({len(names)},)" for t in wrong])
+    return names, found
 
 
 # -- the pieces --------------------------------------------------------------------------------
@@ -217,6 +230,16 @@ def _read_index(folder: Path) -> dict[str, Any]:
     raise_all(str(path), _layout_faults(index, {**_LAYOUT, "history": history}))
     raise_all(str(path), _content_faults(index))
     return index
+
+
+def _read_state(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    index = _read_index(folder)
+    path = folder / index["state"]
+    state = read_state_dict(path)
+    if index["state"] != f"state-{_hash(state)}.safetensors":
+        raise ValueError(f"{path} is damaged: its hash does not fit its name")
+    raise_all(str(path), _state_faults(index, state))
+    return index, state
 
 
 def _layout_faults(value: Any, layout: Any, place: str = "the file") -> Iterator[str]:

@@ -1,0 +1,151 @@
+"""Which elements of task vectors are kept: what methods of task vectors measure first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ._largest import largest, several
+from ._method import BLOCK, Measure, Statistic, Task, Tile
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_BOUNDS = ("lower", "upper")
+
+
+class Kept(NamedTuple):
+    """Which elements of every task vector are kept, as :func:`neulig_fast.merge_task_vectors` has
+    it, what makes up for the others, and which sign a sum of zero elects."""
+
+    rule: Mapping[str, Any]
+    scales: Sequence[float] | None = None
+    zero_sign: int = 1
+
+
+def everything(task: Task) -> Measure:
+    """Of every task vector."""
+    return Kept({})
+    yield  # a generator that wants to know nothing
+
+
+def largest_elements(task: Task) -> Measure:
+    """The density * n largest: TIES."""
+    if task.parity == "fusionbench":
+        return (yield from _with_all_ties(task))
+    n = task.elements
+    kept = yield from _between(task, [0] * task.models, [int(d * n) for d in task.each("density")])
+    return kept
+
+
+def _with_all_ties(task: Task) -> Measure:
+    """As FusionBench trims, and the sign that it gives to sums of zero."""
+    counts = [int(density * task.elements) + 1 for density in task.each("density")]
+    rule: dict[str, Any] = {}
+    if any(count < task.elements for count in counts):
+        rule["lower"], _ = yield from largest(task, counts)
+    signs = int((yield Statistic(lambda tile: _elected_signs(tile, rule))))
+    nobody = 0 if task.value("merge_func") == "max" else -1
+    return Kept(rule, zero_sign=(signs > 0) - (signs < 0) or nobody)
+
+
+def without_outliers(task: Task) -> Measure:
+    """Without the gamma * n largest the density * n largest that are left: Model Breadcrumbs."""
+    n = task.elements
+    wanted = [int(density * n) for density in task.each("density")]
+    outliers = [int(gamma * n) for gamma in task.each("gamma")]
+    dropped = [min(top, n - count) for top, count in zip(outliers, wanted, strict=True)]
+    kept = yield from _between(task, dropped, wanted)
+    return kept
+
+
+def _between(task: Task, dropped: Sequence[int], wanted: Sequence[int]) -> Measure:
+    """The ``wanted`` largest that are left without the ``dropped`` largest."""
+    rule: dict[str, Any] = {}
+    last = [first + count for first, count in zip(dropped, wanted, strict=True)]
+    bounds: dict[str, Sequence[int]]
+    bounds = {"lower": last} if any(count < task.elements for count in last) else {}
+    bounds |= {"upper": dropped} if any(dropped) else {}
+    if bounds:
+        found = yield from several(task, list(bounds.values()))
+        for name, (thresholds, cuts) in zip(bounds, found, strict=True):
+            rule[name], rule[f"{name}_cut"] = thresholds, cuts
+    return (yield from _rescaled(task, rule))
+
+
+def drawn(task: Task) -> Measure:
+    """Each with the chance density: DARE."""
+    density = [float(d) for d in task.each("density")]
+    if all(d == 1 for d in density):
+        return Kept({})
+    rule = {"density": density, "seed": task.seed, "streams": task.streams()}
+    return (yield from _rescaled(task, rule))
+
+
+def _rescaled(task: Task, rule: Mapping[str, Any]) -> Measure:
+    if not rule or not task.value("rescale"):
+        return Kept(rule)
+    if task.parity != "mergekit":
+        return Kept(rule, [1 / d if d > 0 else 1.0 for d in task.each("density")])
+    before, after = (yield Statistic(lambda tile: _magnitude_sums(tile, rule))).unbind()
+    return Kept(rule, restoring(before, after))
+
+
+def restoring(before: Tensor, after: Tensor) -> list[float]:
+    """What task vectors whose magnitudes sum to ``after``, (N,), have to be multiplied by to have
+    the sums ``before`` again; 1 where nothing is left."""
+    return (before / after.where(after > 0, before.where(before > 0, 1))).tolist()
+
+
+def _magnitude_sums(tile: Tile, rule: Mapping[str, Any]) -> Iterator[Tensor]:
+    """(2, N) for each block: sums of |d_i|, before and after elements are dropped."""
+    import torch
+
+    from ..ops import merge_task_vectors
+
+    one = torch.ones(1, device=tile.rows.device)
+    for start, d in _blocks(tile):
+        kept = [
+            merge_task_vectors(d[i : i + 1], one, start=start, **tensors(rule, d, i))
+            for i in range(len(d))
+        ]
+        yield torch.stack([_abs_sums(d), _abs_sums(torch.stack(kept))]).cpu()
+
+
+def _elected_signs(tile: Tile, rule: Mapping[str, Any]) -> Iterator[Tensor]:
+    """() for each block: sum of the signs that elements' sums over experts have."""
+    from ..ops import merge_task_vectors
+
+    for start, d in _blocks(tile):
+        total = merge_task_vectors(d, d.new_ones(len(d)), start=start, **tensors(rule, d))
+        yield ((total > 0).sum() - (total < 0).sum()).cpu()
+
+
+def _blocks(tile: Tile) -> Iterator[tuple[int, Tensor]]:
+    """Places, and the task vectors (N, P) there, in the type of sums."""
+    from .._checks import accumulation_dtype
+
+    start = tile.start
+    for rows in tile.rows.split(BLOCK, dim=1):
+        wide = rows.to(accumulation_dtype(rows.dtype))
+        yield start, wide[:-1] - wide[-1]
+        start += rows.shape[1]
+
+
+def _abs_sums(x: Tensor) -> Tensor:
+    """(N,) in fp64, of a block."""
+    return x.abs().sum(1).double()
+
+
+def tensors(rule: Mapping[str, Any], rows: Tensor, expert: int | None = None) -> dict[str, Any]:
+    """A rule for all experts, or for one, on the device of ``rows``."""
+    import torch
+
+    def tensor(name: str, values: Any) -> Any:
+        if name == "seed":
+            return values
+        bound = torch.promote_types(rows.dtype, torch.float32) if name in _BOUNDS else None
+        chosen = torch.as_tensor(values, dtype=bound, device=rows.device)
+        return chosen if expert is None else chosen[expert : expert + 1]
+
+    return {name: tensor(name, values) for name, values in rule.items()}
