@@ -52,10 +52,10 @@ def _overview() -> Iterator[str]:
 
 def _tables(methods: Sequence[Method]) -> Iterator[str]:
     base = {"needed": "needed", "subtracted": "if given", "one more": "–"}
-    rows = [("method", "source", "base model", "experts", "parity")]
+    rows = [("method", "source", "base model", "experts", "reads", "parity")]
     for m in methods:
         parities = ", ".join(f"`{parity}`" for parity in m.parities)
-        rows.append((f"`{m.name}`", m.source, base[m.base], _count(m), parities))
+        rows.append((f"`{m.name}`", m.source, base[m.base], _count(m), str(1 + m.passes), parities))
     yield from _table(rows if any(len(m.parities) > 1 for m in methods) else [r[:-1] for r in rows])
     places: dict[tuple[str, Parameter], list[str]] = {}
     for m in methods:

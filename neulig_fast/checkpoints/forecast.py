@@ -25,9 +25,9 @@ class Forecast(NamedTuple):
     """What is to be done and what will bound it.
 
     Attributes:
-        bytes_in, bytes_out: to read, each once or ``passes`` times, and to write, of all results.
+        bytes_in, bytes_out: to read once, and to write, of all results.
         outputs: how many results there are.
-        passes: how often a tensor that does not fit into memory is read.
+        passes: how often, at most, a tensor of fp32 that does not fit into memory is read.
         peak: bytes of memory, above those of ``import torch``.
         read, write, merge: bytes a second, of inputs or, for ``write``, of the result.
         seconds: predicted.
@@ -49,7 +49,7 @@ class Forecast(NamedTuple):
 
     def __str__(self) -> str:
         rates = f"read {_rate(self.read)}, write {_rate(self.write)}, merge {_rate(self.merge)}"
-        again = f" (tensors beyond memory {self.passes} times)" if self.passes > 1 else ""
+        again = f" (tensors beyond memory up to {self.passes} times)" if self.passes > 1 else ""
         each = ""
         if self.outputs > 1:
             size = sizes.text(self.bytes_out // self.outputs)

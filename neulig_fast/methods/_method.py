@@ -157,7 +157,8 @@ class Method:
         apply: how to merge tiles of a task, given what ``measure`` returned (None without).
         measure: what must be known of a task first; tasks that agree in the settings that it reads
             may share what it returns.
-        passes: how often ``measure`` looks at a tensor.
+        passes: how often, at most, ``measure`` reads a tensor of fp32 that does not fit into
+            memory; a search for thresholds takes three more of fp64.
         base: ``needed`` for methods of task vectors; ``subtracted`` where there is one; or it is
             ``one more`` model.
         beside: a parameter that names a model for each expert: its tensors of the same names are

@@ -125,7 +125,7 @@ METHODS = (
         source="Wan et al., FuseChat, 2024",
         parameters={"select_topk": Parameter(1.0, low=0, high=1)},
         measure=_select,
-        passes=3,
+        passes=6,
         apply=_sce,
         base="needed",
         fewest=2,
