@@ -48,7 +48,6 @@ class Kept(NamedTuple):
 
 _MAJORITY = "majority_sign_method"
 _MAJORITIES = {"total": "sum", "frequency": "count"}  # peft's words and the operator's
-_CHUNK = 8 * BLOCK  # elements that are looked at in fp32 at once
 
 
 # -- which elements are kept ----------------------------------------------------------------------
@@ -108,32 +107,29 @@ def restoring(before: Tensor, after: Tensor) -> list[float]:
     return (before / after.where(after > 0, before.where(before > 0, 1))).tolist()
 
 
-def _magnitude_sums(tile: Tile, rule: Mapping[str, Any]) -> Tensor:
-    """(blocks, 2, N): sums of |d_i|, before and after elements are dropped."""
+def _magnitude_sums(tile: Tile, rule: Mapping[str, Any]) -> Iterator[Tensor]:
+    """(2, N) for each block: sums of |d_i|, before and after elements are dropped."""
     import torch
 
     from .._checks import accumulation_dtype
     from ..ops import merge_task_vectors
 
     one = torch.ones(1, device=tile.rows.device)
-    start, sums = tile.start, []
-    for rows in tile.rows.split(_CHUNK, dim=1):
+    start = tile.start
+    for rows in tile.rows.split(BLOCK, dim=1):
         wide = rows.to(accumulation_dtype(rows.dtype))
         d = wide[:-1] - wide[-1]
         kept = [
             merge_task_vectors(d[i : i + 1], one, start=start, **_tensors(rule, d, i))
             for i in range(len(d))
         ]
-        sums.append(torch.stack([_abs_sums(d), _abs_sums(torch.stack(kept))], dim=1).cpu())
+        yield torch.stack([_abs_sums(d), _abs_sums(torch.stack(kept))]).cpu()
         start += rows.shape[1]
-    return torch.cat(sums)
 
 
 def _abs_sums(x: Tensor) -> Tensor:
-    """(blocks, N), in fp64."""
-    import torch
-
-    return torch.stack([block.abs().sum(1).double() for block in x.split(BLOCK, dim=1)])
+    """(N,) in fp64, of a block."""
+    return x.abs().sum(1).double()
 
 
 def _tensors(rule: Mapping[str, Any], rows: Tensor, expert: int | None = None) -> dict[str, Any]:
