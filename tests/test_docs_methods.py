@@ -15,8 +15,12 @@ import yaml
 from safetensors.torch import save_file
 
 import neulig_fast as nf
+from neulig_fast.checkpoints import pipeline
+from neulig_fast.checkpoints.forecast import passes
+from neulig_fast.checkpoints.prepared import prepare
+from neulig_fast.checkpoints.read import Reader
 from neulig_fast.demo import llamas
-from neulig_fast.methods import METHODS
+from neulig_fast.methods import BLOCK, METHODS
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -95,6 +99,45 @@ def test_recipes_run_and_nothing_of_them_is_unread(
     assert report.warnings == ()
     for folder in [one.folder for one in report.outputs.values()] or [tmp_path / "out"]:
         assert all(tensor.isfinite().all() for tensor in llamas.load(folder).values())
+
+
+# A value for what must be given, and values with which a method has most to do.
+VALUES = {"weight": 0.5, "scale": 1.0, "t": 0.5, "decay": 0.5, "fisher": "b.safetensors"}
+OURS = {"pcb": {"scope": "tensor"}}
+VALUES |= {"density": 0.5, "gamma": 0.1, "select_topk": 0.5, "rescale": True}
+
+
+@pytest.mark.parametrize("name", sorted(METHODS.keys() - {"neulig"}))
+def test_reads_of_tensors_beyond_memory_are_as_foreseen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    method, rows = METHODS[name], torch.randn(4, 2, BLOCK)
+    for key, row in zip(("b", "m0", "m1", "m2"), rows, strict=True):
+        save_file({"x": row}, f"{key}.safetensors")
+    monkeypatch.setattr(
+        pipeline, "tile_elements", lambda planned, memory: min(BLOCK, planned.output.elements)
+    )
+    reads: Counter[tuple[Path, int]] = Counter()
+    read = Reader.read
+
+    def counted(self: Reader, entry: Any, start: int, *rest: Any) -> None:
+        reads[entry.file, start] += 1
+        read(self, entry, start, *rest)
+
+    monkeypatch.setattr(Reader, "read", counted)
+    count = method.most or 2
+    config = {
+        "merge_method": name,
+        "models": [{"model": f"m{i}.safetensors"} for i in range(count)],
+    }
+    config["parameters"] = {key: VALUES[key] for key in method.parameters if key in VALUES}
+    config |= {"base_model": "b.safetensors", "neulig_fast": OURS.get(name, {})}
+    nf.merge(config, "out")
+    experts = {times for (file, _), times in reads.items() if file.name != "b.safetensors"}
+    expected = 1 + passes([one.plan for one in prepare(config)])
+    # The last tie of some rows is looked for in the one tile that has it.
+    assert min(experts) == expected >= max(experts) - 1
 
 
 def slugs(page: Path) -> set[str]:

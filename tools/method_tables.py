@@ -80,7 +80,8 @@ def _table(rows: Sequence[Sequence[str]]) -> Iterator[str]:
 def _count(method: Method) -> str:
     if method.most is None:
         return f"{method.fewest} or more"
-    return " or ".join(str(n) for n in dict.fromkeys((method.fewest, method.most)))
+    joined = " to " if method.most > method.fewest + 1 else " or "
+    return joined.join(str(n) for n in dict.fromkeys((method.fewest, method.most)))
 
 
 def _text(value: float | bool | str) -> str:
