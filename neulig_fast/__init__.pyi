@@ -2,7 +2,7 @@ from . import alignment, encoders, methods, neulig, ops, testing
 from ._backends import show_backends, use_backend
 from ._registry import NeuligFastWarning
 from .alignment import Alignment, align
-from .checkpoints import MergeReport, merge
+from .checkpoints import MergeReport, emr_expert, merge
 from .coefficients import CoefficientModule
 from .encoders import expert_forward, mixture_forward
 from .neulig import Head, NeuLig, Report, zero_shot_head
@@ -58,6 +58,7 @@ __all__ = [
     "blend_telemetry",
     "blend_weight_grad",
     "cross_moments",
+    "emr_expert",
     "encoders",
     "expert_forward",
     "expert_layer_norm",

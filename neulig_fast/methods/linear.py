@@ -2,8 +2,8 @@
 
     linear        theta = sum_i w_i theta_i, divided by sum_i w_i where ``normalize``
     passthrough   theta = scale theta_1: layers of models one after the other
-    neulig        theta = sum_i w_i theta_i, w a trained Portland's mean CoopVec of the data set that
-                  a recipe names in the place of weights
+    neulig        theta = sum_i w_i theta_i, w a trained Portland's mean CoopVec of the data set
+                  that a recipe names in the place of weights
 
 Source of linear: Wortsman et al., "Model soups: averaging weights of multiple fine-tuned models
 improves accuracy without increasing inference time", ICML 2022.
