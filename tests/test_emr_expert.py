@@ -107,6 +107,8 @@ def test_the_file_is_of_the_merge(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     config = emr(tmp_path, 3)
     whole = nf.merge(config, tmp_path / "whole", shard_size=4000)
     assert whole.tensors == len(base)
+    files = [load_file(path) for path in (tmp_path / "whole").glob("*.safetensors")]
+    assert whole.bytes_out == sum(t.nbytes for file in files for t in file.values())
     size = (tmp_path / "whole" / FILE).stat().st_size
     assert verify(tmp_path / "whole").files[FILE]["bytes"] == size
     index = (tmp_path / "whole/model.safetensors.index.json").read_text()
@@ -121,6 +123,14 @@ def test_the_file_is_of_the_merge(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with monkeypatch.context() as patch, pytest.raises(OSError, match="enough"):
         patch.setattr(Staging, "record", failing)
         nf.merge(config, tmp_path / "out", threads=1, shard_size=4000)
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="enough"):
+        patch.setattr(Staging, "record", failing)
+        nf.merge(config, tmp_path / "torn", threads=1, shard_size=4000)
+    torn = tmp_path / "torn/.merging" / FILE
+    header = 8 + int.from_bytes(torn.read_bytes()[:8], "little")
+    torn.write_bytes(torn.read_bytes()[:header].ljust(size, b"\0"))
+    assert nf.merge(config, tmp_path / "torn", shard_size=4000).resumed == 1  # the integers
+    assert llamas.contents(tmp_path / "torn") == llamas.contents(tmp_path / "whole")
     report = nf.merge(config, tmp_path / "out", shard_size=4000)
     # The integers, and one tensor with its masks and means; of the next a mask alone.
     assert report.resumed == 2 and report.tensors == len(base)
