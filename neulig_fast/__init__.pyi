@@ -3,7 +3,7 @@ from ._backends import show_backends, use_backend
 from ._registry import NeuligFastWarning
 from .alignment import Alignment, align
 from .averages import AveragedModel, ema_multi_avg_fn, swa_multi_avg_fn
-from .checkpoints import MergeReport, merge
+from .checkpoints import MergeReport, emr_expert, merge
 from .coefficients import CoefficientModule
 from .compat import Patch, patch
 from .encoders import expert_forward, mixture_forward
@@ -67,6 +67,7 @@ __all__ = [
     "blend_weight_grad",
     "cross_moments",
     "ema_multi_avg_fn",
+    "emr_expert",
     "encoders",
     "expert_forward",
     "expert_layer_norm",

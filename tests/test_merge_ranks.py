@@ -170,7 +170,7 @@ def test_a_torn_line_of_a_journal_hides_no_other(
 
 @given(st.lists(st.integers(0, 1000), max_size=40), st.integers(1, 9))
 def test_parts_are_all_tensors_in_order_and_evenly(sizes: list[int], count: int) -> None:
-    tensors = [(SimpleNamespace(bytes=n, output=SimpleNamespace(bytes=0)),) for n in sizes]
+    tensors = [(SimpleNamespace(bytes=n, bytes_out=0),) for n in sizes]
     parts = [Ranks(rank, count).part(tensors) for rank in range(count)]  # type: ignore[arg-type]
     assert [tensor for part in parts for tensor in part] == tensors
     for part in parts:

@@ -298,6 +298,18 @@ def test_what_must_be_of_the_model(tmp_path: Path) -> None:
     merged(tmp_path, recipe(tmp_path, "ties", each))
 
 
+def test_slices_must_have_as_many_models(tmp_path: Path) -> None:
+    key = "model.layers.{}.w"
+    write(tmp_path, *({key.format(i): torch.ones(2) * m for i in range(2)} for m in range(3)))
+    config = recipe(tmp_path, "ties", [{"weight": 1}] * 2)
+    sources = [m | {"layer_range": [0, 1]} for m in config.pop("models")]
+    config["slices"] = [{"sources": sources}, {"sources": sources[:1]}]
+    text = refusal(lambda: merged(tmp_path, config))
+    assert "as many models in all slices, got 2 for" in text
+    config["slices"][1] = {"sources": sources}
+    assert merged(tmp_path, config)[key.format(1)].tolist() == [0.5, 0.5]
+
+
 @pytest.mark.parametrize(
     ("method", "scope", "part"),
     [

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from math import prod
 from typing import NamedTuple
 
+from .._checks import raise_all
 from .headers import ITEM_BYTES, SINGLE
 
 _ALIGNMENT = 8  # of the first tensor in a file
@@ -53,10 +54,15 @@ class Shard(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """All files of a checkpoint, and where each tensor lies in them."""
+    """All files of a checkpoint, and where each tensor lies in them.
+
+    Attributes:
+        aside: the file, one of them, that holds no weights.
+    """
 
     shards: tuple[Shard, ...]
     places: Mapping[str, Place]
+    aside: str | None = None
 
     @property
     def bytes(self) -> int:
@@ -65,16 +71,29 @@ class Layout(NamedTuple):
 
     def index_text(self) -> str | None:
         """The text of the index of shards, as Hugging Face writes it; None for a single file."""
-        if len(self.shards) == 1:
+        places = {n: place for n, place in self.places.items() if place.file != self.aside}
+        if SINGLE in (shard.name for shard in self.shards):
             return None
-        total = sum(place.stop - place.start for place in self.places.values())
-        weight_map = {name: place.file for name, place in sorted(self.places.items())}
+        total = sum(place.stop - place.start for place in places.values())
+        weight_map = {name: place.file for name, place in sorted(places.items())}
         content = {"metadata": {"total_size": total}, "weight_map": weight_map}
         return json.dumps(content, indent=2) + "\n"
 
 
-def lay_out(outputs: Sequence[Output], shard_bytes: int) -> Layout:
-    """Fill shards in order; a tensor that is larger than ``shard_bytes`` gets one of its own."""
+class Beside(NamedTuple):
+    """A file beside the weights: its name, metadata and tensors."""
+
+    file: str
+    metadata: Mapping[str, str]
+    outputs: Sequence[Output]
+
+
+def lay_out(outputs: Sequence[Output], shard_bytes: int, beside: Beside | None = None) -> Layout:
+    """Fill shards in order; a tensor that is larger than ``shard_bytes`` gets one of its own.
+
+    Raises:
+        ValueError: a tensor beside the weights has the name of one of theirs.
+    """
     groups: list[list[Output]] = [[]]
     filled = 0
     for output in outputs:
@@ -87,15 +106,22 @@ def lay_out(outputs: Sequence[Output], shard_bytes: int) -> Layout:
     shards, places = [], {}
     for k, group in enumerate(groups, 1):
         name = f"model-{k:05d}-of-{len(groups):05d}.safetensors" if many else SINGLE
-        shard, found = _shard(name, group)
+        shard, found = _shard(name, group, _METADATA)
         shards.append(shard)
         places.update(found)
-    return Layout(tuple(shards), places)
+    if beside is None:
+        return Layout(tuple(shards), places)
+    shard, found = _shard(beside.file, beside.outputs, beside.metadata)
+    twice = [f"{name!r} is a tensor of the weights too" for name in found if name in places]
+    raise_all(beside.file, twice)
+    return Layout((*shards, shard), {**places, **found}, beside.file)
 
 
-def _shard(name: str, outputs: Iterable[Output]) -> tuple[Shard, dict[str, Place]]:
+def _shard(
+    name: str, outputs: Iterable[Output], metadata: Mapping[str, str]
+) -> tuple[Shard, dict[str, Place]]:
     """Widest elements first, so that every tensor is aligned to its own."""
-    entries: dict[str, object] = {"__metadata__": _METADATA}
+    entries: dict[str, object] = {"__metadata__": metadata}
     spans = {}
     at = 0
     for output in sorted(outputs, key=lambda output: -ITEM_BYTES[output.dtype]):

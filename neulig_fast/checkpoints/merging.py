@@ -170,7 +170,8 @@ def _counter(total: int, progress: Callable[[int, int], Any] | None) -> Callable
 
 def _output(prepared: Prepared, staging: Staging, folders: Folders) -> OutputReport:
     tensors = len(prepared.plan.tensors)
-    resumed = tensors if prepared.name in folders.complete else len(staging.sums)
+    resumed = sum(planned.is_in(staging.sums) for planned in prepared.plan.tensors)
+    resumed = tensors if prepared.name in folders.complete else resumed
     return OutputReport(staging.folder, tensors, resumed)
 
 
@@ -190,7 +191,7 @@ def _run(
         every: Sequence[Job] = list(zip(*(one.plan.tensors for one in todo), strict=True))
         jobs = [job for job in every if pipeline.missing(job)]
         bytes_in = sum(job[0].bytes for job in jobs)
-        bytes_out = sum(p.output.bytes for job in jobs for _, p in pipeline.missing(job))
+        bytes_out = sum(p.bytes_out for job in jobs for _, p in pipeline.missing(job))
         ahead = _ahead(todo) if jobs else 0
         pipeline.advance = _counter((ahead + bytes_in + bytes_out) // ranks.count, progress)
         if jobs:

@@ -94,7 +94,7 @@ class Pipeline:
     def missing(self, job: Job) -> list[tuple[Staging, Planned]]:
         """Of a job, what is not written yet, and where it belongs."""
         pairs = zip(self.stagings, job, strict=True)
-        return [(staging, p) for staging, p in pairs if p.output.name not in staging.sums]
+        return [(staging, p) for staging, p in pairs if not p.is_in(staging.sums)]
 
     def check(self) -> None:
         """Ends a thread whose result nobody waits for any more."""
@@ -133,16 +133,21 @@ class Worker:
     def _merge(self, missing: Sequence[tuple[Staging, Planned]]) -> None:
         job = [planned for _, planned in missing]
         writers = [staging.tensor(planned.output.name) for staging, planned in missing]
+        asides = [_Aside(self._method, *each) for each in missing if each[1].beside]
         tiles = _Tiles(job[0], self._workspace, self._pipeline, self._device)
         merges = applied(self._method, job, tiles.measure)
         for tile in tiles.merged():
+            for aside in asides:
+                aside.see(tile)
             for apply, writer in zip(merges, writers, strict=True):
                 out = tiles.out(tile)
                 apply(tile, out)
                 writer.write(tiles.bytes(out))
+        for aside in asides:
+            aside.finish()
         for writer in writers:
             writer.finish()
-        self._pipeline.advance(job[0].bytes + sum(planned.output.bytes for planned in job))
+        self._pipeline.advance(job[0].bytes + sum(planned.bytes_out for planned in job))
 
     def measure(
         self, planned: Planned, place: int, statistics: Sequence[Statistic]
@@ -155,6 +160,26 @@ class Worker:
         with torch.cuda.stream(self._stream):
             tiles = _Tiles(planned, self._workspace, self._pipeline, self._device, place)
             return tiles.values(statistics)
+
+
+class _Aside:
+    """What a method writes of one tensor beside a result."""
+
+    def __init__(self, method: Method, staging: Staging, planned: Planned) -> None:
+        if method.aside is None or planned.task is None:
+            raise TypeError(f"{planned.output.name}: {method.name} writes nothing besides")
+        self._content = method.aside(planned.task)
+        self._writers = [staging.tensor(output.name) for output in planned.beside]
+
+    def see(self, tile: Tile) -> None:
+        for number, data in self._content.tile(tile):
+            self._writers[number].write(data)
+
+    def finish(self) -> None:
+        for number, data in self._content.end():
+            self._writers[number].write(data)
+        for writer in self._writers:
+            writer.finish()
 
 
 def merged_alone(method: Method, job: Job, rows: Tensor, out: Tensor) -> None:

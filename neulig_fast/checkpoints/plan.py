@@ -6,6 +6,7 @@ here and listed at once.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ from ..methods import Method, Task
 from . import dtypes, names, parameters
 from .checkpoint import Checkpoint
 from .headers import Entry
-from .layout import Layout, Output, lay_out
+from .layout import Beside, Layout, Output, lay_out
 from .pieces import Piece, parity_of, pieces_of, scope_of
 from .planned import Planned
 from .recipe import ModelRef, Recipe
@@ -67,7 +68,7 @@ def make_plan(
     raise_all("merge", planner.faults)
     if scope_of(recipe, method) == "model":
         tensors, whole = as_one(method, tensors)
-    layout = lay_out([tensor.output for tensor in tensors], shard_bytes)
+    layout = lay_out([t.output for t in tensors], shard_bytes, planner.aside(tensors))
     counts = names.layer_counts(tensor.output.name for tensor in tensors)
     warned = tuple(dict.fromkeys(planner.warnings))
     return Plan(method, tuple(tensors), layout, planner.donor, counts, warned, whole)
@@ -222,7 +223,21 @@ class _Planner:
             self._fault(f"{name!r}: {fault}")
         stored = self.recipe.out_dtype or self.recipe.dtype
         dtype = dtypes.TO_FORMAT[stored] if stored else like.like or like.dtype
-        yield Planned(task, tuple(sources), task.dtype, Output(name, dtype, like.shape))
+        outputs = self.method.aside.outputs(task) if self.method.aside is not None else ()
+        also = tuple(Output(*output) for output in outputs)
+        yield Planned(
+            task, tuple(sources), task.dtype, Output(name, dtype, like.shape), beside=also
+        )
+
+    def aside(self, tensors: Sequence[Planned]) -> Beside | None:
+        """The file of what the method writes besides."""
+        if self.method.aside is None:
+            return None
+        experts = json.dumps([str(source.model) for source in self.pieces[0].experts])
+        metadata = {"format": self.method.aside.format, "experts": experts}
+        return Beside(
+            self.method.aside.file, metadata, [output for t in tensors for output in t.beside]
+        )
 
     def _beside(
         self, like: Entry, piece: Piece, found: Sequence[Entry | None]

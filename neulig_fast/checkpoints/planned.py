@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import Any, NamedTuple
 
 from ..methods import Task
@@ -30,6 +31,7 @@ class Planned(NamedTuple):
         dtype: in memory, such that no input is rounded.
         output: its name, dtype and shape in the result.
         known: what was measured of the whole model, where the method's scope is that.
+        beside: what is written besides, into a file of its own.
     """
 
     task: Task | None
@@ -37,8 +39,18 @@ class Planned(NamedTuple):
     dtype: str
     output: Output
     known: Known | None = None
+    beside: tuple[Output, ...] = ()
 
     @property
     def bytes(self) -> int:
         """To be read, once."""
         return sum(source.bytes for source in self.sources)
+
+    @property
+    def bytes_out(self) -> int:
+        """To be written."""
+        return sum(output.bytes for output in (self.output, *self.beside))
+
+    def is_in(self, written: Container[str]) -> bool:
+        """Whether nothing of it is missing."""
+        return all(output.name in written for output in (self.output, *self.beside))

@@ -132,4 +132,4 @@ def _failures(every: Sequence[tuple[Any, str | None]]) -> Iterator[str]:
 
 
 def _bytes(job: Job) -> int:
-    return job[0].bytes + sum(planned.output.bytes for planned in job)
+    return job[0].bytes + sum(planned.bytes_out for planned in job)

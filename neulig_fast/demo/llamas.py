@@ -101,9 +101,9 @@ def fusionbench_family(root: Path) -> dict[str, dict[str, Tensor]]:
 
 
 def load(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a merged folder, by the safetensors library."""
+    """The weights of a merged folder, by the safetensors library."""
     found: dict[str, Tensor] = {}
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in sorted(folder.glob("model*.safetensors")):
         found |= load_file(file)
     return found
 

@@ -12,7 +12,7 @@ from . import (
     task_vectors,
     trajectory,
 )
-from ._method import BLOCK, Apply, Measure, Method, Parameter, Statistic, Task, Tile
+from ._method import BLOCK, Apply, Aside, Measure, Method, Parameter, Statistic, Task, Tile
 
 _FAMILIES = (
     *(linear, trajectory, fisher, task_vectors, della, sharing, balance),
@@ -24,6 +24,7 @@ __all__ = [
     "BLOCK",
     "METHODS",
     "Apply",
+    "Aside",
     "Measure",
     "Method",
     "Parameter",

@@ -24,7 +24,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isinf, prod
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TypeAlias
 
 from xxhash import xxh3_64_intdigest
 
@@ -151,6 +151,33 @@ class Statistic(NamedTuple):
     starts: frozenset[int] | None = None
 
 
+class Aside(Protocol):
+    """What a method writes of a tensor besides the merged one, into a file of its own.
+
+    Attributes:
+        file: its name in the result's folder.
+        format: what its metadata say that it is.
+    """
+
+    file: ClassVar[str]
+    format: ClassVar[str]
+
+    def __init__(self, task: Task) -> None: ...
+
+    @staticmethod
+    def outputs(task: Task) -> Sequence[tuple[str, str, tuple[int, ...]]]:
+        """Names, types and shapes of what is written."""
+        ...
+
+    def tile(self, tile: Tile) -> Iterator[tuple[int, memoryview]]:
+        """The next bytes of outputs, by their numbers, from a tile of whole blocks."""
+        ...
+
+    def end(self) -> Iterator[tuple[int, memoryview]]:
+        """The same, when all tiles were seen."""
+        ...
+
+
 # Merges a tile into its second argument, (P,) in the type of the result.
 Apply: TypeAlias = "Callable[[Tile, Tensor], None]"
 Measure: TypeAlias = "Generator[Statistic, Any, Any]"
@@ -177,6 +204,7 @@ class Method:
         parities: frameworks whose meaning of it there is; the first is the default.
         only: of parameters that not all parities read, those that do.
         faults: what is wrong with a task beyond its parameters' bounds.
+        aside: what it writes besides.
     """
 
     name: str
@@ -194,6 +222,7 @@ class Method:
     parities: tuple[str, ...] = ("mergekit",)
     only: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     faults: Callable[[Task], Iterable[str]] = lambda task: ()
+    aside: type[Aside] | None = None
 
 
 def weights_tensor(values: Sequence[float], rows: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ consensus   tau = sum_i w_i d_i where at least k experts have |d_i| >= l_i |tau 
             Model Merging and Compression", ICML 2024)
 emr         tau has the sign of sum_i d_i, minus where that is zero, and the largest magnitude of
             the d_i of that sign: the unified model of EMR-Merging (Huang et al., NeurIPS 2024),
-            without masks of tasks
+            whose masks are written beside it (:mod:`.masks`)
 
 With the parity fusionbench, masks of consensus ask for > instead of >=. Where RAM+ has u_i = 0,
 nothing is multiplied. NaN is active, and passes the masks of consensus.
@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from ._blocks import blocks
 from ._method import Apply, Measure, Method, Parameter, Statistic, Task, Tile, weights_tensor
+from .masks import Masks
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -173,6 +174,7 @@ METHODS = (
         source="Huang et al., NeurIPS 2024",
         parameters={"lambda": Parameter(1.0)},
         apply=_emr,
+        aside=Masks,
         base="needed",
         parities=("paper", "fusionbench"),
     ),
