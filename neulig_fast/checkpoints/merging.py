@@ -18,7 +18,7 @@ from .prepared import Prepared, prepare
 from .ranks import Ranks, torchrun
 from .read import Reader
 from .report import MergeReport, OutputReport
-from .resources import Resources, Size, asked_for, check_memory
+from .resources import Resources, Size, asked_for, capped, check_memory
 from .write import Staging
 
 _LONG = 1 << 30  # bytes; less is merged about as soon as rates are measured
@@ -31,6 +31,7 @@ def merge(
     max_ram: Size = "2G",
     shard_size: Size = "5G",
     device: str = "auto",
+    max_vram: Size | None = None,
     threads: int | None = None,
     seed: int = 0,
     resume: bool = True,
@@ -50,7 +51,9 @@ def merge(
             recipe with several results each has such a folder below it.
         max_ram: the most memory above that of a bare ``import torch``: bytes, or such as "512M".
         shard_size: of each file of weights, at most.
-        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``: where tensors are merged.
+        device: ``auto``, ``cpu``, ``cuda`` (all GPUs), ``cuda:1`` or ``cuda:0,cuda:2``: where
+            tensors are merged. Threads are dealt round to several GPUs.
+        max_vram: the most memory on each GPU; by default four fifths of what is free.
         threads: that read, merge and write; by default as many as torch uses.
         seed: of methods that drop elements at random.
         resume: go on with an interrupted merge of the same; else begin anew.
@@ -71,7 +74,9 @@ def merge(
     with torchrun() if distributed else contextlib.nullcontext(Ranks()) as ranks:
         prepared = ranks.here(lambda: prepare(config, shard_size=shard_size, seed=seed))
         _agree(prepared, ranks)
-        resources = ranks.here(lambda: _resources(prepared, max_ram, ranks.device(device), threads))
+        resources = ranks.here(
+            lambda: _resources(prepared, max_ram, ranks.device(device), threads, max_vram)
+        )
         stagings = {
             one.name: Staging(out_dir / one.name, one.plan.layout, one.identity())
             for one in prepared
@@ -126,22 +131,27 @@ def foresee(
     max_ram: Size = "2G",
     shard_size: Size = "5G",
     device: str = "auto",
+    max_vram: Size | None = None,
     threads: int | None = None,
 ) -> Forecast:
     """What :func:`merge` would do with these arguments: all its checks, and how long it takes."""
     prepared = prepare(config, shard_size=shard_size)
     check_space(Path(out_dir), {one.name: one.plan.layout for one in prepared})
-    resources = _resources(prepared, max_ram, device, threads)
+    resources = _resources(prepared, max_ram, device, threads, max_vram)
     found = forecast([one.plan for one in prepared], Path(out_dir), resources)
     warnings = (text for one in prepared for text in one.plan.warnings)
     return found._replace(warnings=tuple(dict.fromkeys(warnings)))
 
 
 def _resources(
-    prepared: Sequence[Prepared], max_ram: Size, device: str, threads: int | None
+    prepared: Sequence[Prepared],
+    max_ram: Size,
+    device: str,
+    threads: int | None,
+    max_vram: Size | None,
 ) -> Resources:
     """What may be used, which is enough."""
-    found = asked_for(max_ram, device, threads)
+    found = asked_for(max_ram, device, threads, max_vram)
     check_memory((tensor for one in prepared for tensor in one.plan.tensors), found)
     return found
 
@@ -195,7 +205,8 @@ def _run(
         pipeline.advance = _counter((bytes_in + bytes_out) // ranks.count, progress)
 
         def work() -> list[dict[str, str]]:
-            pipeline.run(ranks.part(jobs))
+            with capped(resources):
+                pipeline.run(ranks.part(jobs))
             if not ranks.first:
                 for staging in stagings:
                     staging.sync()
