@@ -74,9 +74,8 @@ def merge(
     with torchrun() if distributed else contextlib.nullcontext(Ranks()) as ranks:
         prepared = ranks.here(lambda: prepare(config, shard_size=shard_size, seed=seed))
         _agree(prepared, ranks)
-        resources = ranks.here(
-            lambda: _resources(prepared, max_ram, ranks.device(device), threads, max_vram)
-        )
+        limits = (max_ram, ranks.device(device), threads, max_vram)
+        resources = ranks.here(lambda: _resources(prepared, *limits))
         stagings = {
             one.name: Staging(out_dir / one.name, one.plan.layout, one.identity())
             for one in prepared
@@ -87,14 +86,23 @@ def merge(
                 _foresee(prepared, out_dir, resources, foreseen)
             outputs = {one.name: _output(one, stagings[one.name], folders) for one in prepared}
             todo = [one for one in prepared if one.name not in folders.complete]
-            bytes_in, bytes_out = _run(todo, folders, resources, progress, ranks)
+            moved = _run(todo, folders, resources, progress, ranks)
             ranks.all(lambda: _finish(todo, folders) if ranks.first else None)
-    warnings = [*(text for one in prepared for text in one.plan.warnings), *folders.warnings]
+    warned = [*(text for one in prepared for text in one.plan.warnings), *folders.warnings]
+    return _report(out_dir, started, moved, outputs, warned)
+
+
+def _report(
+    out_dir: Path,
+    started: float,
+    moved: tuple[int, int],
+    outputs: Mapping[str, OutputReport],
+    warnings: Sequence[str],
+) -> MergeReport:
     return MergeReport(
         out_dir,
         time.perf_counter() - started,
-        bytes_in,
-        bytes_out,
+        *moved,
         sum(output.tensors for output in outputs.values()),
         sum(output.resumed for output in outputs.values()),
         tuple(dict.fromkeys(warnings)),
