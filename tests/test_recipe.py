@@ -157,3 +157,17 @@ def test_what_is_no_recipe(text: str, said: str) -> None:
 def test_all_faults_come_at_once() -> None:
     with pytest.raises(ValueError, match="recipe: 4 problems"):
         read("models: [{model: 7}, 3]\ndtype: half\nmerge_method: none")
+
+
+def test_what_is_no_parameter_at_all_is_warned_of_in_any_file() -> None:
+    text = "merge_method: linear\nmodels: [{model: a, parameters: {colour: 1, weight: 1}}]\n"
+    for more in ("", "neulig_fast: {parity: mergekit}\n"):
+        recipe = read(text + more)
+        assert "models.0.parameters.colour: unknown key, not read" in recipe.warnings
+    for more in ("", "neulig_fast: {parity: mergekit}\n"):
+        typo = text.replace("colour", "wieght") + more
+        if more:
+            with pytest.raises(ValueError, match="wieght: unknown key.* did you mean 'weight'"):
+                read(typo)
+        else:
+            assert "did you mean 'weight'" in read(typo).warnings[0]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .companions import companions
+from .companions import CACHED, companions
 from .folders import Folders, State, check_space
 from .forecast import Forecast, forecast
 from .headers import INDEX
@@ -237,7 +237,10 @@ def _commit(prepared: Prepared, folders: Folders) -> None:
 
     plan, staging = prepared.plan, folders.stagings[prepared.name]
     paths = {model: checkpoint.path for model, checkpoint in prepared.models.items()}
-    texts = companions(prepared.recipe, prepared.source, plan, paths, prepared.vocabulary)
+    read = [file for checkpoint in prepared.models.values() for file in checkpoint.files]
+    fetched = {part for file in read for part in file.parts if part.startswith(CACHED)}
+    recipe, source, words = prepared.recipe, prepared.source, prepared.vocabulary
+    texts = companions(recipe, source, plan, paths, words, fetched)
     index = plan.layout.index_text()
     if index is not None:
         texts[INDEX] = index.encode()
