@@ -86,15 +86,12 @@ def run(config: TrainConfig, say: Say) -> str:
 def guesses(report: Report) -> Iterator[str]:
     """Tasks on which experts are no better than guessing, in words: within three standard errors of
     it, of their own expert where it is known, else of the ensemble."""
-    row, who = (
-        ("expert", "its own expert is") if "expert" in report.accuracy else ("", "experts are")
-    )
+    known = "expert" in report.accuracy
+    row, who = ("expert", "its own expert is") if known else ("ensemble", "experts are")
     for task in report.tasks:
-        classes, images = (
-            len(report.settings["class_names"][task]),
-            report.settings["samples"][task],
-        )
-        chance, right = 1 / classes, report.accuracy[row or "ensemble"][task] / 100
+        classes = len(report.settings["class_names"][task])
+        images = report.settings["samples"][task]
+        chance, right = 1 / classes, report.accuracy[row][task] / 100
         if classes > 1 and right <= chance + 3 * math.sqrt(chance * (1 - chance) / images):
             yield (
                 f"task {task}: {who} right on {100 * right:.1f} % of {images} images, and guessing "
