@@ -5,14 +5,17 @@ in the system's cache to files that have reached the disk, with checksums (merge
 neither). mergekit runs in a process of its own where ``NEULIG_FAST_MERGEKIT`` names a Python that
 has it, and is asked to merge through a pipe; its random masks are others, so that DARE is checked
 by nothing but the share of elements that differ from the base.
+
+``--models 4G`` (or ``NEULIG_FAST_MERGE_MODELS``) makes each model of about so many bytes instead;
+all processors take part then, and where there is a GPU merging on it is one more row of the case.
 """
 
 from __future__ import annotations
 
+import argparse
 import functools
 import json
 import os
-import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,10 +26,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import neulig_fast as nf
+from neulig_fast.checkpoints import sizes
 from neulig_fast.demo import llamas
 
 from . import harness, machine
 from .harness import Case, Provider
+from .mergekit import Mergekit
 
 _SIZES = {"width": 1024, "layers": 8, "words": 32_000}  # 170 M parameters
 _TOY = {"width": 32, "layers": 2, "words": 64}
@@ -39,58 +44,20 @@ _METHODS: dict[str, dict[str, Any]] = {
     "slerp": {"parameters": {"t": 0.4}, "base": True, "models": ("m0",)},
 }
 
-_WORKER = """
-import sys, yaml, torch
-from mergekit.config import MergeConfiguration
-from mergekit.merge import run_merge
-from mergekit.options import MergeOptions
-torch.set_num_threads(int(sys.argv[1]))
-print("ready", flush=True)
-for line in sys.stdin:
-    config, out = line.split()
-    with open(config) as file:
-        config = MergeConfiguration.model_validate(yaml.safe_load(file))
-    options = MergeOptions(copy_tokenizer=False, lazy_unpickle=True, quiet=True)
-    run_merge(config, out, options)
-    print("done", flush=True)
-"""
 
-
-class Mergekit:
-    """mergekit in a process of its own."""
-
-    def __init__(self, python: str, threads: int) -> None:
-        env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-        self._process = subprocess.Popen(
-            [python, "-c", _WORKER, str(threads)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            env=env,
-            cwd=tempfile.gettempdir(),
-        )
-        self._wait("ready")
-
-    def __call__(self, config: Path, out: Path) -> None:
-        if self._process.stdin is None:
-            raise RuntimeError("mergekit's process takes no input")
-        self._process.stdin.write(f"{config} {out}\n")
-        self._process.stdin.flush()
-        self._wait("done")
-
-    def _wait(self, word: str) -> None:
-        for line in self._process.stdout or ():
-            if line.strip() == word:
-                return
-        raise RuntimeError(f"mergekit's process ended with {self._process.wait()}")
+def shaped(size: int) -> dict[str, int]:
+    """Llama's numbers, of a model of about ``size`` bytes in bf16: wider where it is larger."""
+    width = 1024 if size < 2 << 30 else 2048 if size < 8 << 30 else 4096
+    words = _SIZES["words"] if size > 1 << 28 else _TOY["words"]
+    layers = round((size / 2 - 2 * words * width) / (13 * width**2))
+    return {"width": width, "layers": max(layers, 1), "words": words}
 
 
 @functools.cache
-def models(quick: bool) -> Path:
+def models(**numbers: int) -> Path:
     """A folder with the generated models, for as long as the process lives."""
     folder = tempfile.TemporaryDirectory(prefix="merge-")
-    llamas.family(Path(folder.name), len(_MODELS), **(_TOY if quick else _SIZES))
+    llamas.family(Path(folder.name), len(_MODELS), **numbers)
     _FOLDERS.append(folder)
     return Path(folder.name)
 
@@ -181,23 +148,25 @@ _EAGER: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-def make_case(method: str, quick: bool, threads: int) -> Case:
-    folder = models(quick)
+def make_case(method: str, numbers: dict[str, int], threads: int, gpu: bool = False) -> Case:
+    folder = models(**numbers)
     config = recipe(folder, method)
     given = _METHODS[method]
     inputs = [*given.get("models", _MODELS), *(["base"] if given.get("base") else [])]
     size = sum(f.stat().st_size for name in inputs for f in (folder / name).glob("*.safetensors"))
     ours, theirs, plain = (folder / f"{method}-{name}" for name in ("ours", "theirs", "floor"))
 
-    def merge() -> Path:
-        nf.merge(config, ours, threads=threads, resume=False)
+    def merge(device: str) -> Path:
+        nf.merge(config, ours, threads=threads, resume=False, device=device)
         return ours
 
     found = [
-        Provider("neulig_fast", merge, "ours", traffic=size),
+        Provider("neulig_fast", lambda: merge("cpu"), "ours", traffic=size),
+        *_on_gpu(lambda: merge("cuda:0"), size, gpu),
         Provider(
             "PyTorch, all in memory",
             lambda: eager(folder, method, folder / f"{method}-eager"),
+            needs=2 * size,
             traffic=size,
         ),
     ]
@@ -221,7 +190,7 @@ def make_case(method: str, quick: bool, threads: int) -> Case:
     return Case(
         op="merge",
         mode=method,
-        shape="toy Llama" if quick else "Llama, 340 MB",
+        shape=_shape(numbers, size // len(inputs)),
         dtype=torch.bfloat16,
         device="cpu",
         threads=threads,
@@ -230,6 +199,19 @@ def make_case(method: str, quick: bool, threads: int) -> Case:
         traffic=size,
         numbers={"N": len(given.get("models", _MODELS))},
     )
+
+
+def _on_gpu(merge: Callable[[], Path], size: int, wanted: bool) -> list[Provider]:
+    """Timed by the clock, as what it stands beside: most of it is reading and writing."""
+    if not wanted or not torch.cuda.is_available():
+        return []
+    return [Provider(f"neulig_fast on {torch.cuda.get_device_name()}", merge, "ours", traffic=size)]
+
+
+def _shape(numbers: dict[str, int], size: int) -> str:
+    if numbers == _TOY:
+        return "toy Llama"
+    return f"Llama, {size / 1e9:.1f} GB" if size >= 1e9 else f"Llama, {size / 1e6:.0f} MB"
 
 
 def _check(folder: Path, method: str) -> Callable[[Path], None]:
@@ -256,14 +238,26 @@ def _check(folder: Path, method: str) -> Callable[[Path], None]:
     return check
 
 
-def cases(device: str, quick: bool) -> Iterator[Case]:
+def cases(
+    device: str, quick: bool, models: str | None = None, methods: list[str] | None = None
+) -> Iterator[Case]:
     if device != "cpu":
         return
-    for method in _METHODS:
-        yield make_case(method, quick, 1)
+    size = models or os.environ.get("NEULIG_FAST_MERGE_MODELS")
+    if size and not quick:
+        for method in methods or _METHODS:
+            numbers = shaped(sizes.parse("models", size))
+            yield make_case(method, numbers, machine.cores(), gpu=True)
+        return
+    numbers = _TOY if quick else _SIZES
+    for method in methods or _METHODS:
+        yield make_case(method, numbers, 1)
     if not quick and machine.cores() > 1:
-        yield make_case("linear", quick, machine.cores())
+        yield make_case("linear", numbers, machine.cores())
 
 
 if __name__ == "__main__":
-    harness.main("merge", cases)
+    parser = argparse.ArgumentParser(description="Benchmark merge.")
+    parser.add_argument("--models", help="bytes of each model, such as 1G (default: 340 MB)")
+    parser.add_argument("--methods", nargs="+", choices=list(_METHODS), help="default: all")
+    harness.main("merge", cases, parser)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -77,7 +78,26 @@ def run(config: TrainConfig, say: Say) -> str:
         calibration=loaders.calibration(),
     )
     files = "report.json, report.txt, figures, merged_<task>.safetensors, engine/"
+    for warning in guesses(report):
+        say(f"warning: {warning}")
     return f"{rendered(report)}\nwritten to {config.output}: {files}\nto load a merge:\n\n{code}"
+
+
+def guesses(report: Report) -> Iterator[str]:
+    """Tasks on which experts are no better than guessing, in words: within three standard errors of
+    it, of their own expert where it is known, else of the ensemble."""
+    known = "expert" in report.accuracy
+    row, who = ("expert", "its own expert is") if known else ("ensemble", "experts are")
+    for task in report.tasks:
+        classes = len(report.settings["class_names"][task])
+        images = report.settings["samples"][task]
+        chance, right = 1 / classes, report.accuracy[row][task] / 100
+        if classes > 1 and right <= chance + 3 * math.sqrt(chance * (1 - chance) / images):
+            yield (
+                f"task {task}: {who} right on {100 * right:.1f} % of {images} images, and guessing "
+                f"among {classes} classes on {100 * chance:.1f} %: are they the right experts, "
+                "class names and preprocessing?"
+            )
 
 
 # -- before any work ---------------------------------------------------------------------------

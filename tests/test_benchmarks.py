@@ -475,3 +475,12 @@ def test_the_command_writes_rows_and_a_roofline(tmp_path, monkeypatch):
         "neulig_loss_backward",
     }
     assert files[1].stat().st_size > 1000
+
+
+@pytest.mark.parametrize("size", [300 << 20, 1 << 30, 4 << 30, 16 << 30])
+def test_models_to_merge_have_the_size_that_is_asked_for(size):
+    from neulig_fast.benchmarks import bench_merge
+    from neulig_fast.demo import llamas
+
+    shapes = llamas.shapes(**bench_merge.shaped(size)).values()
+    assert 2 * sum(math.prod(shape) for shape in shapes) == pytest.approx(size, rel=0.1)

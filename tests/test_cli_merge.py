@@ -144,8 +144,14 @@ def test_what_is_computed_of_elements_or_blocks_takes_no_memory(
 
 def test_a_dry_run_warns_as_the_merge_does(models: Path) -> None:
     config = models / "typo.yml"
+    # A file of mergekit's may have keys that are not known here.
     config.write_text((ROOT / "examples/ties.yml").read_text().replace("density", "densty", 1))
     planned = RUN.invoke(app, ["merge", str(config), "merged", "--dry-run"])
     warning = "densty: unknown key, not read; did you mean 'density'?"
     assert planned.exit_code == 0 and warning in planned.output
     assert warning in RUN.invoke(app, ["merge", str(config), "merged", "--quiet"]).output
+    config.write_text(config.read_text() + "neulig_fast: {parity: mergekit}\n")
+    refused = RUN.invoke(app, ["merge", str(config), "merged", "--dry-run"])
+    assert refused.exit_code == 2 and f"error: recipe: models.0.parameters.{warning}" in (
+        refused.output
+    )

@@ -48,6 +48,7 @@ def test_both_settings_are_shown_and_the_published_one_is_the_papers(finished):
         "offset_sum",
         100.0,
     )
+    assert "report_published.json of the published one, the paper's alignment" in text
     assert "published" in text and "CoopVecs" in text and "Hard routing" in text
 
 

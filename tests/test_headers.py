@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -152,6 +153,8 @@ def test_an_index_that_disagrees_with_its_files(tmp_path: Path) -> None:
         ({**good, "bb": good["b"]}, "'bb' is not in model-00001-of-00002.*did you mean 'b'"),
         ({k: v for k, v in good.items() if k != "a"}, "'a' is in model-00001-of-00002.* alone"),
         ([1], "no index of shards with a weight_map"),
+        ({**good, "a": "x" * 5000}, "names the file 'x{80}', which is not one of"),
+        ({**good, "a": "a\0b"}, "which is not one of this folder's"),
     ):
         index(tmp_path, changed)
         with pytest.raises(ValueError, match=said):
@@ -178,3 +181,112 @@ def test_sizes_of_types_are_torchs() -> None:
     names |= {f"I{b}": f"int{b}" for b in (8, 16, 32, 64)}
     names |= {f"U{b}": f"uint{b}" for b in (8, 16, 32, 64)}
     assert {n: getattr(torch, t).itemsize for n, t in names.items()} == ITEM_BYTES
+
+
+# -- headers of any content -----------------------------------------------------------------------
+
+fuzzed = settings(
+    max_examples=120,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+LENGTHS = st.sampled_from([0, 1, 2, 8, 100, 2**31, 2**63, 2**64 - 1])
+NUMBERS = st.sampled_from([0, 1, 2, 4, 8, -1, 2**31, 2**63 - 1, 2**63, 10**400, 1.0, True, None])
+NAMES = st.sampled_from(["a", "b", "", "__metadata__", "../a", "\0", "é"]) | st.text(max_size=3)
+DTYPES = st.sampled_from([*ITEM_BYTES, "I4", "f32", "", None, 8])
+TENSORS = st.fixed_dictionaries(
+    {
+        "dtype": DTYPES,
+        "shape": st.lists(NUMBERS, max_size=3) | NUMBERS,
+        "data_offsets": st.lists(NUMBERS, min_size=1, max_size=3),
+    }
+)
+JUNK = st.recursive(
+    NUMBERS | NAMES,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(NAMES, inner, max_size=3),
+    max_leaves=8,
+)
+PAIRS = st.lists(st.tuples(NAMES, TENSORS | JUNK), max_size=4)  # keys may appear twice
+
+
+def whole(path: Path) -> None:
+    """It is refused in a sentence, or every tensor lies where its bytes are, none twice."""
+    try:
+        header = read_header(path)
+    except ValueError as error:
+        assert str(error).startswith(f"{path}: ")
+        return
+    size = path.stat().st_size
+    taken = [range(entry.start, entry.stop) for entry in header.entries]
+    assert sum(map(len, taken)) == size - 8 - struct.unpack("<Q", path.read_bytes()[:8])[0]
+    assert all(a.stop == b.start for a, b in pairwise(taken))
+    for entry in header.entries:
+        assert len(range(entry.start, entry.stop)) == entry.elements * ITEM_BYTES[entry.dtype]
+    if taken:
+        assert taken[-1].stop == size
+
+
+@fuzzed
+@given(
+    pairs=PAIRS,
+    data=st.integers(0, 20),
+    length=st.none() | LENGTHS,
+    cut=st.none() | st.integers(0, 60),
+)
+def test_any_header_is_refused_in_words_or_right(tmp_path, pairs, data, length, cut) -> None:
+    body = ",".join(f"{json.dumps(name)}:{json.dumps(value)}" for name, value in pairs)
+    file = write(tmp_path / "x.safetensors", f"{{{body}}}".encode(), bytes(data), length)
+    if cut is not None:
+        file.write_bytes(file.read_bytes()[:cut])
+    whole(file)
+
+
+SPANS = st.lists(st.tuples(st.integers(0, 8), st.integers(0, 8)), max_size=5)
+
+
+@fuzzed
+@given(spans=SPANS, data=st.integers(0, 12))
+def test_bytes_belong_to_one_tensor_each(tmp_path, spans, data) -> None:
+    """Tensors of any ranges: read only where they cover the data without gap and overlap."""
+    header = {f"t{k}": tensor(first, first + length) for k, (first, length) in enumerate(spans)}
+    file = write(tmp_path / "x.safetensors", header, bytes(data))
+    used = sorted(place for first, length in spans for place in range(first, first + length))
+    fits = used == list(range(data))
+    try:
+        read_header(file)
+    except ValueError:
+        # An empty tensor has a place too, which may lie where none can be.
+        assert not fits or any(length == 0 for _, length in spans)
+        return
+    assert fits
+    whole(file)
+
+
+SHARDS = st.sampled_from(["one.safetensors", "two.safetensors"])
+PATHS = st.sampled_from(
+    [
+        *("../outside.safetensors", "./one.safetensors", "sub/../one.safetensors", "", ".", ".."),
+        *("/etc/passwd", "one.safetensors/", "ONE.safetensors", "a\0b", "link.safetensors"),
+    ]
+)
+MAPS = st.dictionaries(st.sampled_from(["a", "b", "c"]) | NAMES, SHARDS | PATHS | JUNK, max_size=4)
+
+
+@fuzzed
+@given(weight_map=MAPS | JUNK)
+def test_any_index_is_refused_in_words_or_names_this_folders_files(tmp_path, weight_map) -> None:
+    folder = tmp_path / "model"
+    if not folder.exists():
+        folder.mkdir()
+        write(tmp_path / "outside.safetensors", {"a": tensor(0, 1)}, b"x")
+        write(folder / "one.safetensors", {"a": tensor(0, 1), "b": tensor(1, 2)}, b"xy")
+        write(folder / "two.safetensors", {"c": tensor(0, 1)}, b"z")
+    index(folder, weight_map)
+    try:
+        found = open_checkpoint(folder)
+    except ValueError as error:
+        assert str(folder) in str(error)
+        return
+    files = {"a": "one.safetensors", "b": "one.safetensors", "c": "two.safetensors"}
+    assert {name: entry.file.name for name, entry in found.entries.items()} == weight_map
+    assert all(entry.file == folder / files[name] for name, entry in found.entries.items())

@@ -374,6 +374,34 @@ def test_the_recipe_is_kept_byte_for_byte(tmp_path: Path, models: Any) -> None:
     assert "# a comment" in (tmp_path / "out/README.md").read_text()
 
 
+def test_the_card_links_what_has_a_page_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A local folder may be called as an id is."""
+    samples.write(tmp_path / "models/m0", samples.tensors(0))
+    cached = tmp_path / "hub/models--org--code/snapshots/1"
+    samples.write(cached, samples.tensors(1))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(cached))
+    (tmp_path / "r.yml").write_text(
+        "merge_method: linear\nmodels:\n  - {model: models/m0, parameters: {weight: 1}}\n"
+        "  - {model: org/code, parameters: {weight: 1}}\n"
+    )
+    nf.merge(tmp_path / "r.yml", tmp_path / "out")
+    card = (tmp_path / "out/README.md").read_text()
+    assert "* `models/m0`\n* [org/code](https://huggingface.co/org/code)\n" in card
+    assert card.startswith("---\nbase_model:\n- org/code\nlibrary_name: transformers\n")
+    nf.merge(recipe(tmp_path, "passthrough", ["models/m0"]), tmp_path / "own")
+    own = (tmp_path / "own/README.md").read_text()
+    assert own.startswith("---\nlibrary_name: transformers\n")
+    assert "huggingface.co" not in own
+
+
+def test_what_is_neither_a_folder_nor_an_id(tmp_path: Path) -> None:
+    config = {"merge_method": "passthrough", "models": [{"model": "no folder"}]}
+    text = refusal(lambda: nf.merge(config, tmp_path / "out"))
+    assert text == "merge: no folder: no folder here, and no id of Hugging Face's"
+
+
 def test_a_second_merge_leaves_no_stale_shards(tmp_path: Path, models: Any) -> None:
     config = recipe(tmp_path, "linear", ["m0", "m1"], each=[{"weight": 1}] * 2)
     nf.merge(config, tmp_path / "out", shard_size=4000)

@@ -244,7 +244,7 @@ def test_a_disk_that_is_too_small_is_found_before_the_work(
 def test_a_folder_with_other_files_is_refused(tmp_path: Path, config: dict[str, Any]) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out/thesis.tex").write_text("years of work")
-    with pytest.raises(ValueError, match=r"1 files that no merge wrote \(thesis.tex\)"):
+    with pytest.raises(ValueError, match=r"a file that no merge wrote \(thesis.tex\)"):
         nf.merge(config, tmp_path / "out")
     assert (tmp_path / "out/thesis.tex").read_text() == "years of work"
 

@@ -342,7 +342,7 @@ def test_all_folders_with_other_files_are_named_and_nothing_is_begun(
     with pytest.raises(ValueError, match="2 problems") as caught:
         nf.merge(config, out)
     for name in NAMES[1:]:
-        assert f"{name}: holds 1 files that no merge wrote (thesis.tex)" in str(caught.value)
+        assert f"{name}: holds a file that no merge wrote (thesis.tex)" in str(caught.value)
     assert sorted(path.name for path in out.iterdir()) == list(NAMES[1:])
     assert [path.name for path in (out / NAMES[1]).iterdir()] == ["thesis.tex"]
 

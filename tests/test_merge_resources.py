@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import neulig_fast as nf
-from neulig_fast.checkpoints import merging, resources, workspace
+from neulig_fast.checkpoints import merging, pipeline, resources, workspace
 from neulig_fast.checkpoints.headers import Entry
 from neulig_fast.checkpoints.layout import Output
 from neulig_fast.checkpoints.plan import Planned
@@ -76,6 +76,92 @@ def test_fewer_threads_are_advised_only_where_that_helps() -> None:
     text = refusal(lambda: resources.check_memory(tensors, Resources(1, least - 1)))
     assert text.endswith("to each of 1: max_ram at least 65M")
     resources.check_memory([], Resources(1, 0))
+
+
+def gpus(count: int) -> tuple[torch.device, ...]:
+    return tuple(torch.device(f"cuda:{k}") for k in range(count))
+
+
+def test_threads_are_dealt_round_to_gpus() -> None:
+    found = Resources(5, 100, gpus(2), 1200)
+    assert [found.device(k).index for k in range(5)] == [0, 1, 0, 1, 0]
+    assert found.device_share == 1200 // 3 // 2  # three threads have the first
+    assert Resources(5, 100).device_share is None
+    assert {Resources(5, 100).device(k).type for k in range(5)} == {"cpu"}
+
+
+@pytest.mark.parametrize(
+    ("asked", "count", "threads", "wanted"),
+    [
+        ("auto", 0, None, "auto"),
+        ("cuda", 0, None, "cuda"),
+        ("cpu", 4, None, "cpu"),
+        ("auto", 2, None, "cuda:0 cuda:1"),
+        ("cuda", 3, 2, "cuda:0 cuda:1"),
+        ("cuda:1", 3, 8, "cuda:1"),
+        ("cuda:2, cuda:0", 3, 2, "cuda:2 cuda:0"),
+    ],
+)
+def test_devices_by_name(asked: str, count: int, threads: int | None, wanted: str) -> None:
+    assert resources.device_names(asked, count, threads) == wanted.split()
+
+
+def test_lists_of_devices_that_cannot_be() -> None:
+    said = "device must list different GPUs, as cuda:0,cuda:1, got "
+    for asked in ("cuda:0,cpu", "cuda:0,cuda:0", "cuda:0,", "cuda,cuda:1"):
+        assert said in refusal(lambda asked=asked: resources.device_names(asked, 2))
+    text = refusal(lambda: resources.device_names("cuda:0,cuda:0,cuda:1", 2, 2))
+    assert said in text and "lists 3 GPUs, each needs a thread: threads is 2" in text
+
+
+def test_the_ceiling_of_gpus() -> None:
+    free = {"cuda:0": 1000 << 20, "cuda:1": 500 << 20}
+    assert resources.vram_of(None, free) == 400 << 20
+    assert resources.vram_of(500 << 20, free) == 500 << 20
+    text = refusal(lambda: resources.vram_of(501 << 20, free))
+    assert text == "merge: max_vram is 501 MiB, cuda:1 has 500 MiB free"
+    if not torch.cuda.is_available():
+        text = refusal(lambda: resources.asked_for("1G", "cpu", 1, "1G"))
+        assert "max_vram is of GPUs, the device is cpu" in text
+
+
+def test_tiles_shrink_to_what_a_gpu_has() -> None:
+    one = planned("a", 5 * BLOCK + 1)
+    block = 16 * BLOCK  # a row and a result in fp32, twice
+    assert workspace.least_device_bytes(one) == block
+    assert workspace.device_elements(one, 2 * block - 1) == BLOCK
+    assert workspace.device_elements(one, 2 * block) == 2 * BLOCK
+    assert workspace.device_elements(one, 1 << 30) == 5 * BLOCK + 1
+    with pytest.raises(ValueError, match=f"'a' needs {block}"):
+        workspace.device_elements(one, block - 1)
+    little = Resources(4, 1 << 30, gpus(2), 4 * block - 1)
+    text = refusal(lambda: resources.check_memory([one], little))
+    assert "'a' needs 1 MiB for a thread's tile on a GPU" in text
+    enough = int(re.findall(r"max_vram at least (\d+)M", text)[0]) << 20
+    resources.check_memory([one], little._replace(vram=enough))
+    resources.check_memory([one], little._replace(vram=4 * block))
+    both = refusal(lambda: resources.check_memory([one], little._replace(memory=4)))
+    assert "2 problems" in both
+
+
+def test_the_tiles_of_a_merge_are_the_smaller_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the CPU, told that its memory is a GPU's: the same bytes, from tiles of a block."""
+    config = two_models(tmp_path, large=(3, BLOCK))
+    nf.merge(config, tmp_path / "whole")
+    asked: list[int] = []
+
+    def spy(one: Planned, memory: int) -> int:
+        asked.append(memory)
+        return workspace.device_elements(one, memory)
+
+    monkeypatch.setattr(pipeline, "device_elements", spy)
+    monkeypatch.setattr(Resources, "device_share", 2 * BLOCK * (4 + 4 + 2))
+    nf.merge(config, tmp_path / "tiles", threads=1)
+    assert asked == [2 * BLOCK * (4 + 4 + 2)]
+    whole, tiles = (llamas.load(tmp_path / name)["large"] for name in ("whole", "tiles"))
+    assert torch.equal(whole, tiles)
 
 
 @pytest.mark.parametrize("elements", [0, 1, BLOCK - 1, BLOCK, 3 * BLOCK + 1])

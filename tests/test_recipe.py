@@ -159,3 +159,14 @@ def test_what_is_no_recipe(text: str, said: str) -> None:
 def test_all_faults_come_at_once() -> None:
     with pytest.raises(ValueError, match="recipe: 4 problems"):
         read("models: [{model: 7}, 3]\ndtype: half\nmerge_method: none")
+
+
+def test_what_is_no_parameter_at_all_is_warned_of_in_any_file() -> None:
+    text = "merge_method: linear\nmodels: [{model: a, parameters: {colour: 1, weight: 1}}]\n"
+    for more in ("", "neulig_fast: {parity: mergekit}\n"):
+        recipe = read(text + more)
+        assert "models.0.parameters.colour: unknown key, not read" in recipe.warnings
+    typo = text.replace("colour", "wieght")
+    assert "did you mean 'weight'" in read(typo).warnings[0]
+    with pytest.raises(ValueError, match=r"wieght: unknown key, not read; did you mean 'weight'"):
+        read(typo + "neulig_fast: {parity: mergekit}\n")

@@ -9,6 +9,7 @@ import torch
 from matplotlib.image import imread
 from rich.console import Console
 
+from neulig_fast.experiment import guesses
 from neulig_fast.neulig import figures
 from neulig_fast.neulig.history import History
 from neulig_fast.neulig.report import ROWS, Report, compare
@@ -246,3 +247,25 @@ def test_no_history_no_loss_figure_and_many_tasks_wrap(tmp_path):
     report.coopvec["tasks"] = dict.fromkeys(report.tasks, stats)
     paths = report.plot(tmp_path)
     assert [path.name for path in paths] == ["accuracy.png", "coopvecs.png"]
+
+
+def _report(accuracy):
+    stats = {"mean": [1.0], "max": 1.0, "entropy": 0.0, "argmax_is_task": None}
+    tasks = ["cats", "dogs"]
+    settings = {"class_names": {"cats": ["a", "b"], "dogs": list("abcde")}}
+    settings["samples"] = {"cats": 100, "dogs": 400}
+    return Report(tasks, accuracy, {}, {**stats, "tasks": {}}, settings, 0.0)
+
+
+def test_experts_that_guess_are_told():
+    # Guessing: 50 % and, of 100 images, 5 points of standard error; 20 % and 2 points.
+    own = {"cats": 65.0, "dogs": 26.1}
+    ensemble = {"cats": 90.0, "dogs": 90.0}
+    (told,) = guesses(_report({"ensemble": ensemble, "expert": own}))
+    assert told.startswith(
+        "task cats: its own expert is right on 65.0 % of 100 images, and guessing among 2 classes "
+        "on 50.0 %"
+    )
+    assert not list(guesses(_report({"ensemble": ensemble})))
+    (told,) = guesses(_report({"ensemble": {"cats": 65.1, "dogs": 25.9}}))
+    assert told.startswith("task dogs: experts are right on 25.9 % of 400 images")

@@ -113,10 +113,12 @@ def _sharded(index: Path) -> Checkpoint:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{index}: no index of shards with a weight_map ({error})") from error
     files = sorted(set(names.values()))
+    # Looked up among the names that there are: what an index says is no path until then.
+    there = {path.name for path in folder.iterdir() if path.is_file()}
     faults = [
-        f"names the file {file!r}, which is not one of this folder's"
+        f"names the file {file[:80]!r}, which is not one of this folder's"
         for file in files
-        if Path(file).name != file or not (folder / file).is_file()
+        if file not in there
     ]
     raise_all(str(index), faults)
     checkpoint = _of_headers(folder, [_header(folder / file) for file in files])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
 
 from .dtypes import TO_FORMAT
@@ -14,6 +14,7 @@ from .vocabularies import Vocabulary
 
 RECIPE = "mergekit_config.yml"  # the name that mergekit gives it, and others look for
 _CARD = "README.md"
+CACHED = "models--"  # what folders of models in Hugging Face's cache begin with
 _TOKENIZER = (
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"),
     *("added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "spiece.model"),
@@ -38,6 +39,7 @@ def companions(
     plan: Plan,
     folders: Mapping[ModelRef, Path],
     vocabulary: Vocabulary | None = None,
+    fetched: Set[str] = frozenset(),
 ) -> dict[str, bytes]:
     """Name -> content of everything but weights and manifest.
 
@@ -45,6 +47,7 @@ def companions(
         source: the recipe's file, which is kept as it is.
         folders: of the models.
         vocabulary: whose tokenizer the result has; by default the donor's.
+        fetched: folders of Hugging Face's cache that models came from: these have pages there.
     """
     vocabulary = vocabulary or Vocabulary(plan.donor)
     folders = {model: path if path.is_dir() else path.parent for model, path in folders.items()}
@@ -58,7 +61,7 @@ def companions(
         found = {name: text for name, text in found.items() if name not in _WORDS}
         found[FILE] = vocabulary.text
     found[RECIPE] = source
-    found[_CARD] = _card(recipe, source, plan).encode()
+    found[_CARD] = _card(recipe, source, plan, fetched).encode()
     return found
 
 
@@ -77,14 +80,13 @@ def _config(text: bytes, plan: Plan, words: int | None) -> bytes:
     return json.dumps(content, indent=2, ensure_ascii=False).encode() + b"\n"
 
 
-def _card(recipe: Recipe, source: bytes, plan: Plan) -> str:
-    models = "\n".join(f"* {_linked(model)}" for model in recipe.models())
+def _card(recipe: Recipe, source: bytes, plan: Plan, fetched: Set[str]) -> str:
+    models = "\n".join(f"* {_linked(model, fetched)}" for model in recipe.models())
     named = [part for model in recipe.models() for part in (model, model.lora) if part is not None]
-    front = "\n".join(dict.fromkeys(f"- {part.path}" for part in named))
+    pages = dict.fromkeys(f"- {part.path}\n" for part in named if _has_page(part, fetched))
+    front = "base_model:\n" + "".join(pages) if pages else ""
     return f"""---
-base_model:
-{front}
-library_name: transformers
+{front}library_name: transformers
 tags:
 - merge
 - neulig-fast
@@ -108,6 +110,10 @@ Made by [neulig-fast](https://pypi.org/project/neulig-fast) with **{plan.method.
 """
 
 
-def _linked(model: ModelRef) -> str:
-    is_id = model.path.count("/") == 1 and not model.path.startswith((".", "/", "~"))
-    return f"[{model}](https://huggingface.co/{model.path})" if is_id else f"`{model}`"
+def _linked(model: ModelRef, fetched: Set[str]) -> str:
+    has_page = _has_page(model, fetched)
+    return f"[{model}](https://huggingface.co/{model.path})" if has_page else f"`{model}`"
+
+
+def _has_page(model: ModelRef, fetched: Set[str]) -> bool:
+    return CACHED + model.path.replace("/", "--") in fetched

@@ -139,7 +139,7 @@ class Folders:
         if resume and (self.folder / STAGING / JOURNAL).exists():
             raise ValueError(
                 f"{self.folder}: holds an interrupted merge of a single result; finish that one, "
-                "or start anew with resume off"
+                "or start anew with --no-resume (in Python resume=False)"
             )
 
     def _noted(self) -> Mapping[str, Any]:

@@ -214,7 +214,7 @@ def _merging(method: Method, job: Job, resources: Resources) -> Callable[[], int
     tensor = job[0]
     elements = min(tensor.output.elements, 16 * BLOCK)
     dtype = dtypes.as_torch(tensor.dtype)
-    rows = torch.randn(len(tensor.sources), elements, device=resources.device).to(dtype)
+    rows = torch.randn(len(tensor.sources), elements, device=resources.devices[0]).to(dtype)
     out = rows.new_empty(elements, dtype=dtypes.as_torch(tensor.output.dtype))
 
     def step() -> int:

@@ -66,7 +66,9 @@ def _fetched(model: ModelRef, patterns: Iterable[str]) -> Path:
         folder = snapshot_download(
             model.path, revision=model.revision, allow_patterns=list(patterns)
         )
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+    except HFValidationError as error:
+        raise ValueError(f"{model}: no folder here, and no id of Hugging Face's") from error
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         offline = " (offline: HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
         raise ValueError(
             f"{model}: no folder here, and not to be had from Hugging Face{offline}: "

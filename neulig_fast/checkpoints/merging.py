@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .companions import companions
+from .companions import CACHED, companions
 from .folders import Folders, State, check_space
 from .forecast import Forecast, forecast, passes
 from .headers import INDEX
@@ -18,7 +18,7 @@ from .prepared import Prepared, prepare
 from .ranks import Ranks, torchrun
 from .read import Reader
 from .report import MergeReport, OutputReport
-from .resources import Resources, Size, asked_for, check_memory
+from .resources import Resources, Size, asked_for, capped, check_memory
 from .survey import Survey
 from .whole import known
 from .write import Staging
@@ -33,6 +33,7 @@ def merge(
     max_ram: Size = "2G",
     shard_size: Size = "5G",
     device: str = "auto",
+    max_vram: Size | None = None,
     threads: int | None = None,
     seed: int = 0,
     resume: bool = True,
@@ -52,7 +53,9 @@ def merge(
             recipe with several results each has such a folder below it.
         max_ram: the most memory above that of a bare ``import torch``: bytes, or such as "512M".
         shard_size: of each file of weights, at most.
-        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``: where tensors are merged.
+        device: ``auto``, ``cpu``, ``cuda`` (all GPUs), ``cuda:1`` or ``cuda:0,cuda:2``: where
+            tensors are merged. Threads are dealt round to several GPUs.
+        max_vram: the most memory on each GPU; by default four fifths of what is free.
         threads: that read, merge and write; by default as many as torch uses.
         seed: of methods that drop elements at random.
         resume: go on with an interrupted merge of the same; else begin anew.
@@ -73,7 +76,8 @@ def merge(
     with torchrun() if distributed else contextlib.nullcontext(Ranks()) as ranks:
         prepared = ranks.here(lambda: prepare(config, shard_size=shard_size, seed=seed))
         _agree(prepared, ranks)
-        resources = ranks.here(lambda: _resources(prepared, max_ram, ranks.device(device), threads))
+        limits = (max_ram, ranks.device(device), threads, max_vram)
+        resources = ranks.here(lambda: _resources(prepared, *limits))
         stagings = {
             one.name: Staging(out_dir / one.name, one.plan.layout, one.identity())
             for one in prepared
@@ -84,14 +88,23 @@ def merge(
                 _foresee(prepared, out_dir, resources, foreseen)
             outputs = {one.name: _output(one, stagings[one.name], folders) for one in prepared}
             todo = [one for one in prepared if one.name not in folders.complete]
-            bytes_in, bytes_out = _run(todo, folders, resources, progress, ranks)
+            moved = _run(todo, folders, resources, progress, ranks)
             ranks.all(lambda: _finish(todo, folders) if ranks.first else None)
-    warnings = [*(text for one in prepared for text in one.plan.warnings), *folders.warnings]
+    warned = [*(text for one in prepared for text in one.plan.warnings), *folders.warnings]
+    return _report(out_dir, started, moved, outputs, warned)
+
+
+def _report(
+    out_dir: Path,
+    started: float,
+    moved: tuple[int, int],
+    outputs: Mapping[str, OutputReport],
+    warnings: Sequence[str],
+) -> MergeReport:
     return MergeReport(
         out_dir,
         time.perf_counter() - started,
-        bytes_in,
-        bytes_out,
+        *moved,
         sum(output.tensors for output in outputs.values()),
         sum(output.resumed for output in outputs.values()),
         tuple(dict.fromkeys(warnings)),
@@ -128,22 +141,27 @@ def foresee(
     max_ram: Size = "2G",
     shard_size: Size = "5G",
     device: str = "auto",
+    max_vram: Size | None = None,
     threads: int | None = None,
 ) -> Forecast:
     """What :func:`merge` would do with these arguments: all its checks, and how long it takes."""
     prepared = prepare(config, shard_size=shard_size)
     check_space(Path(out_dir), {one.name: one.plan.layout for one in prepared})
-    resources = _resources(prepared, max_ram, device, threads)
+    resources = _resources(prepared, max_ram, device, threads, max_vram)
     found = forecast([one.plan for one in prepared], Path(out_dir), resources)
     warnings = (text for one in prepared for text in one.plan.warnings)
     return found._replace(warnings=tuple(dict.fromkeys(warnings)))
 
 
 def _resources(
-    prepared: Sequence[Prepared], max_ram: Size, device: str, threads: int | None
+    prepared: Sequence[Prepared],
+    max_ram: Size,
+    device: str,
+    threads: int | None,
+    max_vram: Size | None,
 ) -> Resources:
     """What may be used, which is enough."""
-    found = asked_for(max_ram, device, threads)
+    found = asked_for(max_ram, device, threads, max_vram)
     check_memory((tensor for one in prepared for tensor in one.plan.tensors), found)
     return found
 
@@ -186,7 +204,7 @@ def _run(
     if not todo:
         return 0, 0
     stagings = [folders.stagings[one.name] for one in todo]
-    with Reader() as reader:
+    with Reader() as reader, capped(resources):
         pipeline = Pipeline(todo[0].plan.method, reader, stagings, resources)
         every: Sequence[Job] = list(zip(*(one.plan.tensors for one in todo), strict=True))
         jobs = [job for job in every if pipeline.missing(job)]
@@ -239,7 +257,10 @@ def _commit(prepared: Prepared, folders: Folders) -> None:
 
     plan, staging = prepared.plan, folders.stagings[prepared.name]
     paths = {model: checkpoint.path for model, checkpoint in prepared.models.items()}
-    texts = companions(prepared.recipe, prepared.source, plan, paths, prepared.vocabulary)
+    read = [file for checkpoint in prepared.models.values() for file in checkpoint.files]
+    fetched = {part for file in read for part in file.parts if part.startswith(CACHED)}
+    recipe, source, words = prepared.recipe, prepared.source, prepared.vocabulary
+    texts = companions(recipe, source, plan, paths, words, fetched)
     index = plan.layout.index_text()
     if index is not None:
         texts[INDEX] = index.encode()

@@ -23,7 +23,7 @@ from .measured import applied
 from .planned import Planned
 from .read import Reader
 from .resources import Resources
-from .workspace import Workspace, tile_elements
+from .workspace import Workspace, device_elements, tile_elements
 from .write import Staging
 
 # Elements of a tile where a method does not look at tensors first: rows of some models stay in a
@@ -81,7 +81,7 @@ class Pipeline:
         before = torch.get_num_threads()
         self._stopped.clear()
         with ThreadPoolExecutor(count, thread_name_prefix="merge") as pool:
-            working = [pool.submit(self._work, todo, act) for _ in range(count)]
+            working = [pool.submit(self._work, todo, act, number) for number in range(count)]
             try:
                 wait(working, return_when=FIRST_EXCEPTION)
             finally:
@@ -101,9 +101,9 @@ class Pipeline:
         if self._stopped.is_set():
             raise Stopped
 
-    def _work(self, todo: deque[Job], act: Callable[[Worker, Job], None]) -> None:
+    def _work(self, todo: deque[Job], act: Callable[[Worker, Job], None], number: int) -> None:
         torch.set_num_threads(1)  # products of matrices may have other bits with more
-        worker = Worker(self)
+        worker = Worker(self, self.resources.device(number))
         while True:
             try:
                 job = todo.popleft()
@@ -118,12 +118,11 @@ class Pipeline:
 class Worker:
     """One thread's part in the work: whole tensors, tile by tile, in memory of its own."""
 
-    def __init__(self, pipeline: Pipeline) -> None:
-        resources = pipeline.resources
-        self._pipeline, self._method, self._device = pipeline, pipeline.method, resources.device
-        self._gpu = resources.device.type == "cuda"
-        self._workspace = Workspace(resources.share, pinned=self._gpu)
-        self._stream = torch.cuda.Stream(resources.device) if self._gpu else None
+    def __init__(self, pipeline: Pipeline, device: torch.device) -> None:
+        self._pipeline, self._method, self._device = pipeline, pipeline.method, device
+        gpu = device.type == "cuda"
+        self._workspace = Workspace(pipeline.resources.share, pinned=gpu)
+        self._stream = torch.cuda.Stream(device) if gpu else None
 
     def merge(self, missing: Sequence[tuple[Staging, Planned]]) -> None:
         """A tensor, into all outputs that miss it."""
@@ -221,6 +220,9 @@ class _Tiles:
         self._planned, self._pipeline, self._device = planned, pipeline, device
         self._place = place
         self._fits = tile_elements(planned, workspace.bytes)
+        share = pipeline.resources.device_share
+        if share is not None:
+            self._fits = min(self._fits, device_elements(planned, share))
         self._views = workspace.views(planned, self._fits)
         self._whole: Tile | None = None  # what was read, if it is all
         self._measured = False

@@ -46,13 +46,16 @@ class Ranks:
         return found
 
     def device(self, name: str) -> str:
-        """The device of this process where ``name`` leaves open which: a GPU each."""
+        """The device of this process where ``name`` leaves open which: a GPU each, of those that
+        it lists, or of all."""
         import torch
 
-        if self.count == 1 or name not in ("auto", "cuda") or not torch.cuda.is_available():
+        names = name.split(",")
+        if name in ("auto", "cuda") and torch.cuda.is_available():
+            names = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+        if self.count == 1:
             return name
-        own = int(os.environ.get("LOCAL_RANK", self.rank))
-        return f"cuda:{own % torch.cuda.device_count()}"
+        return names[int(os.environ.get("LOCAL_RANK", self.rank)) % len(names)].strip()
 
     def here(self, work: Callable[[], T]) -> T:
         """What ``work`` gives in this process, if it fails in none; raises as :meth:`all`."""

@@ -2,8 +2,8 @@
 
 Exactly one of ``models``, ``slices`` and ``modules`` says what is merged; ``models`` is one slice
 of all layers. Keys that are neither mergekit's nor ours are warned of, since files of other
-versions have some; keys below ``neulig_fast``, our own, are errors. Every fault of a file is found
-at once.
+versions have some; keys below ``neulig_fast``, our own, are errors, and in a file that has that
+section so are parameters that are almost one there is. Every fault of a file is found at once.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ def parse(content: Any, methods: Mapping[str, Method]) -> Recipe:
     Raises:
         ValueError: everything that is wrong, each under its place in the file.
     """
-    reader = _Reader()
     if not isinstance(content, Mapping):
         raise ValueError(f"recipe: must be a mapping of keys, got {type(content).__name__}")
+    reader = _Reader(ours="neulig_fast" in content)
     reader.keys("", content, _TOP)
     if content.get("chat_template") is not None:
         reader.warnings.append("chat_template: is not read; the result has its tokenizer's own")
@@ -104,7 +104,8 @@ def _unread(recipe: Recipe, method: Method) -> Iterator[str]:
 class _Reader:
     """Takes a file apart; what is wrong or unknown is noted, and reading goes on."""
 
-    def __init__(self) -> None:
+    def __init__(self, ours: bool) -> None:
+        self._ours = ours  # a file for this program, not one of mergekit's
         self.faults: list[str] = []
         self.warnings: list[str] = []
 
@@ -208,7 +209,15 @@ class _Reader:
     def parameters(self, place: str, value: Any) -> Parameters:
         if value is None:
             return {}
-        section = self.mapping(place, value, PARAMETERS)
+        if not isinstance(value, Mapping):
+            self.faults.append(f"{place}: must be a mapping, got {value!r}")
+            return {}
+        section: Parameters = value
+        for name in section:
+            if name not in PARAMETERS:
+                hint = did_you_mean(str(name), PARAMETERS)
+                told = self.faults if hint and self._ours else self.warnings
+                told.append(f"{_at(place, name)}: unknown key, not read{hint}")
         for name, setting in section.items():
             self.faults += [f"{_at(place, name)}: {f}" for f in parameters.faults(setting)]
             if name in _MODELS:

@@ -61,6 +61,31 @@ def tile_elements(planned: Planned, memory: int) -> int:
     return elements if fits >= elements else fits // BLOCK * BLOCK
 
 
+def device_elements(planned: Planned, memory: int) -> int:
+    """How many fit on a GPU: the same with its memory.
+
+    Raises:
+        ValueError: not one block does.
+    """
+    elements = max(planned.output.elements, 1)
+    fits = memory // _device_element_bytes(planned)
+    if fits < min(BLOCK, elements):
+        needed = least_device_bytes(planned)
+        raise ValueError(f"GPU memory of {memory} bytes: {planned.output.name!r} needs {needed}")
+    return elements if fits >= elements else fits // BLOCK * BLOCK
+
+
+def least_device_bytes(planned: Planned) -> int:
+    """What the smallest tile of a tensor takes on a GPU."""
+    return _device_element_bytes(planned) * min(max(planned.output.elements, 1), BLOCK)
+
+
+def _device_element_bytes(planned: Planned) -> int:
+    """Rows and result, twice: a tile comes while the one before it is still there."""
+    rows = len(planned.sources) * ITEM_BYTES[planned.dtype]
+    return 2 * (rows + ITEM_BYTES[planned.output.dtype])
+
+
 def least_bytes(planned: Planned) -> int:
     """What the smallest tile of a tensor takes of a workspace."""
     elements = min(max(planned.output.elements, 1), BLOCK)

@@ -143,9 +143,10 @@ class Staging:
         foreign = sorted(path.name for path in self.folder.iterdir() if path.name not in ours)
         if foreign:
             names = ", ".join(foreign[:5]) + (", ..." if len(foreign) > 5 else "")
+            what = "a file" if len(foreign) == 1 else f"{len(foreign)} files"
             raise ValueError(
-                f"{self.folder}: holds {len(foreign)} files that no merge wrote ({names}); they "
-                "would be mixed with the result: name another folder, or move them"
+                f"{self.folder}: holds {what} that no merge wrote ({names}), which would be mixed "
+                "with the result: name another folder, or move what is there"
             )
 
     def _journal_lines(self) -> list[dict[str, Any]]:
@@ -163,7 +164,8 @@ class Staging:
         if different:
             raise ValueError(
                 f"{self.folder}: holds an interrupted merge that differs in "
-                f"{', '.join(different)}; finish that one, or start anew with resume off"
+                f"{', '.join(different)}; finish that one, or start anew with --no-resume (in "
+                "Python resume=False)"
             )
         known = {line["tensor"]: line["xxh3"] for line in lines[1:] if "tensor" in line}
         return {name: text for name, text in known.items() if name in self.layout.places}

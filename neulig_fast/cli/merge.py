@@ -13,7 +13,8 @@ Config = Annotated[Path, typer.Argument(help="A YAML file as mergekit's; see doc
 Folder = Annotated[Path, typer.Argument(help="For the results; an earlier merge is replaced.")]
 MaxRam = Annotated[str, typer.Option(help="Ceiling of memory, such as 512M or 8G.")]
 ShardSize = Annotated[str, typer.Option(help="Of each file of weights, at most.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda (all GPUs), or such as cuda:0,cuda:1.")]
+MaxVram = Annotated[str | None, typer.Option(help="Of each GPU. Default: 80 % of what is free.")]
 Threads = Annotated[int | None, typer.Option(help="Default: as many as torch uses.")]
 Seed = Annotated[int, typer.Option(help="Of methods that drop elements at random.")]
 Resume = Annotated[bool, typer.Option(help="Go on with an interrupted merge, or begin anew.")]
@@ -32,6 +33,7 @@ def merge(
     max_ram: MaxRam = "2G",
     shard_size: ShardSize = "5G",
     device: Device = "auto",
+    max_vram: MaxVram = None,
     threads: Threads = None,
     seed: Seed = 0,
     resume: Resume = True,
@@ -52,6 +54,7 @@ def merge(
             "max_ram": max_ram,
             "shard_size": shard_size,
             "device": device,
+            "max_vram": max_vram,
             "threads": threads,
         }
         if dry_run:

@@ -13,20 +13,24 @@ from torch import Tensor
 INDEX = "model.safetensors.index.json"
 
 
-def tensors(seed: int, layers: int = 2, width: int = 16, words: int = 50) -> dict[str, Tensor]:
-    """fp32 values by name, standard normal; the width is a multiple of 8."""
-    g = torch.Generator().manual_seed(seed)
+def shapes(layers: int = 2, width: int = 16, words: int = 50) -> dict[str, tuple[int, ...]]:
+    """Of all tensors, by name; the width is a multiple of 8."""
     inner = 3 * width
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (words, width)}
+    found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (words, width)}
     for layer in range(layers):
         prefix = f"model.layers.{layer}."
-        shapes |= {f"{prefix}self_attn.{n}_proj.weight": (width, width) for n in "qkvo"}
-        shapes |= {f"{prefix}mlp.{n}_proj.weight": (inner, width) for n in ("gate", "up")}
-        shapes[f"{prefix}mlp.down_proj.weight"] = (width, inner)
+        found |= {f"{prefix}self_attn.{n}_proj.weight": (width, width) for n in "qkvo"}
+        found |= {f"{prefix}mlp.{n}_proj.weight": (inner, width) for n in ("gate", "up")}
+        found[f"{prefix}mlp.down_proj.weight"] = (width, inner)
         for place in ("input", "post_attention"):
-            shapes[f"{prefix}{place}_layernorm.weight"] = (width,)
-    shapes |= {"model.norm.weight": (width,), "lm_head.weight": (words, width)}
-    return {name: torch.randn(shape, generator=g) for name, shape in shapes.items()}
+            found[f"{prefix}{place}_layernorm.weight"] = (width,)
+    return found | {"model.norm.weight": (width,), "lm_head.weight": (words, width)}
+
+
+def tensors(seed: int, **sizes: int) -> dict[str, Tensor]:
+    """fp32 values by name, standard normal; sizes as of :func:`shapes`."""
+    g = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(shape, generator=g) for name, shape in shapes(**sizes).items()}
 
 
 def write(

@@ -22,6 +22,10 @@ from . import clip, tasks, training
 from .settings import DemoSettings
 from .tasks import TASK_NAMES, TaskData
 
+_FILES = """
+report.json and report.txt tell of the default setting, as do merged_<task>.safetensors and engine/,
+which are its models; report_published.json of the published one, the paper's alignment
+offset_sum. tasks.png shows images of every task; the other figures show what the report says."""
 # The engine's default and the published setting, in the order they are shown. The first one's
 # report and models are the demo's result.
 ALIGNMENTS = {"variance": "default (variance)", "offset_sum": "published (offset_sum)"}
@@ -187,5 +191,6 @@ def _show(reports: Mapping[str, Report], closing: str, folder: Path, console: Co
     console.print()
     console.print(compare({words: reports[name] for name, words in ALIGNMENTS.items()}))
     console.print(best)
+    console.print(_FILES, markup=False, highlight=False)
     console.print(f"\nTo load a merged model:\n\n{closing}\n", soft_wrap=True, highlight=False)
     console.print(f"{best.seconds:.0f} s in all. Everything is in {folder}/")
