@@ -1,9 +1,6 @@
 """blend_telemetry beyond test_house.py: theta's bits, counts and norms by brute force, errors."""
 
 import math
-import os
-import subprocess
-import sys
 from itertools import pairwise
 
 import pytest
@@ -259,13 +256,12 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
 """
 
 
-def test_every_instruction_level_gives_the_same_bits():
+def test_every_instruction_level_gives_the_same_bits(python):
     if OPS["blend_telemetry"].why_not("cpu", "cpu") is not None:
         pytest.skip("no native extension")
     found = []
     for level in ("0", "3", "4"):
-        done = subprocess.run([sys.executable, "-c", LEVELS], capture_output=True, text=True,
-                              env={**os.environ, "NEULIG_FAST_CPU": level})  # fmt: skip
+        done = python(LEVELS, NEULIG_FAST_CPU=level)
         if "the best level this CPU and build support" not in done.stderr:
             assert done.returncode == 0, done.stderr
             found.append(done.stdout)

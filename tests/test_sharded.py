@@ -388,13 +388,13 @@ def test_two_ranks(failures, name):
         assert name not in failed, f"rank {rank}\n{failed[name]}"
 
 
-def test_plain_tensors_do_not_load_the_dtensor_module():
+def test_plain_tensors_do_not_load_the_dtensor_module(python):
     code = (
         "import sys, torch, neulig_fast as nf\n"
         "nf.blend(torch.ones(2), torch.nn.Parameter(torch.ones(2, 3)))\n"
         "print('torch.distributed.tensor' in sys.modules)"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    result = python(code)
     assert result.stdout.strip() == "False", result.stdout + result.stderr
 
 
