@@ -5,6 +5,7 @@ import os
 # Waiting threads yield: a spinning pool starves the other core of a small machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+import fcntl
 import importlib.util
 import json
 import subprocess
@@ -78,3 +79,22 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., A
     with server:
         yield run
         server.stdin.close()
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], None]], Path]:
+    """``once(name, make)``: a folder that ``make`` has filled, once for all of xdist's workers."""
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+
+    def made(name: str, make: Callable[[Path], None]) -> Path:
+        folder = root / name
+        with open(root / f"{name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not folder.exists():
+                making = tmp_path_factory.mktemp(name)
+                make(making)
+                making.rename(folder)
+        return folder
+
+    return made

@@ -207,7 +207,7 @@ def test_what_is_not_differentiable_says_so(name):
 def test_opcheck(device, name, backend):
     op = OPS[name]
     checks = ["test_schema", "test_faketensor"]
-    if not interpreted(device, backend):  # many calls; graphs are the same on every backend
+    if backend == "torch":  # graphs are the same on every backend, and this one takes all samples
         checks += ["test_autograd_registration", "test_aot_dispatch_dynamic"]
     for args in op.samples(device, torch.float32):
         if op.why_not(backend, device, args) is not None:

@@ -366,18 +366,21 @@ def main(folder):
 
 
 @pytest.fixture(scope="module")
-def failures(tmp_path_factory):
+def failures(once):
     """Per rank, the checks that failed, with their tracebacks."""
-    folder = tmp_path_factory.mktemp("ranks")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    result = subprocess.run(
-        [*launch, f"--nproc-per-node={RANKS}", __file__, str(folder)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stderr[-4000:]
+
+    def launch(folder):
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        result = subprocess.run(
+            [*launch, f"--nproc-per-node={RANKS}", __file__, str(folder)],
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert result.returncode == 0, result.stderr[-4000:]
+
+    folder = once("ranks", launch)
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(RANKS)]
 
 
