@@ -1,0 +1,116 @@
+"""Masks and draws: EMR-Merging (arXiv 2405.17461), TALL masks (2405.07813), DARE (2311.03099)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...ops.merge_task_vectors import merge_task_vectors
+from .._seam import Seam, Unsupported
+from ._tensors import as_lists, check, check_mode, same_names
+
+_TILE = 1 << 16  # columns whose temporaries stay in cache
+
+
+def seams() -> list[Seam]:
+    """One function of each method."""
+    method = "fusion_bench.method"
+    return [
+        Seam(f"{method}.emr_merging.utils:emr_merge", _emr(exact=True), _emr(exact=False)),
+        Seam(f"{method}.tall_mask.utils:generate_task_masks", tall_masks, tall_masks),
+        Seam(f"{method}.dare.utils:param_random_drop_", None, random_drop_),
+    ]
+
+
+# -- EMR ------------------------------------------------------------------------------------------
+
+
+def _emr(exact: bool) -> Callable[..., Any]:
+    def emr_merge(
+        task_vectors: Sequence[Mapping[str, Tensor]],
+    ) -> tuple[dict[str, Tensor], dict[str, list[Tensor]], Tensor]:
+        check_mode()
+        names = same_names(task_vectors)
+        lists = as_lists([[vector[name] for name in names] for vector in task_vectors])
+        if exact and any(dtype.itemsize < 4 for dtype in lists.dtypes):
+            raise Unsupported("16-bit tensors, which the original rounds at every step")
+        if lists.device is None or lists.device.type != "cpu":
+            raise Unsupported("tensors that are not on the CPU")
+        unified, masks = {}, {}
+        before, after = torch.zeros(len(task_vectors)), torch.zeros(len(task_vectors))
+        for name, *tensors in zip(names, *lists.lists, strict=True):
+            whole, own = _elected(tensors)
+            unified[name], masks[name] = whole, own
+            for i, (tensor, mask) in enumerate(zip(tensors, own, strict=True)):
+                before[i] += tensor.abs().mean()
+                after[i] += (whole * mask).abs_().mean()
+        return unified, masks, before / after
+
+    return emr_merge
+
+
+def _elected(tensors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """The largest magnitudes with the sign of the sum, and who has that sign."""
+    rows = torch.stack([tensor.flatten() for tensor in tensors])
+    ones = torch.ones(len(rows), device=rows.device)
+    whole = merge_task_vectors(rows, ones, elect="sum", zero_sign=-1, combine="max")
+    if not whole.sum().isfinite() and not whole.isfinite().all():
+        raise Unsupported("values that are not finite")
+    whole.masked_fill_(whole == 0, -0.0)  # zeros are negative to the original
+    positive, negative = whole > 0, whole < 0
+    masks = [((row > 0) & positive) | ((row < 0) & negative) for row in rows]
+    shape = tensors[0].shape
+    return whole.view(shape), [mask.view(shape) for mask in masks]
+
+
+# -- TALL -----------------------------------------------------------------------------------------
+
+
+def tall_masks(
+    tv_flat_checks: Tensor,
+    flat_ft: Tensor,
+    flat_ptm: Tensor,
+    tv: Tensor | None = None,
+    tall_mask_lambda: float = 1.0,
+) -> Tensor:
+    """(N, P): where a model is further from the base than, lambda times, from the merged one."""
+    check_mode()
+    check([flat_ft, flat_ptm] if tv is None else [flat_ft, flat_ptm, tv])
+    if flat_ft.ndim != 2 or len(flat_ft) < 2 or flat_ft.shape[1] < 2:
+        raise Unsupported("models that are not (N, P) with more than one of each")
+    width = flat_ft.shape[1:]
+    if tv is None or flat_ptm.shape != width or tv.shape != width:
+        raise Unsupported("no merged task vector, or of another shape than the models")
+    mask = torch.empty(flat_ft.shape, dtype=torch.bool, device=flat_ft.device)
+    for a in range(0, mask.shape[1], _TILE):
+        base, models = flat_ptm[a : a + _TILE], flat_ft[:, a : a + _TILE]
+        merged = base + tv[a : a + _TILE]
+        for i, model in enumerate(models):
+            far = (merged - model).abs_() * tall_mask_lambda
+            torch.gt((base - model).abs_(), far, out=mask[i, a : a + _TILE])
+    return mask
+
+
+# -- DARE -----------------------------------------------------------------------------------------
+
+
+def random_drop_(param: Tensor, sparsity_level: float, rescale: bool) -> None:
+    """Elements dropped by draws of their own, with a seed from PyTorch's generator."""
+    check_mode()
+    check([param.data] if isinstance(param, Tensor) else [param])
+    if not isinstance(sparsity_level, (int, float)) or not 0 <= sparsity_level < 1:
+        raise Unsupported("a share to drop that is not in [0, 1)")
+    if not param.data.isfinite().all():
+        raise Unsupported("values that are not finite")
+    keep = 1 - sparsity_level
+    one = torch.ones(1, device=param.device, dtype=torch.float64)
+    param.data = merge_task_vectors(
+        param.data.view(1, -1),
+        one,
+        scales=one / keep if rescale else one,
+        density=one * keep,
+        seed=int(torch.randint(2**62, ())),
+    ).view(param.shape)

@@ -1,0 +1,490 @@
+"""FusionBench's functions against what replaces them: to the bit, or against an fp64 oracle."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import importlib
+import io
+import os
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from packaging.version import Version
+from torch import Tensor, nn
+
+import neulig_fast as nf
+from neulig_fast import testing
+from neulig_fast.compat._seam import Place, Replacement
+from neulig_fast.compat.fusion_bench import HOST
+
+pytest.importorskip("fusion_bench", reason="FusionBench is not installed")
+METHOD = "fusion_bench.method"
+TIES = f"{METHOD}.ties_merging.ties_merging_utils"
+WRAPPERS = "fusion_bench.models.wrappers"
+STATES = "fusion_bench.utils.state_dict_arithmetic"
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def imported() -> Iterator[None]:
+    """FusionBench, without our source tree in the path: transformers would take kernels/ for a
+    project of that name."""
+    before = list(sys.path)
+    sys.path = [path for path in before if not os.path.exists(path + "/kernels/_launch.py")]
+    for seam in HOST.seams():
+        importlib.import_module(seam.where.split(":")[0])
+    yield
+    sys.path = before
+
+
+def pair(where: str, parity: str) -> tuple[Callable[..., Any], Replacement]:
+    """A function of FusionBench, and its replacement in front of it."""
+    (seam,) = (seam for seam in HOST.seams() if seam.where == where)
+    original, fast = Place(where).get(), seam.replacement(parity)
+    assert fast is not None
+    return original, Replacement(where, original, fast)
+
+
+def result(function: Callable[..., Any], *args: Any) -> Any:
+    """What it returns, or the error that it raises; what it prints is swallowed."""
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        try:
+            return function(*args)
+        except (RuntimeError, TypeError, ValueError, AssertionError, IndexError) as error:
+            return repr(error)
+
+
+def same(a: Any, b: Any) -> bool:
+    """The same bits, names and types, NaN's bits apart."""
+    if isinstance(a, Tensor):
+        if type(a) is not type(b) or a.dtype != b.dtype or a.shape != b.shape:
+            return False
+        if not a.is_floating_point():
+            return torch.equal(a, b)
+        signs = torch.equal(a.signbit() | a.isnan(), b.signbit() | b.isnan())
+        return signs and torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0))
+    if isinstance(a, dict):
+        return list(a) == list(b) and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return bool(a == b)
+
+
+def taken(replacement: Replacement) -> int:
+    return replacement.counts().taken
+
+
+# -- AdaMerging -----------------------------------------------------------------------------------
+
+
+def network(dtype: torch.dtype = torch.float32) -> nn.Module:
+    return nn.Sequential(
+        nn.Linear(5, 7), nn.LayerNorm(7), nn.BatchNorm1d(7), nn.Linear(7, 3, bias=False)
+    ).to(dtype)
+
+
+def merged_model(kind: str, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+    """A merged model of three task vectors whose weights want clamping."""
+    torch.manual_seed(0)
+    base, experts = network(dtype), [network(dtype) for _ in range(3)]
+    tensors = len(list(base.parameters()))
+    weights = torch.randn((3, tensors) if kind == "layer" else (3,))
+    if kind == "layer":
+        module = importlib.import_module(f"{WRAPPERS}.layer_wise_fusion")
+        return module.LayerWiseMergedModel(weights, base, experts, **options)
+    module = importlib.import_module(f"{WRAPPERS}.task_wise_fusion")
+    return module.TaskWiseMergedModel(weights, base, experts, **options)
+
+
+WHERE = {
+    "layer": f"{WRAPPERS}.layer_wise_fusion:LayerWiseMergedModel.merge_weights",
+    "task": f"{WRAPPERS}.task_wise_fusion:TaskWiseMergedModel.merge_weights",
+}
+
+
+def gradient(function: Callable[..., Any], model: Any, *args: Any) -> Tensor:
+    """Of a loss that not all tensors have a part in."""
+    model.merge_weight.grad = None
+    state = function(model, *args)
+    names = [name for name, _ in model.pretrained_model.named_parameters()][:-1]
+    loss = torch.stack(
+        [(state[name].double().sin() * (i + 1)).sum() for i, name in enumerate(names)]
+    )
+    loss.sum().backward()
+    return model.merge_weight.grad.clone()
+
+
+@pytest.mark.parametrize("parity", ["exact", "accurate"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", ["layer", "task"])
+def test_merged_models_have_the_originals_bits(kind: str, dtype: torch.dtype, parity: str) -> None:
+    original, fast = pair(WHERE[kind], parity)
+    for clamp in (True, False):
+        softmax = {"normalized_merging_weights": clamp} if kind == "layer" else {}
+        model = merged_model(kind, dtype, clamp_weights=clamp, **softmax)
+        with torch.no_grad():
+            expected = original(model)
+            got = fast.function(model)
+        assert same(got, expected) and model._merged_state_dict is got
+        assert got["2.running_mean"] is model.pretrained_model[2].running_mean  # as it was
+        model.merge_and_unload()
+        assert torch.equal(model.pretrained_model[0].weight, expected["0.weight"])
+    assert fast.counts() == (2, {})
+
+
+def test_gradients_to_the_bit_per_layer_and_within_the_rule_per_model() -> None:
+    original, exact = pair(WHERE["layer"], "exact")
+    model = merged_model("layer", clamp_weights=False)
+    assert same(gradient(exact.function, model), gradient(original, model))
+    assert taken(exact) == 1
+    for kind in WHERE:
+        original, fast = pair(WHERE[kind], "accurate")
+        oracle = gradient(original, merged_model(kind, torch.float64))
+        found = gradient(fast.function, merged_model(kind))
+        working = gradient(original, merged_model(kind))
+        testing.assert_within_rule(found, working, oracle.double(), terms=60)
+    model = merged_model("task")
+    original, exact = pair(WHERE["task"], "exact")
+    assert same(gradient(exact.function, model), gradient(original, model))
+    assert exact.counts() == (0, {"a gradient, which the original adds up in its graph's order": 1})
+
+
+def test_bf16_is_rounded_once() -> None:
+    original, fast = pair(WHERE["layer"], "accurate")
+    model = merged_model("layer", torch.bfloat16)
+    with torch.no_grad():
+        got, working = fast.function(model), original(model)
+    weights = model.merge_weight.detach().clamp(0, 1).double()
+    for t, (name, base) in enumerate(model.pretrained_model.named_parameters()):
+        vectors = [dict(v.named_parameters())[name].double() for v in model.task_vectors]
+        exact = base.double() + sum(w[t] * v for w, v in zip(weights, vectors, strict=True))
+        once = (got[name].double() - exact).abs().max()
+        assert once <= (working[name].double() - exact).abs().max()
+        assert once <= 2**-8 * exact.abs().max()
+    _, exact_twin = pair(WHERE["layer"], "exact")
+    exact_twin.function(model)
+    reason = "16-bit tensors, which the original rounds at every step"
+    assert exact_twin.counts() == (0, {reason: 1})
+
+
+def test_what_merged_models_leave_to_the_original() -> None:
+    original, fast = pair(WHERE["layer"], "accurate")
+    model = merged_model("layer")
+    mask = {k: torch.rand_like(p) > 0.5 for k, p in model.pretrained_model.named_parameters()}
+    assert same(fast.function(model, mask), original(model, mask))
+    sparse = merged_model("layer", sparsity_ratio=0.5)
+    sparse_result = result(fast.function, sparse)
+    assert same(sparse_result, result(original, sparse))
+    short = merged_model("layer")
+    short.merge_weight.data = short.merge_weight.data[:, 1:]
+    assert result(fast.function, short) == result(original, short)
+    reasons = dict(fast.counts().passed)
+    assert fast.counts().taken == 0 and reasons.pop("a task_vector_mask") == 1
+    assert "sparse tensors" in reasons
+
+
+# -- WE-MoE ---------------------------------------------------------------------------------------
+
+EXPERTS = "fusion_bench.models.we_moe:WeightEnsemblingMoE"
+
+
+def experts_module(batch_first: bool, body: Callable[[], nn.Module], **options: Any) -> Any:
+    torch.manual_seed(1)
+    module = importlib.import_module("fusion_bench.models.we_moe").WeightEnsemblingMoE
+    return module(6, body(), [body() for _ in range(3)], batch_first=batch_first, **options)
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 9), nn.GELU(), nn.Linear(9, 6, bias=False))
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_experts_of_a_batch_in_one_pass(batch_first: bool) -> None:
+    original, fast = pair(f"{EXPERTS}.forward", "accurate")
+
+    def run(function: Callable[..., Any], dtype: torch.dtype) -> list[Tensor]:
+        model = experts_module(batch_first, mlp).to(dtype)
+        x = torch.randn(4, 5, 6, dtype=torch.float64).to(dtype).requires_grad_()
+        y = function(model, x)
+        (y.double() ** 2).sum().backward()
+        assert model._merged_state_dict is None
+        return [y.detach(), x.grad, *(p.grad for p in model.gate.parameters())]
+
+    oracle = run(original, torch.float64)
+    results = zip(
+        run(fast.function, torch.float32), run(original, torch.float32), oracle, strict=True
+    )
+    for got, working, exact in results:
+        testing.assert_within_rule(got, working, exact, terms=200)
+    assert fast.counts() == (1, {})
+
+
+def test_merging_for_one_sample_has_the_originals_bits() -> None:
+    for parity in ("exact", "accurate"):
+        original, fast = pair(f"{EXPERTS}.merge_weights", parity)
+        model = experts_module(True, mlp)
+        with torch.no_grad():
+            weights = torch.randn(3)
+            assert same(fast.function(model, weights), original(model, weights))
+        assert taken(fast) == 1
+
+
+def test_experts_of_other_structures_go_to_the_original() -> None:
+    original, fast = pair(f"{EXPERTS}.forward", "accurate")
+    bodies = {
+        "a base model with BatchNorm1d in it": lambda: nn.Sequential(
+            nn.Linear(6, 6), nn.BatchNorm1d(5)
+        ),
+        "dropout": lambda: nn.Sequential(nn.Linear(6, 6), nn.Dropout(0.5)),
+    }
+    x = torch.randn(4, 5, 6)
+    for reason, body in bodies.items():
+        model = experts_module(True, body)
+        torch.manual_seed(0)
+        got = fast.function(model, x)
+        torch.manual_seed(0)
+        again = experts_module(True, body)
+        torch.manual_seed(0)
+        assert same(got, original(again, x))
+        assert fast.counts().passed[reason] == 1
+    reduced = experts_module(True, mlp, batch_reduce=True)
+    assert same(fast.function(reduced, x), original(reduced, x))
+    hooked = experts_module(True, mlp)
+    hooked.base_model[0].register_forward_hook(lambda *_: None)
+    assert same(fast.function(hooked, x), original(hooked, x))
+    assert fast.counts().passed["hooks"] == 1 and taken(fast) == 0
+
+
+# -- TIES -----------------------------------------------------------------------------------------
+
+
+def task_vectors(kind: str, count: int, dtype: torch.dtype) -> Tensor:
+    torch.manual_seed(2)
+    rows = torch.randn(count, 301)
+    if kind == "ties":
+        rows = (2 * rows).round() / 2
+    elif kind == "cancelling":
+        rows = torch.randint(-1, 2, rows.shape).float()
+    elif kind == "mostly negative":
+        rows = torch.cat([-(2 * rows[:1]).round().abs(), (2 * rows[1:]).round()])
+    elif kind == "zeros":
+        rows = torch.zeros_like(rows)
+    elif kind == "not finite":
+        rows[0, 5], rows[-1, 7], rows[0, 9] = torch.inf, -torch.inf, torch.nan
+    return rows.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "kind", ["any", "ties", "cancelling", "mostly negative", "zeros", "not finite"]
+)
+def test_ties_to_the_bit(kind: str, dtype: torch.dtype) -> None:
+    original, exact = pair(f"{TIES}:ties_merging", "exact")
+    mask, fast_mask = pair(f"{TIES}:topk_values_mask", "exact")
+    for count in (1, 2, 5, 20):
+        rows = task_vectors(kind, count, dtype)
+        for share in (0, 0.2, 20, 1.0, -1, None):
+            for how in ("sum", "dis-mean", "max", "medium"):
+                got = result(exact.function, rows, share, how)
+                assert same(got, result(original, rows, share, how)), (count, share, how)
+            got = result(fast_mask.function, rows, share, True)
+            assert same(got, result(mask, rows, share, True)), (count, share)
+    assert taken(exact) == (0 if kind == "not finite" else 27 if dtype.itemsize > 2 else 18)
+
+
+def test_accurate_ties_obey_the_rule() -> None:
+    original, fast = pair(f"{TIES}:ties_merging", "accurate")
+    rows = task_vectors("any", 20, torch.bfloat16)
+    for how in ("sum", "mean", "max"):
+        got = result(fast.function, rows, 0.2, how)
+        working = result(original, rows, 0.2, how)
+        oracle = result(original, rows.double(), 0.2, how)
+        assert got.dtype == working.dtype
+        assert (got.double() - oracle).abs().max() <= (working.double() - oracle).abs().max() + 1e-6
+    assert taken(fast) == 3
+
+
+@pytest.mark.parametrize("keep_vars", [True, False])
+def test_vectors_and_back(keep_vars: bool) -> None:
+    to, fast_to = pair(f"{TIES}:state_dict_to_vector", "exact")
+    back, fast_back = pair(f"{TIES}:vector_to_state_dict", "exact")
+    model = nn.ModuleDict(
+        {"transformer": nn.ModuleDict({"shared": nn.Linear(3, 2)}), "a": nn.Linear(2, 4)}
+    )
+    with torch.no_grad():
+        state = model.state_dict(keep_vars=keep_vars)
+        before = copy.deepcopy(state)
+        for removed in ([], ["a.bias", "not there"]):
+            vector = fast_to.function(state, removed)
+            assert same(vector, to(state, removed))
+            assert same(fast_back.function(vector, state, removed), back(vector, state, removed))
+            short = result(back, vector[:-1], state, removed)
+            assert result(fast_back.function, vector[:-1], state, removed) == short
+        assert same(state, before)  # neither writes into it
+        tied = {"a": state["a.bias"], "b": state["a.bias"]}
+        vector = torch.arange(8.0)
+        assert same(fast_back.function(vector, tied), back(vector, tied))
+        counted = {"n": torch.tensor(3), **state}
+        assert same(result(fast_to.function, counted), result(to, counted))
+    assert taken(fast_to) == taken(fast_back) == 2
+
+
+# -- state dicts ----------------------------------------------------------------------------------
+
+
+def states(count: int, dtype: torch.dtype = torch.float32, counter: bool = False) -> list[Any]:
+    torch.manual_seed(3)
+    made = []
+    for _ in range(count):
+        state: dict[str, Tensor] = {
+            "w": torch.randn(3, 5).to(dtype),
+            "empty": torch.zeros(0).to(dtype),
+        }
+        if counter:
+            state["seen"] = torch.tensor(3)
+        made.append({**state, "one": torch.randn(()).to(dtype)})
+    return made
+
+
+CALLS = {
+    "state_dict_sum": [()],
+    "state_dict_avg": [()],
+    "state_dict_interpolation": [([0.5, -1.5, 0.0],), ([1, 2, 3],), ([0.5],)],
+    "state_dict_weighted_sum": [([0.5, 1.0, 0.0],), ([0, 0, 0],), ([0.3, 2, 0.1], "cpu")],
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_state_dicts_to_the_bit(name: str) -> None:
+    original, exact = pair(f"{STATES}:{name}", "exact")
+    strided = states(3)
+    strided[1]["w"] = torch.randn(5, 3).T
+    longer, broken = [*states(2), {**states(1)[0], "more": torch.ones(1)}], states(3)
+    broken[2]["w"] = torch.ones(4, 5)
+    broken[0]["w"][0, 0] = torch.nan
+    special = states(3)
+    special[2]["w"][1] = torch.tensor([torch.inf, -torch.inf, torch.nan, -0.0, 0.0])
+    inputs = [
+        *(states(3, d, c) for d in DTYPES for c in (False, True)),
+        strided,
+        longer,
+        broken,
+        [],
+        special,
+    ]
+    for given in inputs:
+        for args in CALLS[name]:
+            got = result(exact.function, given, *args)
+            assert same(got, result(original, given, *args))
+    assert taken(exact) >= 3
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_accurate_state_dicts_obey_the_rule(name: str) -> None:
+    original, fast = pair(f"{STATES}:{name}", "accurate")
+    args = CALLS[name][0]
+    for dtype in DTYPES:
+        given = states(3, dtype)
+        double = [{k: x.double() for k, x in state.items()} for state in given]
+        oracle, got, working = (
+            original(double, *args),
+            fast.function(given, *args),
+            original(given, *args),
+        )
+        for key in oracle:
+            testing.assert_within_rule(got[key], working[key], oracle[key])
+    assert taken(fast) == len(DTYPES)
+    tracked = [{"w": torch.ones(2, requires_grad=True)} for _ in range(3)]
+    assert fast.function(tracked, *args)["w"].requires_grad
+    assert fast.counts().passed == {"a gradient": 1}
+
+
+# -- WUDI, EMR, TALL, DARE ------------------------------------------------------------------------
+
+
+def test_wudi_has_the_closed_forms_gradient() -> None:
+    original, fast = pair(f"{METHOD}.wudi.wudi:wudi_merging", "accurate")
+    torch.manual_seed(4)
+    vectors = [
+        {"w": 0.01 * torch.randn(6, 4), "b": torch.randn(5), "e": torch.randn(3, 3)}
+        for _ in range(3)
+    ]
+    args = ("cpu", 20, ["e"])
+    got, working = result(fast.function, vectors, *args), result(original, vectors, *args)
+    oracle = result(original, [{k: x.double() for k, x in v.items()} for v in vectors], *args)
+    for key in oracle:
+        testing.assert_within_rule(got[key], working[key], oracle[key].detach(), terms=60)
+    moved = (oracle["w"] - sum(v["w"].double() for v in vectors)).abs()
+    assert moved.min() > 1e-5  # else the steps would not have been compared
+    assert isinstance(got["w"], nn.Parameter) and taken(fast) == 1
+
+
+@pytest.mark.parametrize("kind", ["any", "ties", "cancelling", "zeros", "not finite"])
+def test_emr_to_the_bit(kind: str) -> None:
+    original, exact = pair(f"{METHOD}.emr_merging.utils:emr_merge", "exact")
+    for dtype in (torch.float32, torch.float64):
+        rows = task_vectors(kind, 4, dtype)
+        vectors = [{"a": row[:300].view(20, 15), "b": row[300:]} for row in rows]
+        assert same(exact.function(vectors), original(vectors))
+    assert taken(exact) == (0 if kind == "not finite" else 2)
+
+
+def test_tall_masks_to_the_bit() -> None:
+    original, fast = pair(f"{METHOD}.tall_mask.utils:generate_task_masks", "exact")
+    torch.manual_seed(5)
+    base, models = torch.randn(70000), torch.randn(3, 70000)
+    models[0, :9] = torch.tensor([torch.nan, torch.inf, -torch.inf] * 3)
+    vectors = models - base
+    for dtype in (torch.float32, torch.bfloat16):
+        args = [x.to(dtype) for x in (vectors, models, base, vectors.sum(0))]
+        for strength in (1.0, 0.4):
+            expected = result(original, *args, strength)
+            assert same(result(fast.function, *args, strength), expected)
+            assert 0.1 < expected.float().mean() < 0.9
+    assert same(result(fast.function, *args[:3]), result(original, *args[:3]))
+    assert fast.counts().taken == 4
+
+
+def test_dare_keeps_its_share_and_follows_the_generator() -> None:
+    original, fast = pair(f"{METHOD}.dare.utils:param_random_drop_", "accurate")
+    start = nn.Parameter(torch.rand(100, 300) + 1)
+    draws = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        param = nn.Parameter(start.detach().clone())
+        fast.function(param, 0.75, True)
+        kept = param != 0
+        assert abs(kept.float().mean() - 0.25) < 0.01
+        assert torch.equal(param[kept], start[kept] * 4)
+        draws.append(param.detach())
+    assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
+    everything = nn.Parameter(torch.ones(4))
+    result(fast.function, everything, 1, True)
+    assert everything.isnan().all()  # 0 / 0, the original's
+    assert fast.counts().passed == {"a share to drop that is not in [0, 1)": 1}
+
+
+# -- the patch ------------------------------------------------------------------------------------
+
+
+def test_the_patch_is_found_everywhere_and_undone() -> None:
+    from importlib.metadata import version
+
+    if not HOST.versions.contains(Version(version("fusion_bench")).base_version):
+        pytest.skip(f"FusionBench is not {HOST.versions}")
+    originals = {seam.where: Place(seam.where).get() for seam in HOST.seams()}
+    user = importlib.import_module(f"{METHOD}.emr_merging.utils")
+    with nf.patch("fusion_bench") as handle:
+        assert set(handle.seams) == set(originals)
+        assert user.state_dict_sum(states(2))["w"].shape == (3, 5)
+        assert handle.stats()[f"{STATES}:state_dict_sum"] == (1, {})
+        model = merged_model("layer")
+        model(torch.randn(4, 5)).sum().backward()
+        assert model.merge_weight.grad.abs().sum() > 0
+        assert handle.stats()[WHERE["layer"]].taken == 1
+    assert {where: Place(where).get() for where in originals} == originals
+    assert user.state_dict_sum is originals[f"{STATES}:state_dict_sum"]

@@ -1,0 +1,166 @@
+"""``nf.patch``: every name of a function replaced and put back, calls counted, bad input."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import types
+from collections.abc import Iterator
+from importlib import metadata
+
+import pytest
+from packaging.specifiers import SpecifierSet
+
+import neulig_fast as nf
+from neulig_fast.compat import _patch
+from neulig_fast.compat._seam import Counts, Host, Seam, Unsupported
+
+SOURCE = """
+TABLE = {"old": lambda x: ("old", x)}
+
+def double(x):
+    return ("double", x)
+
+class Model:
+    def run(self, x):
+        return ("run", x)
+"""
+
+
+def fast_double(x: int) -> tuple[str, int]:
+    if x < 0:
+        raise Unsupported("negative")
+    return ("fast double", x)
+
+
+def module(name: str, source: str) -> types.ModuleType:
+    made = types.ModuleType(name)
+    sys.modules[name] = made
+    exec(source, made.__dict__)
+    return made
+
+
+@pytest.fixture
+def host(monkeypatch: pytest.MonkeyPatch) -> Iterator[types.ModuleType]:
+    """A project of one module, another that has its function by name, and our part for it."""
+    names = ("toy_host", "toy_user", "toy_late", "toy_compat")
+    made = module("toy_host", SOURCE)
+    module("toy_user", "from toy_host import double as twice")
+    compat = module("toy_compat", "")
+    seams = (
+        Seam("toy_host:double", None, fast_double),
+        Seam("toy_host:Model.run", lambda self, x: ("exact run", x), lambda self, x: ("fast", x)),
+        Seam("toy_host:TABLE[old]", None, lambda x: ("fast old", x)),
+        Seam("toy_host:TABLE[new]", None, lambda x: ("new", x)),
+    )
+    compat.HOST = Host("toy", "toy-host", SpecifierSet(">=1,<2"), lambda: seams)
+    monkeypatch.setitem(_patch.HOSTS, "toy", "toy_compat")
+    versions = {"toy-host": "1.4"}
+
+    def version(name: str) -> str:
+        if name not in versions:
+            raise metadata.PackageNotFoundError(name)
+        return versions[name]
+
+    monkeypatch.setattr(_patch, "version", version)
+    made.versions = versions
+    yield made
+    for handle in nf.patch.status():
+        handle.undo()
+    for name in names:
+        sys.modules.pop(name, None)
+
+
+def test_every_name_of_a_function_is_replaced_and_put_back(host: types.ModuleType) -> None:
+    double, run, old = host.double, host.Model.run, host.TABLE["old"]
+    user = sys.modules["toy_user"]
+    with nf.patch("toy") as handle:
+        late = module("toy_late", "from toy_host import double")
+        assert host.double is user.twice is late.double is not double
+        assert user.twice(3) == ("fast double", 3)
+        assert host.Model().run(1) == ("fast", 1)
+        assert host.TABLE["old"](1) == ("fast old", 1)
+        assert host.TABLE["new"](1) == ("new", 1)
+        assert nf.patch.status() == (handle,)
+    assert host.double is user.twice is late.double is double
+    assert host.Model.run is run
+    assert {"old": old} == host.TABLE
+    assert nf.patch.status() == ()
+    handle.undo()  # again: nothing happens
+
+
+def test_calls_are_counted(host: types.ModuleType) -> None:
+    handle = nf.patch("toy")
+    assert host.double(-1) == ("double", -1)  # the original's
+    assert host.double(x=2) == ("fast double", 2)
+    threads = [
+        threading.Thread(target=lambda: [host.double(1) for _ in range(500)]) for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert handle.stats()["toy_host:double"] == Counts(2001, {"negative": 1})
+    assert handle.stats()["toy_host:Model.run"] == Counts(0, {})
+
+
+def test_exact_replaces_only_what_has_an_exact_twin(host: types.ModuleType) -> None:
+    handle = nf.patch("toy", parity="exact")
+    assert handle.seams == ("toy_host:Model.run",)
+    assert host.Model().run(1) == ("exact run", 1)
+    assert host.double(1) == ("double", 1)
+    assert "new" not in host.TABLE
+
+
+def test_twice_is_an_error(host: types.ModuleType) -> None:
+    nf.patch("toy")
+    with pytest.raises(ValueError, match=r"toy is patched already: undo <patch of toy"):
+        nf.patch("toy", "exact")
+
+
+def test_somebody_elses_patch_is_an_error_and_nothing_is_replaced(host: types.ModuleType) -> None:
+    def other(x: int) -> int:
+        return x
+
+    run, host.double = host.Model.run, other
+    with pytest.raises(ValueError, match=r"toy_host:double is \S*other already: undo"):
+        nf.patch("toy")
+    assert host.double is other
+    assert host.Model.run is run
+    assert nf.patch.status() == ()
+    del host.double
+    with pytest.raises(ValueError, match="toy_host:double is missing"):
+        nf.patch("toy")
+
+
+def test_what_somebody_puts_there_afterwards_stays(host: types.ModuleType) -> None:
+    handle = nf.patch("toy")
+
+    def other(x: int) -> int:
+        return x
+
+    host.double = other
+    with pytest.warns(nf.NeuligFastWarning, match="toy_host:double was replaced since"):
+        handle.undo()
+    assert host.double is other
+    assert sys.modules["toy_user"].twice(1) == ("double", 1)
+
+
+def test_another_version_is_warned_of_and_left_alone(host: types.ModuleType) -> None:
+    double = host.double
+    host.versions["toy-host"] = "2.0.1"
+    with pytest.warns(nf.NeuligFastWarning, match=r"toy 2\.0\.1 is not one of <2,>=1: nothing"):
+        handle = nf.patch("toy")
+    assert handle.seams == ()
+    assert host.double is double
+
+
+def test_a_missing_host_says_how_to_install_it(host: types.ModuleType) -> None:
+    host.versions.clear()
+    with pytest.raises(ImportError, match="toy is not installed: pip install toy-host"):
+        nf.patch("toy")
+
+
+def test_unknown_words(host: types.ModuleType) -> None:
+    with pytest.raises(ValueError, match=r"(?s)got 'tpy'; did you mean 'toy'\?.*got 'exakt'"):
+        nf.patch("tpy", parity="exakt")
