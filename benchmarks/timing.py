@@ -112,13 +112,10 @@ def with_peak(run: Callable[[], Any], device: str) -> tuple[Any, float]:
         result = run()
         return result, (torch.cuda.max_memory_allocated() - before) / 1e6
     os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # it complains of every missing GPU
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(
-        activities=activities, profile_memory=True, acc_events=True
-    ) as profiler:
+    # torch.profiler's, around this one, would make a tree of all events first.
+    with torch.autograd.profiler.profile(profile_memory=True) as profiler:
         result = run()
-    events = profiler.profiler.kineto_results.events()
-    changes = [event for event in events if event.name() == "[memory]"]
+    changes = [event for event in profiler.kineto_results.events() if event.name() == "[memory]"]
     total = peak = 0
     for event in sorted(changes, key=lambda event: event.start_ns()):
         total += event.nbytes()

@@ -43,6 +43,7 @@ OPS = [name for name in benchmarks.names() if name != "machine"]
 @pytest.fixture(autouse=True)
 def _small_machine(monkeypatch):
     monkeypatch.setattr(machine, "cores", lambda: 1)
+    monkeypatch.setattr(machine, "cache_bytes", lambda device: 1 << 20)
     # The graph is what is checked here; making C++ of it takes longer than everything else.
     compiled = functools.partial(torch.compile, dynamic=False, fullgraph=True, backend="aot_eager")
     monkeypatch.setattr(harness, "compiled", compiled)

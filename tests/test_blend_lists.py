@@ -2,10 +2,7 @@
 
 import copy
 import logging
-import os
 import pickle
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -259,14 +256,9 @@ for threads in (1, 2):
 
 
 @needs_native
-def test_threads_and_instruction_sets_give_the_same_bits():
-    def run(level):
-        environment = {**os.environ, "NEULIG_FAST_BACKEND": "cpu", "NEULIG_FAST_CPU": level}
-        environment.pop("OMP_NUM_THREADS", None)
-        command = [sys.executable, "-c", BITS]
-        return subprocess.run(command, env=environment, capture_output=True, text=True)
-
-    runs = [run(level) for level in ("0", "3", "")]  # the last: the best there is
+def test_threads_and_instruction_sets_give_the_same_bits(python):
+    levels = ("0", "3", "")  # the last: the best there is
+    runs = [python(BITS, NEULIG_FAST_BACKEND="cpu", NEULIG_FAST_CPU=level) for level in levels]
     able = [r for r in runs if "NEULIG_FAST_CPU" not in r.stderr]  # an older CPU lacks a level
     assert all(r.returncode == 0 for r in able), [r.stderr for r in able]
     assert len(able) >= 2 and len({line for r in able for line in r.stdout.split()}) == 1

@@ -1,9 +1,6 @@
 """blend_telemetry beyond test_house.py: theta's bits, counts and norms by brute force, errors."""
 
 import math
-import os
-import subprocess
-import sys
 from itertools import pairwise
 
 import pytest
@@ -243,7 +240,7 @@ def test_k_outputs_are_k_calls_bit_for_bit(device, backend):
 
 
 LEVELS = """
-import sys, torch, neulig_fast as nf
+import hashlib, torch, neulig_fast as nf
 g = torch.Generator().manual_seed(0)
 nf._registry.forcing = ({None: "cpu"},)
 for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
@@ -255,17 +252,17 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
             theta, t = nf.blend_telemetry(weights, params, [0, 999, 5003], out)
             flat = [theta.nan_to_num().view(torch.uint8), *(x.nan_to_num() for x in t)]
             for x in flat:
-                sys.stdout.write(x.contiguous().view(torch.uint8).numpy().tobytes().hex() + "\\n")
+                data = x.contiguous().view(torch.uint8).numpy().tobytes()
+                print(hashlib.sha256(data).hexdigest())
 """
 
 
-def test_every_instruction_level_gives_the_same_bits():
+def test_every_instruction_level_gives_the_same_bits(python):
     if OPS["blend_telemetry"].why_not("cpu", "cpu") is not None:
         pytest.skip("no native extension")
     found = []
     for level in ("0", "3", "4"):
-        done = subprocess.run([sys.executable, "-c", LEVELS], capture_output=True, text=True,
-                              env={**os.environ, "NEULIG_FAST_CPU": level})  # fmt: skip
+        done = python(LEVELS, NEULIG_FAST_CPU=level)
         if "the best level this CPU and build support" not in done.stderr:
             assert done.returncode == 0, done.stderr
             found.append(done.stdout)

@@ -146,11 +146,10 @@ def merged(folder):
     return {p.name: p.read_bytes() for p in sorted(folder.glob("out/merged_*.safetensors"))}
 
 
-def program(*arguments, code=None):
-    """``python -m neulig_fast`` in a process of its own, or other code."""
-    start = ["-c", code] if code else ["-m", "neulig_fast"]
+def program(*arguments):
+    """``python -m neulig_fast`` in a process of its own."""
     return subprocess.run(
-        [sys.executable, *start, *arguments],
+        [sys.executable, "-m", "neulig_fast", *arguments],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -291,19 +290,20 @@ def test_ctrl_c_says_how_to_resume(project, finished, monkeypatch):
     assert merged(folder) == merged(finished[0])
 
 
-def test_a_killed_run_resumes_by_python_m_with_the_same_bits(project, finished):
+def test_a_killed_run_resumes_by_python_m_with_the_same_bits(python, project, finished):
     folder, config = project
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(config, sort_keys=False))
-    killed = program(
-        "train",
-        str(path),
-        code="import os\n"
+    killed = python(
+        "import os, torch\n"
+        "torch.set_num_threads(1)\n"
         "from neulig_fast.neulig.checkpoint import Checkpoint\n"
         "write = Checkpoint.write\n"
         "Checkpoint.write = lambda *args: (write(*args), os._exit(9))\n"
         "from neulig_fast.cli import app\n"
         "app()",
+        "train",
+        path,
     )
     assert killed.returncode == 9, killed.stderr
     assert list(folder.glob("out/cache/fit-*.safetensors")) and not merged(folder)
@@ -595,7 +595,7 @@ def test_help_names_the_commands():
     assert CliRunner().invoke(app, ["--version"]).output.startswith("neulig-fast ")
 
 
-def test_help_and_info_import_little():
+def test_help_and_info_import_little(python):
     code = (
         "import sys\n"
         "from typer.testing import CliRunner\n"
@@ -606,7 +606,7 @@ def test_help_and_info_import_little():
         "heavy = {'open_clip', 'timm', 'matplotlib', 'sklearn', 'PIL', 'torchvision', 'yaml'}\n"
         "print(sorted(heavy & set(sys.modules)))"
     )
-    assert program(code=code).stdout.strip() == "[]"
+    assert python(code).stdout.strip() == "[]"
 
 
 # -- outputs --------------------------------------------------------------------------------------

@@ -1,10 +1,6 @@
 """cross_moments beyond test_house.py: closed forms, layouts, large means, bits, NaN, errors."""
 
 import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +9,6 @@ import neulig_fast
 from neulig_fast import testing
 from neulig_fast._registry import OPS
 
-ROOT = Path(__file__).resolve().parents[1]
 OP = OPS["cross_moments"]
 DEVICES = testing.devices()
 BACKENDS = testing.backends_of(OP)
@@ -232,7 +227,7 @@ def test_bits_do_not_depend_on_threads():
 @needs_cpu
 @pytest.mark.slow
 @pytest.mark.parametrize("level", [0, 3])
-def test_lower_instruction_sets_obey_the_rule(level):
+def test_lower_instruction_sets_obey_the_rule(python, level):
     from neulig_fast import _C
 
     if level >= _C.cpu_level():
@@ -244,10 +239,7 @@ def test_lower_instruction_sets_obey_the_rule(level):
         "    t.test_every_size_obeys_the_rule('cpu', 'cpu', dtype)\n"
         "    t.test_any_strides('cpu', 'cpu', dtype)\n"
     )
-    environment = {**os.environ, "NEULIG_FAST_CPU": str(level)}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True
-    )
+    done = python(code, NEULIG_FAST_CPU=str(level))
     assert done.returncode == 0, done.stderr
 
 

@@ -95,19 +95,30 @@ def cuda_headers():
 
 
 @pytest.fixture(scope="module")
-def threads(tmp_path_factory):
+def threads(once):
     """The shared library of tests/cuda_on_cpu.cpp."""
     compiler, headers = shutil.which("c++"), cuda_headers()
     if not compiler or not headers:
         pytest.skip("no C++ compiler" if not compiler else "no CUDA headers")
-    library = tmp_path_factory.mktemp("cuda_on_cpu") / "threads.so"
     flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-fPIC", "-shared", "-Wall", "-Werror"]
     includes = [f"-I{ROOT / 'csrc'}", "-isystem", str(headers)]
     source = str(ROOT / "tests/cuda_on_cpu.cpp")
-    command = [compiler, "-x", "c++", *flags, *includes, source, "-o", str(library)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    loaded = ctypes.CDLL(str(library))
+
+    def build(folder):
+        command = [
+            compiler,
+            "-x",
+            "c++",
+            *flags,
+            *includes,
+            source,
+            "-o",
+            str(folder / "threads.so"),
+        ]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+    loaded = ctypes.CDLL(str(once("cuda_on_cpu", build) / "threads.so"))
     loaded.piece_of.argtypes = [POINTER, *[I64] * 4]
     loaded.piece_of.restype = Piece
     loaded.slots_of.argtypes = [POINTER, *[I64] * 4]

@@ -2,8 +2,6 @@
 
 import dataclasses
 import hashlib
-import subprocess
-import sys
 
 import numpy as np
 import open_clip
@@ -56,11 +54,11 @@ def test_same_arguments_same_images_and_any_other_argument_others(name):
         assert seen.isdisjoint(image.numpy().tobytes() for image in other.images), change
 
 
-def test_another_process_draws_the_same_images():
+def test_another_process_draws_the_same_images(python):
     made = [make_task(name, size=40, seed=3) for name in TASK_NAMES]
     here = hashlib.sha256(b"".join(d.images.numpy().tobytes() for d in made)).hexdigest()
-    ran = subprocess.run([sys.executable, "-c", DIGEST], capture_output=True, text=True, check=True)
-    assert ran.stdout.strip() == here
+    ran = python(DIGEST)
+    assert ran.stdout.strip() == here, ran.stderr
 
 
 def test_no_scan_of_a_digit_is_in_two_splits():

@@ -1,10 +1,6 @@
 """How Triton kernels are launched, and what is left of them where Triton is not installed."""
 
 import itertools
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
@@ -12,8 +8,6 @@ from neulig_fast import testing
 from neulig_fast.kernels import _launch, _tiles
 from neulig_fast.kernels._launch import config
 from neulig_fast.kernels._segments import search_steps
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
@@ -83,7 +77,7 @@ def test_alignment_and_search_steps():
         assert 32**steps >= segments and (steps == 0 or 32 ** (steps - 1) < segments)
 
 
-def test_kernels_can_be_imported_without_triton():
+def test_kernels_can_be_imported_without_triton(python):
     code = (
         "import sys; sys.modules['triton'] = None\n"
         "import torch\n"
@@ -94,8 +88,5 @@ def test_kernels_can_be_imported_without_triton():
         "try: blend_weight_grad.blend_weight_grad(torch.ones(3), torch.ones(2, 3))\n"
         "except ValueError as error: print(error)\n"
     )
-    environment = {**os.environ, "TRITON_INTERPRET": "0"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=environment
-    )
+    done = python(code, TRITON_INTERPRET="0")
     assert done.stdout.count("triton cannot be imported") == 3, done.stdout + done.stderr

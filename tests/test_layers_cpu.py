@@ -1,10 +1,5 @@
 """The C++ layers beyond test_house.py: both ways of mixing, bits, activations, skipped experts."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -14,7 +9,6 @@ from neulig_fast._registry import OPS
 from neulig_fast.ops import mixture_linear
 from neulig_fast.ops.mixture_linear import mixture_linear_reference
 
-ROOT = Path(__file__).resolve().parents[1]
 needs_cpu = pytest.mark.skipif(
     OPS["mixture_linear"].why_not("cpu", "cpu") is not None, reason="no native cpu backend"
 )
@@ -82,37 +76,28 @@ for dtype in testing.DTYPES:
     for T in (1, 40):
         x, w, b, c = (torch.randn(s, generator=g).to(dtype)
                       for s in ((9, T, 300), (5, 300, 300), (5, 300), (9, 5)))
-        with neulig_fast.use_backend("cpu"):
-            y = neulig_fast.mixture_linear(x, w, b, c.float(), activation="quick_gelu")
-            z = neulig_fast.expert_linear(x, w, b, activation="gelu_tanh")
-        for result in (y, z):
-            print(hashlib.sha256(result.double().numpy().tobytes()).hexdigest())
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            with neulig_fast.use_backend("cpu"):
+                y = neulig_fast.mixture_linear(x, w, b, c.float(), activation="quick_gelu")
+                z = neulig_fast.expert_linear(x, w, b, activation="gelu_tanh")
+            print(*(hashlib.sha256(r.double().numpy().tobytes()).hexdigest() for r in (y, z)))
 """
 
 
 @needs_cpu
 @pytest.mark.slow
-@pytest.mark.parametrize("level", [None, 0])
-def test_the_bits_do_not_depend_on_threads(level):
-    seen = set()
-    for threads in (1, 3):
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TRITON_INTERPRET": "0"}
-        environment.pop("NEULIG_FAST_CPU", None)
-        if level is not None:
-            environment["NEULIG_FAST_CPU"] = str(level)
-        done = subprocess.run(
-            [sys.executable, "-c", BITS], env=environment, cwd=ROOT, capture_output=True, text=True
-        )
-        if "the best level this CPU and build support" in done.stderr:
-            pytest.skip("this CPU has no such instructions")
-        assert done.returncode == 0, done.stderr
-        seen.add(done.stdout)
-    assert len(seen) == 1
+@pytest.mark.parametrize("level", [None, "0"])
+def test_the_bits_do_not_depend_on_threads(python, level):
+    done = python(BITS, NEULIG_FAST_CPU=level)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == 16 and lines[::2] == lines[1::2]  # of one thread and of three
 
 
 @needs_cpu
-@pytest.mark.parametrize("level", [0, 3, 4])
-def test_every_instruction_set_obeys_the_tolerance_rule(level):
+@pytest.mark.parametrize("level", ["0", "3", "4"])
+def test_every_instruction_set_obeys_the_tolerance_rule(python, level):
     code = (
         "import torch, neulig_fast as nf\nfrom neulig_fast import testing\n"
         "for name in ('mixture_linear', 'expert_linear'):\n"
@@ -122,10 +107,7 @@ def test_every_instruction_set_obeys_the_tolerance_rule(level):
         "            for args in op.samples('cpu', dtype):\n"
         "                testing.assert_op_close(op, op.overload(*args), args)\n"
     )
-    environment = {**os.environ, "NEULIG_FAST_CPU": str(level), "TRITON_INTERPRET": "0"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True
-    )
+    done = python(code, NEULIG_FAST_CPU=level)
     if "the best level this CPU and build support" in done.stderr:
         pytest.skip("this CPU has no such instructions")
     assert done.returncode == 0, done.stderr

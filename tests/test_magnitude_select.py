@@ -1,9 +1,6 @@
 """magnitude_select beyond test_house.py: what is kept, hostile inputs, bits, tiles, errors."""
 
 import itertools
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -320,7 +317,7 @@ def test_results_do_not_depend_on_threads():
 @needs_cpu
 @pytest.mark.slow
 @pytest.mark.parametrize("level", [0, 3])
-def test_lower_instruction_sets_find_the_same(level):
+def test_lower_instruction_sets_find_the_same(python, level):
     from neulig_fast import _C
 
     if level >= _C.cpu_level():
@@ -333,10 +330,7 @@ def test_lower_instruction_sets_find_the_same(level):
         "    t.test_strided_rows_and_odd_starts('cpu', 'cpu', dtype)\n"
         "    t.test_a_sample_that_misleads_costs_time_only(9.0, dtype)\n"
     )
-    environment = {**os.environ, "NEULIG_FAST_CPU": str(level)}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True
-    )
+    done = python(code, NEULIG_FAST_CPU=str(level))
     assert done.returncode == 0, done.stderr
 
 

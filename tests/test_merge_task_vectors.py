@@ -3,10 +3,6 @@ draws, tiles, values that are no numbers, layouts, bits, errors."""
 
 import importlib.util
 import itertools
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +11,6 @@ import neulig_fast
 from neulig_fast import testing
 from neulig_fast._registry import OPS
 
-ROOT = Path(__file__).resolve().parents[1]
 OP = OPS["merge_task_vectors"]
 BACKENDS = testing.backends_of(OP)
 on_every_backend = pytest.mark.parametrize("device, backend", BACKENDS)
@@ -605,7 +600,7 @@ def test_kernels_of_the_usual_case_have_the_references_bits(experts, dtype):
 @needs_cpu
 @pytest.mark.slow
 @pytest.mark.parametrize("level", [0, 3])
-def test_lower_instruction_sets_have_the_same_bits(level):
+def test_lower_instruction_sets_have_the_same_bits(python, level):
     from neulig_fast import _C
 
     if level >= _C.cpu_level():
@@ -622,10 +617,7 @@ def test_lower_instruction_sets_have_the_same_bits(level):
         "t.test_draws_keep_what_the_words_say('cpu', 'cpu')\n"
         "t.test_infinities_vote_as_numbers_do('cpu', 'cpu')\n"
     )
-    environment = {**os.environ, "NEULIG_FAST_CPU": str(level)}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True
-    )
+    done = python(code, NEULIG_FAST_CPU=str(level))
     assert done.returncode == 0, done.stderr
 
 

@@ -1,10 +1,5 @@
 """neulig_fit beyond test_house.py: against autograd in float64, every shape of a fit, its door."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch.nn import functional
@@ -14,7 +9,6 @@ from neulig_fast import testing
 from neulig_fast.neulig.portland import Portland
 from neulig_fast.ops.neulig_fit import OP, neulig_fit, neulig_fit_reference
 
-ROOT = Path(__file__).resolve().parents[1]
 BACKENDS = [b for b in ("torch", "cpu") if OP.why_not(b, "cpu") is None]
 NATIVE = pytest.mark.skipif("cpu" not in BACKENDS, reason="the C++ extension is not built")
 on_every_backend = pytest.mark.parametrize("backend", BACKENDS)
@@ -215,7 +209,7 @@ def test_the_bits_do_not_depend_on_the_number_of_threads(centered):
 
 DIGEST = """
 import sys, hashlib, torch
-sys.path.insert(0, sys.argv[1])
+sys.path.insert(0, "tests")
 import test_neulig_fit as tests
 digest = hashlib.sha256()
 for case in tests.CASES:
@@ -227,18 +221,12 @@ print(digest.hexdigest())
 
 
 @NATIVE
-def test_the_bits_do_not_depend_on_the_instruction_set():
+def test_the_bits_do_not_depend_on_the_instruction_set(python):
     from neulig_fast import _C
 
     digests = set()
     for level in [level for level in (0, 3, 4) if level <= _C.cpu_level()]:
-        done = subprocess.run(
-            [sys.executable, "-c", DIGEST, str(ROOT / "tests")],
-            env={**os.environ, "NEULIG_FAST_CPU": str(level)},
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-        )
+        done = python(DIGEST, NEULIG_FAST_CPU=str(level))
         assert done.returncode == 0, done.stderr
         digests.add(done.stdout)
     assert len(digests) == 1

@@ -1,10 +1,6 @@
 """neulig_loss and its backward in C++: shapes against autograd, bits, hostile values, doors."""
 
 import itertools
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +12,6 @@ from neulig_fast.ops.neulig_loss import OP as LOSS
 from neulig_fast.ops.neulig_loss import neulig_loss
 from neulig_fast.ops.neulig_loss_backward import OP as BACKWARD
 
-ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.skipif(
     LOSS.why_not("cpu", "cpu") is not None, reason="the C++ extension is not built"
 )
@@ -208,7 +203,7 @@ def test_the_bits_do_not_depend_on_the_number_of_threads(boosting):
 
 DIGEST = """
 import sys, hashlib
-sys.path.insert(0, sys.argv[1])
+sys.path.insert(0, "tests")
 import test_neulig_loss_cpu as tests
 digest = hashlib.sha256()
 for shape, sizes in tests.SHAPES.items():
@@ -220,18 +215,12 @@ print(digest.hexdigest())
 """
 
 
-def test_the_bits_do_not_depend_on_the_instruction_set():
+def test_the_bits_do_not_depend_on_the_instruction_set(python):
     from neulig_fast import _C
 
     digests = set()
     for level in [level for level in (0, 3, 4) if level <= _C.cpu_level()]:
-        done = subprocess.run(
-            [sys.executable, "-c", DIGEST, str(ROOT / "tests")],
-            env={**os.environ, "NEULIG_FAST_CPU": str(level)},
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-        )
+        done = python(DIGEST, NEULIG_FAST_CPU=str(level))
         assert done.returncode == 0, done.stderr
         digests.add(done.stdout)
     assert len(digests) == 1

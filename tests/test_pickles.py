@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import subprocess
-import sys
 import zipfile
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -147,13 +146,15 @@ def test_code_is_not_run(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
-def test_the_old_format_is_refused_with_its_conversion(tmp_path: Path) -> None:
+def test_the_old_format_is_refused_with_its_conversion(
+    python: Callable[..., Any], tmp_path: Path
+) -> None:
     path = tmp_path / "old.bin"
     torch.save({"a": torch.ones(2)}, path, _use_new_zipfile_serialization=False)
     text = refusal(path)
     assert "PyTorch's old format" in text
-    _, *command = shlex.split(text[text.index("python -c") :])
-    subprocess.run([sys.executable, *command], check=True)
+    _, _, *command = shlex.split(text[text.index("python -c") :])
+    assert python(*command).returncode == 0
     assert torch.equal(read(path)["a"], torch.ones(2))
 
 

@@ -3,8 +3,6 @@
 import ast
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,11 +14,9 @@ ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 
 
-def test_the_python_example_runs_as_printed(tmp_path):
+def test_the_python_example_runs_as_printed(python):
     (example,) = re.findall(r"```python\n(.*?)```", README, flags=re.S)
-    result = subprocess.run(
-        [sys.executable, "-c", example], cwd=tmp_path, capture_output=True, text=True
-    )
+    result = python(example)
     assert result.returncode == 0, result.stderr
     accuracy = ast.literal_eval(result.stdout)
     assert set(accuracy) == {"cats", "dogs", "birds", "mean"}

@@ -384,18 +384,21 @@ def main(folder):
 
 
 @pytest.fixture(scope="module")
-def failures(tmp_path_factory):
+def failures(once):
     """Per rank, the checks that failed, with their tracebacks."""
-    folder = tmp_path_factory.mktemp("ranks")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    result = subprocess.run(
-        [*launch, f"--nproc-per-node={RANKS}", __file__, str(folder)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stderr[-4000:]
+
+    def launch(folder):
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        result = subprocess.run(
+            [*launch, f"--nproc-per-node={RANKS}", __file__, str(folder)],
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert result.returncode == 0, result.stderr[-4000:]
+
+    folder = once("ranks", launch)
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(RANKS)]
 
 
@@ -406,13 +409,13 @@ def test_two_ranks(failures, name):
         assert name not in failed, f"rank {rank}\n{failed[name]}"
 
 
-def test_plain_tensors_do_not_load_the_dtensor_module():
+def test_plain_tensors_do_not_load_the_dtensor_module(python):
     code = (
         "import sys, torch, neulig_fast as nf\n"
         "nf.blend(torch.ones(2), torch.nn.Parameter(torch.ones(2, 3)))\n"
         "print('torch.distributed.tensor' in sys.modules)"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    result = python(code)
     assert result.stdout.strip() == "False", result.stdout + result.stderr
 
 

@@ -5,7 +5,6 @@ import json
 import os
 import pickle
 import re
-import subprocess
 import sys
 import textwrap
 import warnings
@@ -355,12 +354,11 @@ FULL_DISK = """
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs file size limits")
-def test_a_write_that_really_breaks_off(tmp_path):
+def test_a_write_that_really_breaks_off(python, tmp_path):
     path = tmp_path / "weights.safetensors"
-    run = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(FULL_DISK), str(path)]
-    output = subprocess.run(run, check=True, capture_output=True, text=True).stdout
-    lines = output.splitlines()
-    assert len(lines) == 2
+    done = python(textwrap.dedent(FULL_DISK), path)
+    lines = done.stdout.splitlines()
+    assert (done.returncode, len(lines)) == (0, 2), done.stderr
     for line in lines:
         assert f"could not write {path}: File too large; the old file is unchanged" in line
     assert [p.name for p in tmp_path.iterdir()] == [path.name]

@@ -2,9 +2,6 @@
 
 import errno
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -311,25 +308,20 @@ def test_a_fit_begun_one_by_one_is_finished_in_one_operator(tmp_path, monkeypatc
 
 
 KILLED = """
-import sys, time
-sys.path.insert(0, sys.argv[1])
+import os, signal, sys
+sys.path.insert(0, "tests")
 import test_train
-def slowly(report):
-    print(report.epoch, flush=True)
-    time.sleep(0.05)
-test_train.trainer_of("validated", sys.argv[2], every=2).run(slowly)
+def die(report):
+    if report.epoch == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+test_train.trainer_of("validated", sys.argv[1], every=2).run(die)
 """
 
 
-def test_a_killed_process_resumes_to_the_same_bits(tmp_path):
+def test_a_killed_process_resumes_to_the_same_bits(python, tmp_path):
     path = tmp_path / "fit.safetensors"
-    command = [sys.executable, "-c", KILLED, str(Path(__file__).parent), str(path)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    for line in process.stdout:
-        if int(line) == 3:
-            process.send_signal(signal.SIGKILL)
-            break
-    assert process.wait(timeout=60) == -signal.SIGKILL
+    done = python(KILLED, path)
+    assert done.returncode == -signal.SIGKILL, done.stderr
     _, progress = Checkpoint(path, {"plan": "validated"}).read()
     assert progress["epoch"] == 2
     same(trainer_of("validated").run(), trainer_of("validated", path).run())

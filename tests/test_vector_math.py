@@ -15,18 +15,20 @@ in_both_types = pytest.mark.parametrize("dtype", TYPES, ids=lambda dtype: dtype.
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory):
+def library(once):
     """The shared library of tests/vector_math.cpp."""
     compiler = shutil.which("c++")
     if not compiler:
         pytest.skip("no C++ compiler")
-    path = tmp_path_factory.mktemp("vector_math") / "vector_math.so"
     flags = ["-std=c++17", "-O2", "-ffp-contract=off", "-fPIC", "-shared", "-Wall", "-Wno-psabi"]
     source = str(ROOT / "tests/vector_math.cpp")
-    command = [compiler, *flags, f"-I{ROOT / 'csrc'}", source, "-o", str(path)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return ctypes.CDLL(str(path))
+
+    def build(folder):
+        command = [compiler, *flags, f"-I{ROOT / 'csrc'}", source, "-o", str(folder / "vectors.so")]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+    return ctypes.CDLL(str(once("vector_math", build) / "vectors.so"))
 
 
 def evaluate(library, function, x, level=None):
