@@ -6,6 +6,7 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import importlib.util
+import sys
 
 import torch
 
@@ -13,6 +14,9 @@ if not torch.cuda.is_available() and importlib.util.find_spec("triton") is not N
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
+
+# The project's root is on the path, and transformers would take its kernels for a package.
+sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]
 
 
 @pytest.fixture(autouse=True)
