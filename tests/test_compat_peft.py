@@ -7,6 +7,7 @@ import torch
 
 import neulig_fast as nf
 from neulig_fast import testing
+from neulig_fast.compat import peft as compat
 
 peft = pytest.importorskip("peft", reason="peft is not installed: pip install neulig-fast[hosts]")
 merging = pytest.importorskip("peft.utils.merge_utils")
@@ -18,7 +19,8 @@ MERGES = ("task_arithmetic", "magnitude_prune", "ties")
 
 
 @pytest.fixture(autouse=True)
-def _undone():
+def _undone(monkeypatch):
+    monkeypatch.setattr(compat, "SMALL", 0)
     yield
     for handle in nf.patch.status():
         handle.undo()
@@ -66,15 +68,10 @@ def calls(name):
                 yield tensors[0], density
                 continue
             for method in ("total", "frequency"):
-                if name == "calculate_majority_sign_mask":
-                    yield torch.stack(tensors), method
-                else:
-                    yield tensors, weights, *arguments(name, density, method)
+                yield tensors, weights, *arguments(name, density, method)
 
 
-@pytest.mark.parametrize(
-    "name", [*MERGES, "magnitude_based_pruning", "calculate_majority_sign_mask"]
-)
+@pytest.mark.parametrize("name", [*MERGES, "magnitude_based_pruning"])
 @pytest.mark.filterwarnings("ignore:The density 1.0 is greater")
 def test_exact_parity_gives_the_hosts_bits(name):
     expected = [getattr(merging, name)(*given) for given in calls(name)]
@@ -165,8 +162,9 @@ def test_random_masks_have_the_share_and_the_scale_and_torchs_seed():
     assert torch.allclose(agreed.unique(), torch.tensor([-3.0, 0.0, 1.0]) / density)
 
 
-def test_what_the_originals_get_and_why():
+def test_what_the_originals_get_and_why(monkeypatch):
     tensors, weights = draw(2, (6,), torch.float32), torch.ones(2)
+    monkeypatch.setattr(compat, "SMALL", 13)
     seam = "peft.utils.merge_utils:ties"
     with nf.patch("peft") as patch:
         with pytest.raises(ValueError, match="Density should be >= 0, got -1"):
@@ -184,6 +182,10 @@ def test_what_the_originals_get_and_why():
         assert leaf.grad is not None
         merging.ties([t.to("meta") for t in tensors], weights.to("meta"), 0.5)
         merging.dare_linear(tensors, weights, 0.0)
+        merging.task_arithmetic(tensors, weights)
+        (small,) = patch.stats()["peft.utils.merge_utils:task_arithmetic"].passed
+        (zero,) = patch.stats()["peft.utils.merge_utils:dare_linear"].passed
+        assert small.startswith("a weighted sum of small") and zero.startswith("a density of 0,")
         passed = patch.stats()[seam].passed
     assert dict(passed) == {
         "a density that is not between 0 and 1": 2,

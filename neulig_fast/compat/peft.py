@@ -18,6 +18,9 @@ from ._seam import Host, Seam, Unsupported
 _ELECTIONS = {"total": "sum", "frequency": "count"}
 # The host adds up to so many tensors one after the other, more of them by fours in some columns.
 _IN_ORDER = 4
+# Elements of all tensors of a weighted sum below which a table of their addresses costs more than
+# it saves.
+SMALL = 1 << 20
 
 
 # -- what is taken ---------------------------------------------------------------------------------
@@ -128,6 +131,8 @@ def _merged(
 def _task_arithmetic(exactly: bool) -> Callable[..., Tensor]:
     def task_arithmetic(task_tensors: list[Tensor], weights: Tensor) -> Tensor:
         dtype = _take_list(task_tensors, weights)
+        if len(task_tensors) * task_tensors[0].numel() < SMALL:
+            raise Unsupported("a weighted sum of small tensors, where nothing is gained")
         if exactly:
             _take_exactly(task_tensors, dtype)
         factors = weights.detach().to(_checks.accumulation_dtype(dtype))
@@ -220,15 +225,6 @@ def random_pruning(tensor: Tensor, density: float, rescale: bool) -> Tensor:
     return _merged(rows, torch.ones(1, device=tensor.device), tensor, tensor.dtype, **draws)
 
 
-def calculate_majority_sign_mask(tensor: Tensor, method: str = "total") -> Tensor:
-    """Which elements have the sign of their sum: comparisons of booleans, no signs in int64."""
-    _election(method)
-    if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.is_sparse:
-        raise Unsupported("no dense tensor of floats")
-    total = (tensor if method == "total" else tensor.sign()).sum(dim=0)
-    return torch.where(total >= 0, tensor > 0, tensor < 0)
-
-
 def seams() -> tuple[Seam, ...]:
     """All of them."""
     where = "peft.utils.merge_utils:"
@@ -238,11 +234,9 @@ def seams() -> tuple[Seam, ...]:
         "ties": _ties,
         "magnitude_based_pruning": _magnitude_based_pruning,
     }
-    same = calculate_majority_sign_mask
     method = "LoraModel._svd_generalized_task_arithmetic_weighted_adapter"
     return (
         *(Seam(where + name, make(True), make(False)) for name, make in pairs.items()),
-        Seam(f"{where}calculate_majority_sign_mask", same, same),
         Seam(f"{where}random_pruning", None, random_pruning),
         Seam(f"{where}dare_linear", None, dare_linear),
         Seam(f"{where}dare_ties", None, dare_ties),
