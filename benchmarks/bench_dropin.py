@@ -1,8 +1,8 @@
 """Drop-ins: functions of other projects, as they are and under ``nf.patch``, in one run.
 
 What is timed stands in dropins/, a file per project. A result must agree with the project's own,
-and the replacement must have taken the call: one that was left to the original is reported as
-wrong. A project that is not installed is left out in words.
+and the replacement must have taken the call: one that was left to the original has failed. A
+project that is not installed is left out in words.
 """
 
 from __future__ import annotations
@@ -60,11 +60,11 @@ class Patched:
         return nf.patch(self.case.host, self.parity)
 
     def __call__(self) -> Any:
-        """The result; AssertionError where the original had to compute it."""
+        """The result; RuntimeError where the original had to compute it."""
         before = self._passed()
         result = self.call()
         if self._passed() != before:
-            raise AssertionError(f"left to the original: {self._passed()}")
+            raise RuntimeError(f"left to the original: {self._passed()}")
         return result
 
     def _passed(self) -> dict[str, int]:

@@ -21,6 +21,9 @@ if not torch.cuda.is_available() and importlib.util.find_spec("triton") is not N
 
 import pytest
 
+# The project's root is on the path, and transformers would take its kernels for a package.
+sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]
+
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:

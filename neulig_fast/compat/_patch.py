@@ -18,6 +18,7 @@ from ._seam import MISSING, Counts, Host, Place, Replacement, Seam, importers
 # Name -> the module with its HOST, imported when it is asked for.
 HOSTS: dict[str, str] = {
     "fusion_bench": "neulig_fast.compat.fusion_bench",
+    "peft": "neulig_fast.compat.peft",
     "torch_swa": "neulig_fast.compat.torch_swa",
 }
 _PARITIES = ("exact", "accurate")
