@@ -16,7 +16,9 @@ GPU_PYTHON ?= $(shell $(PYTHON) -c 'import torch' 2>/dev/null && echo $(PYTHON) 
 # Where pytest-xdist is installed, tests of a GPU machine share its many cores.
 GPU_WORKERS ?= $(shell $(GPU_PYTHON) -c 'import xdist' 2>/dev/null && echo -n 12 -p no:benchmark)
 
-.PHONY: demo test check fmt build aot test-gpu test-sanitize bench tables clean
+HOSTS ?= peft
+
+.PHONY: demo test check fmt build aot test-gpu test-sanitize test-hosts bench tables clean
 
 # Waiting OpenMP threads sleep: where another program keeps a core busy, spinning ones stall it all.
 demo: export OMP_WAIT_POLICY = passive
@@ -55,6 +57,10 @@ test-gpu:
 
 test-sanitize: $(INSTALLED)
 	PYTHON=$(PY) tools/sanitize.sh
+
+# Other projects' own tests under nf.patch; needs the network.
+test-hosts: $(INSTALLED)
+	set -e; for host in $(HOSTS); do PYTHON=$(PY) tools/test_hosts.sh $$host; done
 
 bench: $(INSTALLED)
 	$(PY) -m neulig_fast.benchmarks

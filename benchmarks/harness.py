@@ -21,6 +21,7 @@ call takes through torch's allocator, its result included.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import gc
@@ -58,7 +59,7 @@ class Provider:
     ``steps``: how many of the case's computations one call does (a fraction when it does part of
     one); times are per one. ``needs``: bytes beyond the inputs; ``holds``: what it keeps of them.
     ``traffic`` and ``flops``: its own, for a ceiling. ``note``: added to the row's mode; with
-    ``checked=False`` says why there is no check.
+    ``checked=False`` says why there is no check. ``within``: entered around each call, untimed.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Provider:
     flops: int = 0
     note: str = ""
     checked: bool = True
+    within: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +153,8 @@ def _checked(case: Case, provider: Provider) -> tuple[str, float | None]:
         if provider.side == "ceiling":
             provider.run()
             return "", None
-        result, peak = timing.with_peak(provider.run, case.device)
+        with provider.within():
+            result, peak = timing.with_peak(provider.run, case.device)
         if not provider.checked:
             return "not checked", peak
         case.check(result)
@@ -197,7 +200,7 @@ def _times(
         clock.make_room(provider.needs)
         checks[provider.name] = _checked(case, provider)
         if not checks[provider.name][0].startswith("failed"):
-            first[provider.name] = clock(provider.run).ms
+            first[provider.name] = _timed(clock, provider).ms
     able = [provider for provider in able if provider.name in first]
     fastest = min((first[p.name] / p.steps for p in able if p.side != "ceiling"), default=0.0)
     brief = {
@@ -214,9 +217,14 @@ def _times(
         for provider in able:
             if k < SLOW_ROUNDS or provider.name not in brief:
                 clock.make_room(provider.needs, first)
-                clock.warm(provider.name, provider.run)
-                times[provider.name].append(clock(provider.run).per(provider.steps))
+                times[provider.name].append(_timed(clock, provider).per(provider.steps))
     return checks, times
+
+
+def _timed(clock: Clock, provider: Provider) -> Time:
+    with provider.within():
+        clock.warm(provider.name, provider.run)
+        return clock(provider.run)
 
 
 def run(

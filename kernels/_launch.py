@@ -78,6 +78,8 @@ def config(
         return _blend(dtype.itemsize, registers, experts, outputs, seeded)
     if op == "blend_lists":  # as blend, but 16 columns a thread of more than 5 experts would spill
         return _blend(dtype.itemsize if experts <= 5 else 4, registers, experts, 1, False)
+    if op == "lerp_lists":
+        return _blend(dtype.itemsize, registers, 2, 1, True)
     if op == "blend_lists_weight_grad":
         groups = -(-experts // 6)  # more at once would leave room for few programs
         return Config(block=1024 // registers, num_warps=4, held=-(-experts // groups))

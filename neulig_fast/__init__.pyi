@@ -2,6 +2,7 @@ from . import alignment, encoders, methods, neulig, ops, testing
 from ._backends import show_backends, use_backend
 from ._registry import NeuligFastWarning
 from .alignment import Alignment, align
+from .averages import AveragedModel, ema_multi_avg_fn, swa_multi_avg_fn
 from .checkpoints import MergeReport, merge
 from .coefficients import CoefficientModule
 from .compat import Patch, patch
@@ -23,6 +24,8 @@ from .ops import (
     cross_moments,
     expert_layer_norm,
     expert_linear,
+    lerp_lists,
+    lerp_lists_,
     magnitude_histogram,
     magnitude_select,
     merge_task_vectors,
@@ -38,6 +41,7 @@ __version__: str
 
 __all__ = [
     "Alignment",
+    "AveragedModel",
     "BlendTelemetry",
     "CoefficientModule",
     "CrossMoments",
@@ -62,10 +66,13 @@ __all__ = [
     "blend_telemetry",
     "blend_weight_grad",
     "cross_moments",
+    "ema_multi_avg_fn",
     "encoders",
     "expert_forward",
     "expert_layer_norm",
     "expert_linear",
+    "lerp_lists",
+    "lerp_lists_",
     "magnitude_histogram",
     "magnitude_select",
     "merge",
@@ -80,6 +87,7 @@ __all__ = [
     "ops",
     "patch",
     "show_backends",
+    "swa_multi_avg_fn",
     "testing",
     "use_backend",
     "zero_shot_head",

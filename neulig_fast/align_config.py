@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 
@@ -41,13 +42,17 @@ def _several(experts: dict[str, Path]) -> dict[str, Path]:
     return experts
 
 
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
 class AlignConfig(Section):
     """The whole file, paths made absolute. A field may be checked against those above it."""
 
     model: ModelName
     experts: Annotated[dict[Name, File], AfterValidator(_several)]
     output: Output
-    balance: Annotated[float, Field(ge=0, le=1)] = 0.5
+    balance: Share = 0.5
+    balances: Annotated[list[Share], Field(min_length=1)] | None = None
     match: Annotated[str, one_of(*MATCHES)] = "align"
     similarity: Annotated[Kind, one_of(*KINDS)] = "correlation"
     order: Annotated[Order, one_of(*ORDERS)] = "colour"
@@ -74,11 +79,22 @@ class AlignConfig(Section):
             raise ValueError(f"{value} holds the files of {', '.join(lost)} under names to write")
         return value
 
+    @property
+    def grid(self) -> list[float]:
+        """The balances to try."""
+        return _grid(self.model_dump())
+
+    @field_validator("balances")
+    @classmethod
+    def _not_both(cls, value: list[float] | None, info: ValidationInfo) -> list[float] | None:
+        if value is not None and info.data.get("balance", 0.5) != 0.5:
+            raise ValueError("is a grid to choose from: leave balance out, or leave this out")
+        return value
+
     @field_validator("similarity")
     @classmethod
     def _alone(cls, value: str, info: ValidationInfo) -> str:
-        balance = info.data.get("balance", 1)
-        if value == "inner_product" and balance != 1:
+        if value == "inner_product" and min(_grid(info.data)) != 1:
             raise ValueError(f"{value} cannot be mixed with activations: it needs balance: 1")
         return value
 
@@ -92,12 +108,19 @@ class AlignConfig(Section):
     @field_validator("images")
     @classmethod
     def _given_where_used(cls, value: Path | None, info: ValidationInfo) -> Path | None:
-        balance, repair = info.data.get("balance", 1), info.data.get("repair", "none")
+        balance, repair = min(_grid(info.data)), info.data.get("repair", "none")
+        if value is None and info.data.get("balances") is not None:
+            raise ValueError("is missing: balances are compared by what the merge does on images")
         if value is None and balance < 1:
             raise ValueError(f"is missing: balance {balance:g} compares activations (1 does not)")
         if value is None and repair != "none":
             raise ValueError(f"is missing: repair: {repair} runs the merge on images")
         return value
+
+
+def _grid(fields: Mapping[str, Any]) -> list[float]:
+    """All balances; 1, which any setting goes with, where the field has a fault."""
+    return fields.get("balances") or [fields.get("balance", 1)]
 
 
 def load_config(path: str | Path) -> AlignConfig:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
 import yaml
+from rich import box
+from rich.console import Group
+from rich.table import Table
 from torch import Tensor
 
 from . import image_folder
 from ._checks import raise_all
 from .align_config import ALIGNMENT, MERGED, REPORT, AlignConfig, aligned_file
-from .alignment import Alignment, reestimate_batchnorm, rescale, summary
+from .alignment import Alignment, EnsembleLikeness, reestimate_batchnorm, rescale, summary
 from .alignment.aligner import Aligner
 from .clip_models import Expert
 from .encoders.merged_rows import batchnorms
@@ -58,21 +61,20 @@ def run(config: AlignConfig, say: Say) -> Finished:
     aligner = _aligner(config, experts, model, images)
     say(str(aligner.spec))
     make_writable_folder(config.output)
-    alignment = aligner.align(
-        config.balance, order=config.order, seed=config.seed, sweeps=config.sweeps
-    )
+    alignment, likeness = _align(aligner, config)
     if alignment.interrupted:
         say("interrupted: the best matching so far is kept and written")
     files = _write(alignment, aligner, config, experts)
     report = {
         **summary.as_json(alignment),
+        **({"likeness": likeness} if likeness else {}),
         "files": files,
         "images": 0 if images is None else len(images),
         "seconds": time.perf_counter() - started,
         "settings": config.model_dump(mode="json"),
     }
     write_json(config.output / REPORT, report)
-    tables = rendered(summary.tables(alignment))
+    tables = rendered(Group(summary.tables(alignment), *_likenesses(alignment, likeness)))
     written = f"written to {config.output}: {', '.join([*files, REPORT])}"
     return Finished(f"{tables}{written}\n{_next_steps(config, model)}", alignment.interrupted)
 
@@ -145,6 +147,32 @@ def _aligner(
     )
     raise_all("configuration", _repair_faults(config, aligner))
     return aligner
+
+
+def _align(aligner: Aligner, config: AlignConfig) -> tuple[Alignment, dict[float, float]]:
+    """The alignment, and the likeness to the ensemble of each balance that it was chosen of."""
+    loop: dict[str, Any] = {"order": config.order, "seed": config.seed, "sweeps": config.sweeps}
+    template, data = aligner.networks.template, aligner.data
+    if config.balances is None or template is None or data is None:
+        return aligner.align(config.balance, **loop), {}
+    likeness = EnsembleLikeness(aligner.networks, template, data)
+
+    def score(merged: Mapping[str, Tensor]) -> float:
+        if config.repair == "batchnorm":
+            merged = reestimate_batchnorm(merged, template, data)
+        return likeness(merged)
+
+    return aligner.choose_balance(score, config.balances, **loop)
+
+
+def _likenesses(alignment: Alignment, likeness: Mapping[float, float]) -> Iterator[Table]:
+    if not likeness:
+        return
+    table = Table("balance", "likeness of the merge to the ensemble", box=box.SIMPLE_HEAD)
+    for balance, cosine in likeness.items():
+        chosen = "  chosen" if balance == alignment.balance else ""
+        table.add_row(f"{balance:g}", f"{cosine:.4f}{chosen}")
+    yield table
 
 
 def _repair_faults(config: AlignConfig, aligner: Aligner) -> Iterator[str]:

@@ -1,12 +1,9 @@
-"""LoRA adapters put on models while they are read: as peft merges them, and what is refused."""
+"""LoRA adapters put on models while they are read; as peft merges them: test_peft.py."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
-import subprocess
-import sys
 from math import sqrt
 from pathlib import Path
 from typing import Any
@@ -77,75 +74,6 @@ def refusal(root: Path, lora: str = "lora") -> str:
 @pytest.fixture
 def base(tmp_path: Path) -> dict[str, Tensor]:
     return llamas.write(tmp_path / "base", llamas.tensors(0))
-
-
-# -- what peft does -------------------------------------------------------------------------------
-
-_PEFT = """
-import os, sys
-# Where the project's root is on the path, transformers takes its kernels for a package.
-sys.path = [path for path in sys.path if not os.path.exists(path + "/kernels/_launch.py")]
-import torch
-from peft import LoraConfig, get_peft_model
-from safetensors.torch import save_file
-from torch import nn
-from transformers.pytorch_utils import Conv1D
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.embed_tokens, self.q, self.head = nn.Embedding(11, 6), nn.Linear(6, 8), nn.Linear(8, 3)
-        self.turned, self.norm = Conv1D(5, 8), nn.LayerNorm(8)
-        self.conv, self.point = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 5, 1)
-
-CASES = {
-    "plain": dict(r=4, lora_alpha=6, target_modules=["q", "conv", "point"]),
-    "patterns": dict(r=4, lora_alpha=6, target_modules=["q", "head"], rank_pattern={"q": 2},
-                     alpha_pattern={"he.d": 7}),
-    "root": dict(r=3, lora_alpha=6, target_modules=["q"], use_rslora=True),
-    "more": dict(r=2, lora_alpha=3, target_modules=["embed_tokens", "q"], modules_to_save=["head"],
-                 bias="all"),
-    "turned": dict(r=2, lora_alpha=3, target_modules=["turned"], fan_in_fan_out=True),
-}
-folder = sys.argv[1]
-for name, settings in CASES.items():
-    torch.manual_seed(0)
-    net = Net()
-    os.makedirs(f"{folder}/base", exist_ok=True)
-    save_file(net.state_dict(), f"{folder}/base/model.safetensors", {"format": "pt"})
-    model = get_peft_model(net, LoraConfig(**settings))
-    for key, p in model.named_parameters():
-        if p.requires_grad:
-            p.data.normal_()
-    model.save_pretrained(f"{folder}/{name}")
-    state = model.merge_and_unload().state_dict()
-    save_file({k: t.contiguous() for k, t in state.items()}, f"{folder}/{name}.safetensors")
-"""
-
-
-@pytest.fixture(scope="module")
-def peft(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    if importlib.util.find_spec("peft") is None:
-        pytest.skip("peft is not installed")
-    root = tmp_path_factory.mktemp("peft")
-    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    command = [sys.executable, "-c", _PEFT, str(root)]
-    done = subprocess.run(
-        command, cwd=root, env=env | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    return root
-
-
-@pytest.mark.parametrize("case", ["plain", "patterns", "root", "more", "turned"])
-def test_peft_merges_the_same(peft: Path, case: str) -> None:
-    got, wanted = taken(peft, case), load_file(peft / f"{case}.safetensors")
-    own = load_file(peft / "base/model.safetensors")
-    assert got.keys() == wanted.keys()
-    changed = [name for name in wanted if not torch.equal(own[name], wanted[name])]
-    assert changed, "the adapter must do something"
-    for name, value in wanted.items():
-        torch.testing.assert_close(got[name], value, rtol=1e-5, atol=1e-6)
 
 
 # -- the formula ----------------------------------------------------------------------------------

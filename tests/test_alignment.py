@@ -312,6 +312,33 @@ def test_a_grid_of_balances_runs_the_data_once() -> None:
     assert best.value == nf.align([mlp(0), mlp(1)], SPEC, data, best.balance).value
 
 
+def test_likeness_is_the_mean_cosine_to_the_experts_mean_direction() -> None:
+    data = [(x, None) for x in batches(8)]
+    pixels = torch.cat([x for x, _ in data]).flatten(1).double().numpy()
+    maps = [torch.randn(5, pixels.shape[1], dtype=torch.float64) for _ in range(3)]
+    template = nn.Sequential(nn.Flatten(), nn.Linear(pixels.shape[1], 5, bias=False)).double()
+    score = alignment.EnsembleLikeness([{"1.weight": w} for w in maps[:2]], template, data)
+
+    def directions(weight: Tensor) -> np.ndarray:
+        outputs = pixels @ weight.numpy().T
+        return outputs / np.linalg.norm(outputs, axis=1, keepdims=True)
+
+    mean = directions(maps[0]) + directions(maps[1])
+    mean /= np.linalg.norm(mean, axis=1, keepdims=True)
+    for weight in (maps[2], maps[0]):
+        expected = (directions(weight) * mean).sum(1).mean()
+        assert score({"1.weight": weight}) == pytest.approx(expected, abs=1e-12)
+        assert score({"1.weight": -3 * weight}) == pytest.approx(-expected, abs=1e-12)
+
+
+def test_likeness_needs_images_that_can_be_read_again() -> None:
+    template = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="got an iterator"):
+        alignment.EnsembleLikeness([template.state_dict()], template, iter([torch.ones(1, 2)]))
+    with pytest.raises(ValueError, match="at least one batch of images"):
+        alignment.EnsembleLikeness([template.state_dict()], template, [torch.ones(0, 2)])
+
+
 def test_an_interrupt_returns_the_best_so_far(monkeypatch) -> None:
     calls = 0
 

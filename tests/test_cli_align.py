@@ -218,6 +218,26 @@ def test_the_tables_show_what_the_report_holds(project):
         assert word in result.stderr
 
 
+def test_the_balance_is_chosen_whose_merge_is_most_like_the_ensemble(project):
+    folder, config = project
+    result, report = done(folder, {**config, "balances": [0.2, 0.5, 1], "sweeps": 3})
+    likeness = {float(balance): value for balance, value in report["likeness"].items()}
+    assert list(likeness) == [0.2, 0.5, 1]
+    assert likeness[report["balance"]] == max(likeness.values())
+    model, _, transform = open_clip.create_model_and_transforms("toy-align")
+    pixels = batch_of(sorted((folder / "pictures").rglob("*.png")), transform)
+    outputs = {}
+    for name in ("one.safetensors", "two.safetensors", "out/merged.safetensors"):
+        model.load_state_dict(load_file(folder / name))
+        outputs[name] = model.eval().encode_image(pixels, normalize=True).detach().double().numpy()
+    merged = outputs.pop("out/merged.safetensors")
+    mean = sum(outputs.values())
+    cosines = (merged * mean).sum(1) / np.linalg.norm(mean, axis=1)
+    assert max(likeness.values()) == pytest.approx(cosines.mean(), abs=1e-5)
+    chosen = next(line for line in result.stdout.splitlines() if "chosen" in line)
+    assert chosen.split() == [f"{report['balance']:g}", f"{cosines.mean():.4f}", "chosen"]
+
+
 def test_the_printed_code_loads_the_merge(project):
     folder, config = project
     result, _ = done(folder, config)
@@ -454,6 +474,11 @@ def test_defaults_are_those_of_align():
         ({"balance": 1.5}, "balance: input should be less than or equal to 1, got 1.5"),
         ({"balance": float("nan")}, "balance: input should be"),
         ({"balance": [0.1, 0.5]}, "balance: input should be a valid number, got [0.1, 0.5]"),
+        ({"balances": []}, "balances: list should have at least 1 item"),
+        ({"balances": [0.5, 2]}, "balances.1: input should be less than or equal to 1, got 2"),
+        ({"balance": 0.2, "balances": [0.5]}, "balances: is a grid to choose from: leave balance"),
+        ({"balances": [1], "images": None}, "images: is missing: balances are compared by"),
+        ({"balances": [1, 0.5], "similarity": "inner_product"}, "similarity: inner_product cannot"),
         ({"balance": True}, "balance: takes no true or false"),
         ({"match": "zipp"}, "match: must be one of align, zip, got 'zipp'; did you mean 'zip'?"),
         ({"similarity": "cosine"}, "similarity: must be one of correlation, inner_product"),

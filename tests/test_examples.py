@@ -54,3 +54,13 @@ def test_adaptation_lowers_the_entropy_and_moves_coefficients_alone(adamerging):
     assert torch.equal(pool.params, before)
     again = nf.CoefficientModule(pool, "layer", init=0.3, constraint="clamp", base=0)
     assert list(adamerging.adapt(again, heads, images, steps=5, seed=0)) == losses[:5]
+
+
+@pytest.mark.parametrize("host", [p.stem[8:] for p in sorted(EXAMPLES.glob("drop_in_*.py"))])
+def test_drop_ins_print_both_times(host, capsys):
+    module = {"torch_swa": "torch"}.get(host, host)
+    pytest.importorskip(module, reason=f"{module} is not installed")
+    load(f"drop_in_{host}")
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[-1].startswith("under nf.patch: ") and len(printed) >= 2
+    assert nf.patch.status() == ()

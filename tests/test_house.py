@@ -254,7 +254,7 @@ def test_every_way_to_the_op_has_the_same_door(name):
     slot = next(
         i
         for i, argument in enumerate(op.arguments)
-        if argument in ("params", "features", "state", "x")
+        if argument in ("params", "features", "state", "x", "weight")
         or (argument == "weights" and "experts" in op.arguments)
     )
     args[slot] = args[slot][..., None]

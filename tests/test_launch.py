@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 @pytest.mark.parametrize(
     "op",
     [
-        *("blend", "blend_lists", "blend_lists_weight_grad"),
+        *("blend", "blend_lists", "blend_lists_weight_grad", "lerp_lists"),
         *("blend_telemetry", "blend_weight_grad", "offset_gram"),
         *("magnitude_histogram", "magnitude_select"),
         *("neulig_fit", "neulig_loss", "neulig_loss_backward"),

@@ -212,6 +212,22 @@ def test_wise_ft_lies_between(tmp_path: Path, models: Any) -> None:
         assert_rounded(got, 0.7 * models["base"][name].double() + 0.3 * models["m0"][name].double())
 
 
+@pytest.mark.parametrize("method", ["multislerp", "karcher"])
+def test_directions_that_cancel_are_averaged(tmp_path: Path, method: str) -> None:
+    """Opposite directions have no mean on the sphere; three that cancel have none either."""
+    x, y = torch.eye(40)[0], torch.eye(40)[1]
+    third = [x, -0.5 * x + 0.75**0.5 * y, -0.5 * x - 0.75**0.5 * y]
+    for number, rows in enumerate([[x + y, -2 * (x + y)], third, [x, x, -x]]):
+        for i, row in enumerate(rows):
+            samples.write(tmp_path / f"m{i}", {"x": row}, torch.float32, shards=1)
+        each = [{"weight": 1.0} if method == "multislerp" else {}] * len(rows)
+        config = recipe(tmp_path, method, [f"m{i}" for i in range(len(rows))], each=each)
+        nf.merge(config, tmp_path / f"out{number}")
+        got = samples.load(tmp_path / f"out{number}")["x"]
+        wanted = x if len(rows) == 3 and number == 2 else torch.zeros(40)
+        torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("method", ["slerp", "nuslerp", "multislerp", "karcher", "model_stock"])
 def test_zeros_and_equal_models_stay_what_they_are(tmp_path: Path, method: str) -> None:
     base = samples.tensors(0) | {"model.zero": torch.zeros(7), "model.empty": torch.zeros(0, 3)}
@@ -458,6 +474,12 @@ def test_slices_beyond_a_models_layers(tmp_path: Path, models: Any) -> None:
     sources = [{"model": str(tmp_path / "m0"), "layer_range": [1, 3]}]
     config = {"merge_method": "passthrough", "slices": [{"sources": sources}]}
     assert "which has 2 layers" in refusal(lambda: nf.merge(config, tmp_path / "out"))
+    base = str(tmp_path / "base")
+    sources = [{"model": base, "layer_range": [1, 3]}, {**sources[0], "layer_range": [0, 2]}]
+    config = {"merge_method": "slerp", "base_model": base, "slices": [{"sources": sources}]}
+    config["parameters"] = {"t": 0.5}
+    fault = f"layer_range [1, 3] of {base}, which has 2 layers"
+    assert refusal(lambda: nf.merge(config, tmp_path / "out")).count(fault) == 1
 
 
 def test_a_merge_takes_the_memory_it_was_given(tmp_path: Path) -> None:

@@ -112,6 +112,8 @@ def test_foreign_keys_are_warned_of_and_our_own_are_errors() -> None:
     assert read(TIES + "neulig_fast: {parity: peft}\n").ours == {"parity": "peft"}
     read_over = "slices: [{sources: [{model: a}], residual_weight: 0.1}]\nmerge_method: linear"
     assert "slices.0.residual_weight: has no meaning" in read(read_over).warnings[0]
+    (warning,) = read(SLERP).warnings
+    assert warning == "chat_template: is not read; the result has its tokenizer's own"
 
 
 @pytest.mark.parametrize(

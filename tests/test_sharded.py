@@ -337,6 +337,24 @@ def writes_to_listed_dtensors_are_counted():
         product.to_local().sum().backward()
 
 
+@check
+def averages_move_where_they_lie():
+    start, end = draw(5, 4), draw(5, 4, seed=1)
+    expected = [start.clone()]
+    nf.ema_multi_avg_fn(0.9)(expected, [end], 1)
+    for placement in PLACEMENTS:
+        average, model = placed(start, placement, 0), placed(end, placement, 0)
+        nf.ema_multi_avg_fn(0.9)([average], [model], torch.tensor(1))
+        assert torch.equal(average.full_tensor(), expected[0])
+        average = placed(start.bfloat16(), placement, 0)
+        random = nf.ema_multi_avg_fn(0.9, rounding="stochastic")
+        refused("rounded to nearest", random, [average], [average], 1)
+    rows, columns = placed(start, "Shard", 0), placed(end, "Shard", 1)
+    refused("position 0: placed as .*dim=1", nf.lerp_lists_, [columns], [rows], 0.5)
+    refused("as a plain tensor", nf.lerp_lists_, [rows], [end], 0.5)
+    refused("lerp_lists: a DTensor among plain tensors", nf.lerp_lists, [rows], [end], 0.5)
+
+
 def same_on_all_ranks(tensor):
     everyone = [torch.empty_like(tensor) for _ in range(RANKS)]
     torch.distributed.all_gather(everyone, tensor.contiguous())

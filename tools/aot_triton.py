@@ -150,10 +150,20 @@ def list_weight_grad_launches(
     return module.launches(table(n, s), grads, partials, out, dtype, dtype, launch)
 
 
+def lerp_lists_launches(
+    module: ModuleType, dtype: torch.dtype, n: int, k: int, s: int, p: int
+) -> Any:
+    weight = empty(1, dtype=torch.promote_types(dtype, torch.float32))
+    launch, outputs = module.config("lerp_lists", dtype, 2, 1), empty(s, dtype=torch.int64)
+    seed = None if k > 1 else 1
+    return module.launches(weight, table(2, s), outputs, 0, s, dtype, seed, 0, launch)
+
+
 CALLS = {
     "blend": blend_launches,
     "blend_lists": list_launches,
     "blend_lists_weight_grad": list_weight_grad_launches,
+    "lerp_lists": lerp_lists_launches,
     "blend_telemetry": telemetry_launches,
     "blend_weight_grad": weight_grad_launches,
     "offset_gram": offset_gram_launches,

@@ -9,10 +9,9 @@
 #include "common/dtype.h"
 #include "common/lists.h"
 #include "common/stream.h"
+#include "cpu/step.h"
 
 namespace neulig_fast {
-
-constexpr int kStep = 16;  // columns that one step keeps in registers
 
 // Elements [begin, end) of a tensor.
 struct ListChunk {

@@ -8,10 +8,10 @@
 
 #include "common/rounding.h"
 #include "common/stream.h"
+#include "cpu/step.h"
 
 namespace neulig_fast {
 
-constexpr int kStep = 16;        // columns that one step keeps in registers
 constexpr int64_t kTile = 4096;  // columns that stay in cache while all outputs are computed
 
 // Whole steps of columns.

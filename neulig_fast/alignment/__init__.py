@@ -2,6 +2,7 @@
 
 from .aligner import Aligner, align
 from .draft import Draft, Units
+from .likeness import EnsembleLikeness
 from .permutation import random_permutation
 from .repair import reestimate_batchnorm, rescale
 from .result import Alignment
@@ -16,6 +17,7 @@ __all__ = [
     "Aligner",
     "Alignment",
     "Draft",
+    "EnsembleLikeness",
     "Match",
     "Node",
     "Spec",

@@ -211,7 +211,7 @@ class _Fitting:
         if own.shape != entry.shape:
             got = f"{list(entry.shape)} in the adapter, {list(own.shape)} in the model"
             self.faults.append(f"{name!r} must have one shape, got {got}")
-        entries[name] = entry._replace(name=name)
+        entries[name] = entry._replace(name=name, like=own.dtype)
 
     def _update(self, entries: dict[str, Entry], module: str, factors: dict[str, Entry]) -> None:
         embedding = "embedding_" if any(key.startswith("embedding_") for key in factors) else ""

@@ -13,9 +13,11 @@ import torch
 
 from ..methods import BLOCK, Method
 from . import dtypes, sizes
-from .pipeline import Job, Resources, merged_alone
+from .pipeline import Job, merged_alone
 from .plan import Plan
 from .read import Reader
+from .resources import OVERHEAD, Resources
+from .workspace import tile_elements
 
 _SECONDS = 0.3  # for each rate
 _PIECE = 16 << 20  # bytes
@@ -25,9 +27,9 @@ class Forecast(NamedTuple):
     """What is to be done and what will bound it.
 
     Attributes:
-        bytes_in, bytes_out: to read, each once or ``passes`` times, and to write, of all results.
+        bytes_in, bytes_out: to read, each once, and to write, of all results.
+        bytes_again: to read besides, of tensors that do not fit into memory at once; at most.
         outputs: how many results there are.
-        passes: how often a tensor that does not fit into memory is read.
         peak: bytes of memory, above those of ``import torch``.
         read, write, merge: bytes a second, of inputs or, for ``write``, of the result.
         seconds: predicted.
@@ -37,8 +39,8 @@ class Forecast(NamedTuple):
 
     bytes_in: int
     bytes_out: int
+    bytes_again: int
     outputs: int
-    passes: int
     peak: int
     read: float
     write: float
@@ -47,15 +49,24 @@ class Forecast(NamedTuple):
     bound: str
     warnings: tuple[str, ...] = ()
 
+    @property
+    def disk(self) -> float:
+        """Bytes a second, read and written together, if nothing but the disk took time."""
+        total = self.bytes_in + self.bytes_out
+        return total / max(self.bytes_in / self.read + self.bytes_out / self.write, 1e-9)
+
     def __str__(self) -> str:
         rates = f"read {_rate(self.read)}, write {_rate(self.write)}, merge {_rate(self.merge)}"
-        again = f" (tensors beyond memory {self.passes} times)" if self.passes > 1 else ""
+        again = ""
+        if self.bytes_again:
+            size = sizes.text(self.bytes_again)
+            again = f" and up to {size} again, of tensors that do not fit into memory at once"
         each = ""
         if self.outputs > 1:
             size = sizes.text(self.bytes_out // self.outputs)
             each = f" ({self.outputs} results of {size})"
         return "".join(f"warning: {text}\n" for text in self.warnings) + (
-            f"reads {sizes.text(self.bytes_in)}{again}, "
+            f"reads {sizes.text(self.bytes_in)}{again}; "
             f"writes {sizes.text(self.bytes_out)}{each}\n"
             f"memory: at most {sizes.text(self.peak)}\n"
             f"rates measured just now: {rates}\n"
@@ -63,31 +74,30 @@ class Forecast(NamedTuple):
         )
 
 
-def forecast(plans: Sequence[Plan], folder: Path, resources: Resources, overhead: int) -> Forecast:
+def forecast(plans: Sequence[Plan], folder: Path, resources: Resources) -> Forecast:
     """Measure rates of the disk and of merging, and predict from them.
 
     Args:
         plans: of all results, which have their inputs in common.
         folder: of the result; a temporary file is written beside it.
-        overhead: bytes of memory beside buffers.
     """
     plan = plans[0]
     read = _read_rate(plan)
     write = _write_rate(folder)
     merge = _merge_rate(plans, resources) * resources.threads
     bytes_in, bytes_out = plan.bytes_in, sum(plan.layout.bytes for plan in plans)
+    again = plan.method.passes * _beyond(plan, resources.share)
     needed = {
-        "the disk": bytes_in / read + bytes_out / write,
-        f"{plan.method.name} on {resources.threads} threads": bytes_in / merge,
+        "the disk": (bytes_in + again) / read + bytes_out / write,
+        f"{plan.method.name} on {resources.threads} threads": (bytes_in + again) / merge,
     }
     bound = max(needed, key=lambda name: needed[name])
-    passes = 1 + plan.method.passes
-    peak = resources.memory + overhead
+    peak = resources.memory + OVERHEAD
     return Forecast(
         bytes_in,
         bytes_out,
+        again,
         len(plans),
-        passes,
         peak,
         read,
         write,
@@ -95,6 +105,12 @@ def forecast(plans: Sequence[Plan], folder: Path, resources: Resources, overhead
         needed[bound],
         bound,
     )
+
+
+def _beyond(plan: Plan, memory: int) -> int:
+    """Bytes of the inputs of merged tensors that a thread's memory does not hold at once."""
+    merged = (tensor for tensor in plan.tensors if tensor.task is not None)
+    return sum(t.bytes for t in merged if tile_elements(t, memory) < t.output.elements)
 
 
 def _rate(bytes_: float) -> str:

@@ -49,6 +49,7 @@ class Entry(NamedTuple):
     Attributes:
         update: what is added to the values there.
         rows: where its rows come from instead, if not all from there.
+        like: the type of the tensor whose place it took; a result has that.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Entry(NamedTuple):
     stop: int
     update: LowRank | None = None
     rows: Rows | None = None
+    like: str | None = None
 
     @property
     def elements(self) -> int:

@@ -8,25 +8,20 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from .. import config_files
-from .._checks import raise_all
-from . import sizes
 from .companions import companions
 from .folders import Folders, State, check_space
 from .forecast import Forecast, forecast
 from .headers import INDEX
 from .manifest import Manifest, checksum
-from .pipeline import Pipeline, Resources
+from .pipeline import Pipeline
 from .prepared import Prepared, prepare
 from .ranks import Ranks, torchrun
 from .read import Reader
 from .report import MergeReport, OutputReport
+from .resources import Resources, Size, asked_for, check_memory
 from .write import Staging
 
-Size = int | str
-_OVERHEAD = 64 << 20  # bytes of the ceiling for everything but buffers
+_LONG = 1 << 30  # bytes; less is merged about as soon as rates are measured
 
 
 def merge(
@@ -40,6 +35,7 @@ def merge(
     seed: int = 0,
     resume: bool = True,
     progress: Callable[[int, int], Any] | None = None,
+    foreseen: Callable[[Forecast], Any] | None = None,
     distributed: bool = False,
 ) -> MergeReport:
     """Merge checkpoints as a recipe says and write the result as a checkpoint, or several results.
@@ -59,6 +55,8 @@ def merge(
         seed: of methods that drop elements at random.
         resume: go on with an interrupted merge of the same; else begin anew.
         progress: told of bytes done and of all bytes, from any thread.
+        foreseen: told before the work, if there is more than a GiB of it, what will bound it; its
+            rates take a second to measure.
         distributed: all processes that torchrun has started share the work, on files that all of
             them see; each must call this. ``max_ram`` and ``threads`` are of one process.
 
@@ -73,13 +71,15 @@ def merge(
     with torchrun() if distributed else contextlib.nullcontext(Ranks()) as ranks:
         prepared = ranks.here(lambda: prepare(config, shard_size=shard_size, seed=seed))
         _agree(prepared, ranks)
-        resources = ranks.here(lambda: _resources(max_ram, ranks.device(device), threads))
+        resources = ranks.here(lambda: _resources(prepared, max_ram, ranks.device(device), threads))
         stagings = {
             one.name: Staging(out_dir / one.name, one.plan.layout, one.identity())
             for one in prepared
         }
         with contextlib.closing(Folders(out_dir, stagings)) as folders:
             _begin(folders, resume, ranks)
+            if foreseen is not None and ranks.first:
+                _foresee(prepared, out_dir, resources, foreseen)
             outputs = {one.name: _output(one, stagings[one.name], folders) for one in prepared}
             todo = [one for one in prepared if one.name not in folders.complete]
             bytes_in, bytes_out = _run(todo, folders, resources, progress, ranks)
@@ -131,22 +131,27 @@ def foresee(
     """What :func:`merge` would do with these arguments: all its checks, and how long it takes."""
     prepared = prepare(config, shard_size=shard_size)
     check_space(Path(out_dir), {one.name: one.plan.layout for one in prepared})
-    resources = _resources(max_ram, device, threads)
-    found = forecast([one.plan for one in prepared], Path(out_dir), resources, _OVERHEAD)
+    resources = _resources(prepared, max_ram, device, threads)
+    found = forecast([one.plan for one in prepared], Path(out_dir), resources)
     warnings = (text for one in prepared for text in one.plan.warnings)
     return found._replace(warnings=tuple(dict.fromkeys(warnings)))
 
 
-def _resources(max_ram: Size, device: str, threads: int | None) -> Resources:
-    memory = sizes.parse("max_ram", max_ram)
-    faults = []
-    if memory < 2 * _OVERHEAD:
-        faults.append(f"max_ram must be at least {sizes.text(2 * _OVERHEAD)}, got {max_ram!r}")
-    if threads is not None and threads < 1:
-        faults.append(f"threads must be 1 or more, got {threads}")
-    raise_all("merge", faults)
-    found = torch.device(config_files.usable_device(device))
-    return Resources(threads or torch.get_num_threads(), memory - _OVERHEAD, found)
+def _resources(
+    prepared: Sequence[Prepared], max_ram: Size, device: str, threads: int | None
+) -> Resources:
+    """What may be used, which is enough."""
+    found = asked_for(max_ram, device, threads)
+    check_memory((tensor for one in prepared for tensor in one.plan.tensors), found)
+    return found
+
+
+def _foresee(
+    prepared: Sequence[Prepared], out_dir: Path, resources: Resources, told: Callable[..., Any]
+) -> None:
+    plans = [one.plan for one in prepared]
+    if plans[0].bytes_in + sum(plan.layout.bytes for plan in plans) > _LONG:
+        told(forecast(plans, out_dir, resources))
 
 
 def _counter(total: int, progress: Callable[[int, int], Any] | None) -> Callable[[int], Any]:

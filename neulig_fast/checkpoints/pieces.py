@@ -19,12 +19,22 @@ class Piece(NamedTuple):
         base: if the method wants one.
         scopes: of parameters, the slice's first.
         beside: for each expert the model that is read beside it, if the method wants one.
+        listed: the recipe's sources, the base where it is one of them.
     """
 
     experts: tuple[Source, ...]
     base: ModelRef | None
     scopes: tuple[Scope, ...]
     beside: tuple[ModelRef | None, ...] = ()
+    listed: tuple[Source, ...] = ()
+
+    @property
+    def layered(self) -> tuple[Source, ...]:
+        """Experts and base with their layers; a base that is not listed has the first expert's."""
+        if self.base is None:
+            return self.experts
+        own = [source for source in self.listed if source.model == self.base]
+        return (*self.experts, *(own or [Source(self.base, self.experts[0].layers)])[:1])
 
 
 def pieces_of(recipe: Recipe, method: Method) -> list[Piece]:
@@ -47,7 +57,8 @@ def pieces_of(recipe: Recipe, method: Method) -> list[Piece]:
             experts = tuple(source for source in experts if source.model != base)
         scopes = (piece.parameters, part.parameters, recipe.parameters)
         beside = tuple(_beside(source, scopes, method.beside) for source in experts)
-        pieces.append(Piece(experts, None if method.base == "one more" else base, scopes, beside))
+        base = None if method.base == "one more" else base
+        pieces.append(Piece(experts, base, scopes, beside, piece.sources))
     faults = [fault for piece in pieces for fault in _model_faults(piece, method)]
     raise_all("merge", dict.fromkeys([*faults, *_parity_faults(recipe, method)]))
     return pieces

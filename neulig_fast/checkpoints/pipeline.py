@@ -13,7 +13,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from ..methods import Method, Statistic, Tile
 from .measured import applied
 from .plan import Planned
 from .read import Reader
+from .resources import Resources
 from .workspace import Workspace, tile_elements
 from .write import Staging
 
@@ -30,20 +31,6 @@ from .write import Staging
 _STREAMED = 1 << 19
 
 Job: TypeAlias = Sequence[Planned]  # a tensor of every output, from the same sources
-
-
-class Resources(NamedTuple):
-    """What a merge may use.
-
-    Attributes:
-        threads: that read, merge and write.
-        memory: bytes of buffers, of all threads.
-        device: where tiles are merged.
-    """
-
-    threads: int
-    memory: int
-    device: torch.device = torch.device("cpu")
 
 
 class Stopped(Exception):
@@ -126,7 +113,7 @@ class Worker:
         resources = pipeline.resources
         self._pipeline, self._method, self._device = pipeline, pipeline.method, resources.device
         self._gpu = resources.device.type == "cuda"
-        self._workspace = Workspace(resources.memory // resources.threads, pinned=self._gpu)
+        self._workspace = Workspace(resources.share, pinned=self._gpu)
         self._stream = torch.cuda.Stream(resources.device) if self._gpu else None
 
     def merge(self, missing: Sequence[tuple[Staging, Planned]]) -> None:
@@ -164,7 +151,7 @@ def merged_alone(method: Method, job: Job, rows: Tensor, out: Tensor) -> None:
         apply(tile, out)
 
 
-def _sum(tiles: Iterable[Tensor]) -> Tensor | None:
+def _sum(tiles: Iterable[Iterable[Tensor]]) -> Tensor | None:
     """Over all blocks, in order: no other order has the same bits."""
     total = None
     for blocks in tiles:

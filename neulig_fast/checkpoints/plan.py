@@ -142,7 +142,7 @@ class _Planner:
                 yield from self._named(name, entry, self.pieces[0], 0.0)
         first = 0
         for piece in self.pieces:
-            ranges = [s.layers or (0, counts[s.model][1]) for s in piece.experts]
+            ranges = [s.layers or (0, counts[s.model][1]) for s in piece.layered]
             length = ranges[0][1] - ranges[0][0]
             yield from self._layers(piece, ranges, counts, first)
             first += length
@@ -168,9 +168,9 @@ class _Planner:
             layer = parts.layer - start
             found = [
                 self._entry(s.model, parts._replace(stack=counts[s.model][0]).at(a + layer))
-                for s, (a, _) in zip(piece.experts, ranges, strict=True)
+                for s, (a, _) in zip(piece.layered, ranges, strict=True)
             ]
-            base = self._entry(piece.base, name) if piece.base is not None else None
+            base = found.pop() if piece.base is not None else None
             at = parameters.depth(layer, length)
             yield from self._tensor(parts.at(first + layer), entry, piece, found, base, at)
 
@@ -188,9 +188,9 @@ class _Planner:
             return "", 0
         stack, layers = next(iter(counts.items()))
         for piece in self.pieces:
-            for source in piece.experts:
+            for source in piece.layered:
                 if source.model == model and source.layers and source.layers[1] > layers:
-                    self.faults.append(
+                    self._fault(
                         f"layer_range {list(source.layers)} of {model}, which has {layers} layers"
                     )
         return stack, layers
@@ -236,7 +236,7 @@ class _Planner:
         for fault in self.method.faults(task):
             self._fault(f"{name!r}: {fault}")
         stored = self.recipe.out_dtype or self.recipe.dtype
-        dtype = dtypes.TO_FORMAT[stored] if stored else like.dtype
+        dtype = dtypes.TO_FORMAT[stored] if stored else like.like or like.dtype
         yield Planned(task, tuple(sources), task.dtype, Output(name, dtype, like.shape))
 
     def _beside(

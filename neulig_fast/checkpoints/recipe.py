@@ -97,7 +97,6 @@ class Recipe:
     dtype: str | None = None
     out_dtype: str | None = None
     tokenizer: str | Mapping[str, Any] | None = None
-    chat_template: str | None = None
     ours: Mapping[str, Any] = field(default_factory=dict)
     variants: Mapping[str, Variant] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()

@@ -36,7 +36,7 @@ PARAMETERS = (
     *("weight", "density", "gamma", "epsilon", "lambda", "normalize", "rescale", "int8_mask", "t"),
     *("scale", "select_topk", "filter_wise", "nuslerp_flatten", "nuslerp_row_wise", "alpha", "r"),
     *("normalize_weights", "eps", "max_iter", "tol", "decay", "schedule", "tall_mask_lambda", "k"),
-    *("fisher", "floor"),
+    *("fisher", "floor", "majority_sign_method"),
 )
 _MODELS = ("fisher",)  # parameters that name a model
 
@@ -54,6 +54,8 @@ def parse(content: Any, methods: Mapping[str, Method]) -> Recipe:
     if not isinstance(content, Mapping):
         raise ValueError(f"recipe: must be a mapping of keys, got {type(content).__name__}")
     reader.keys("", content, _TOP)
+    if content.get("chat_template") is not None:
+        reader.warnings.append("chat_template: is not read; the result has its tokenizer's own")
     recipe = Recipe(
         method=reader.method(content.get("merge_method"), list(methods)),
         parts=reader.parts(content),
@@ -62,7 +64,6 @@ def parse(content: Any, methods: Mapping[str, Method]) -> Recipe:
         dtype=reader.word("dtype", content.get("dtype"), DTYPES),
         out_dtype=reader.word("out_dtype", content.get("out_dtype"), DTYPES),
         tokenizer=reader.tokenizer(content),
-        chat_template=reader.text("chat_template", content.get("chat_template")),
         ours=reader.ours(content.get("neulig_fast")),
         warnings=tuple(reader.warnings),
     )

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from . import sizes
+from .forecast import Forecast
 
 
 class OutputReport(NamedTuple):
@@ -65,26 +67,72 @@ class MergeReport(NamedTuple):
         )
 
 
+def progress_text(done: int, total: int, seconds: float, foreseen: Forecast | None) -> str:
+    """Bytes done and left, their rate beside what the disk can do, what bounds them, time left.
+
+    Args:
+        done, total: bytes, read and written.
+        seconds: that ``done`` has taken.
+        foreseen: if rates were measured.
+    """
+    parts = [f"{100 * done // max(total, 1)} % of {sizes.text(total)}"]
+    if done and seconds > 0:
+        rate = done / seconds
+        speed = f"{sizes.text(round(rate))}/s"
+        if foreseen is not None:
+            share = f"{100 * rate / foreseen.disk:.0f} % of the disk's speed"
+            speed += f", {share}, bound by {foreseen.bound}"
+        left = f"{sizes.text(total - done)} and {_duration((total - done) / rate)} left"
+        parts += [speed, left]
+    return "; ".join(parts)
+
+
+def _duration(seconds: float) -> str:
+    """``7 s``, ``3 min 20 s``, ``2 h 5 min``."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+class Progress:
+    """Hears of a merge, and says it in words.
+
+    Args:
+        show: told of bytes done, of all bytes, and of the words for it.
+    """
+
+    def __init__(self, show: Callable[[int, int, str], Any]) -> None:
+        self._show = show
+        self._foreseen: Forecast | None = None
+        self._started = time.monotonic()
+
+    def foreseen(self, forecast: Forecast) -> None:
+        """Rates were measured, and the work begins."""
+        self._foreseen, self._started = forecast, time.monotonic()
+
+    def advance(self, done: int, total: int) -> None:
+        """So many bytes are done."""
+        seconds = time.monotonic() - self._started
+        self._show(done, total, progress_text(done, total, seconds, self._foreseen))
+
+
 @contextlib.contextmanager
-def progress_bar(quiet: bool = False) -> Iterator[Callable[[int, int], Any] | None]:
-    """A bar on stderr: share and rate of bytes, time left. Gives what ``merge`` tells."""
+def progress_bar(quiet: bool = False) -> Iterator[Progress | None]:
+    """A bar on stderr with what :func:`progress_text` says; None if it is to be quiet."""
     if quiet:
         yield None
         return
+    from rich import progress
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
 
-    columns = (
-        *(TextColumn("merging"), BarColumn(), DownloadColumn(binary_units=True)),
-        *(TransferSpeedColumn(), TimeRemainingColumn()),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+    columns = (progress.BarColumn(), progress.TextColumn("{task.description}", markup=False))
+    with progress.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("merging", total=None)
+        yield Progress(
+            lambda done, total, text: bar.update(
+                task, completed=done, total=total, description=text
+            )
+        )

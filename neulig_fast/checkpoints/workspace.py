@@ -53,15 +53,23 @@ def tile_elements(planned: Planned, memory: int) -> int:
     Raises:
         ValueError: not one block does.
     """
-    elements = planned.output.elements
-    space = memory - _ALIGNMENT * (len(planned.sources) + 2) - _fixed_bytes(planned)
-    fits = space // element_bytes(planned)
-    if fits >= elements:
-        return max(elements, 1)
-    if fits < BLOCK:
-        needed = element_bytes(planned) * BLOCK + memory - space
+    elements = max(planned.output.elements, 1)
+    fits = (memory - _constant_bytes(planned)) // element_bytes(planned)
+    if fits < min(BLOCK, elements):
+        needed = least_bytes(planned)
         raise ValueError(f"memory of {memory} bytes: {planned.output.name!r} needs {needed}")
-    return fits // BLOCK * BLOCK
+    return elements if fits >= elements else fits // BLOCK * BLOCK
+
+
+def least_bytes(planned: Planned) -> int:
+    """What the smallest tile of a tensor takes of a workspace."""
+    elements = min(max(planned.output.elements, 1), BLOCK)
+    return element_bytes(planned) * elements + _constant_bytes(planned)
+
+
+def _constant_bytes(planned: Planned) -> int:
+    """What a tile takes of a workspace besides its elements."""
+    return _ALIGNMENT * (len(planned.sources) + 2) + _fixed_bytes(planned)
 
 
 class Workspace:

@@ -57,14 +57,15 @@ def merge(
         if dry_run:
             typer.echo(merging.foresee(config, folder, **options))
             return
-        with report.progress_bar(quiet or not speaks()) as advance:
+        with report.progress_bar(quiet or not speaks()) as shown:
             done = merging.merge(
                 config,
                 folder,
                 **options,
                 seed=seed,
                 resume=resume,
-                progress=advance,
+                progress=shown.advance if shown else None,
+                foreseen=shown.foreseen if shown else None,
                 distributed=True,
             )
         if speaks():

@@ -16,7 +16,10 @@ from .._registry import NeuligFastWarning
 from ._seam import MISSING, Counts, Host, Place, Replacement, Seam, importers
 
 # Name -> the module with its HOST, imported when it is asked for.
-HOSTS: dict[str, str] = {"fusion_bench": "neulig_fast.compat.fusion_bench"}
+HOSTS: dict[str, str] = {
+    "fusion_bench": "neulig_fast.compat.fusion_bench",
+    "torch_swa": "neulig_fast.compat.torch_swa",
+}
 _PARITIES = ("exact", "accurate")
 
 

@@ -7,6 +7,7 @@ the tensor is read twice in all.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from ._method import BLOCK, Measure, Statistic, Tile
@@ -24,16 +25,12 @@ def gram(base: bool) -> Measure:
     return total
 
 
-def _of_tile(tile: Tile, base: bool) -> Tensor:
-    import torch
-
+def _of_tile(tile: Tile, base: bool) -> Iterator[Tensor]:
     from .._checks import accumulation_dtype
 
     wide = accumulation_dtype(tile.rows.dtype)
-    blocks = []
     for block in tile.rows.split(BLOCK, dim=1):
         x = block.to(wide)
         if base:
             x = x[:-1] - x[-1]
-        blocks.append((x @ x.T).double().cpu())
-    return torch.stack(blocks)
+        yield (x @ x.T).double().cpu()

@@ -3,53 +3,59 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
-from ._method import Measure, Statistic, Task, Tile
-from ._selection import LastTile, TiledSelect
+from ._method import BLOCK, Measure, Statistic, Task, Tile
+from ._selection import TiledSelect
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Of a tile: rows whose largest magnitudes are wanted, and what is subtracted from each.
-Numbers: TypeAlias = "Callable[[Tile], tuple[Tensor, Tensor | None]]"
+# Of a tile, piece by piece in order: rows (N, P) whose largest magnitudes are wanted, and what is
+# subtracted from each. What is computed for the purpose comes in small pieces, since it takes
+# memory beside the tile.
+Numbers: TypeAlias = "Callable[[Tile], Iterable[tuple[Tensor, Tensor | None]]]"
 
 
-def task_vectors(tile: Tile) -> tuple[Tensor, Tensor | None]:
-    """Those of a tile's experts."""
-    return tile.rows[:-1], tile.rows[-1]
-
-
-def largest(task: Task, counts: Sequence[int], of: Numbers = task_vectors) -> Measure:
-    """(thresholds, cuts), a list each: what magnitude_select says of a whole tensor."""
-    found = yield Statistic(lambda tile: _select(of(tile), counts), over="whole")
+def largest(task: Task, counts: Sequence[int]) -> Measure:
+    """(thresholds, cuts), a list each: what magnitude_select says of a tensor's task vectors."""
+    found = yield Statistic(lambda tile: _select(tile, counts), over="whole")
     if found is None:
-        found = yield from _in_tiles(task, counts, of)
+        found = yield from largest_of(task, counts, lambda tile: [(tile.rows[:-1], tile.rows[-1])])
     return found
 
 
-def _select(
-    numbers: tuple[Tensor, Tensor | None], counts: Sequence[int]
-) -> tuple[list[float], list[int]]:
+def largest_of(task: Task, counts: Sequence[int], of: Numbers) -> Measure:
+    """The same of numbers that are in no memory: digit by digit, and then the cuts, in the tiles
+    that have the last ties."""
+    search = yield from _searched(task, counts, of)
+    numbers = itertools.count()
+    found = yield Statistic(lambda tile: _cuts(tile, of, next(numbers), search), over="tiles")
+    return search.thresholds(), [max(cuts) for cuts in zip(*found, strict=True)]
+
+
+def thresholds_of(task: Task, counts: Sequence[int], of: Numbers) -> Measure:
+    """The thresholds alone."""
+    search = yield from _searched(task, counts, of)
+    return search.thresholds()
+
+
+def _select(tile: Tile, counts: Sequence[int]) -> tuple[list[float], list[int]]:
     import torch
 
     from ..ops import magnitude_select
 
-    rows, base = numbers
-    thresholds, cuts = magnitude_select(rows, torch.tensor(list(counts), device=rows.device), base)
+    wanted = torch.tensor(list(counts), device=tile.rows.device)
+    thresholds, cuts = magnitude_select(tile.rows[:-1], wanted, tile.rows[-1])
     return thresholds.tolist(), cuts.tolist()
 
 
-def _in_tiles(task: Task, counts: Sequence[int], of: Numbers) -> Measure:
-    """Digit by digit, and then the cuts, in the tiles that have the last ties."""
+def _searched(task: Task, counts: Sequence[int], of: Numbers) -> Measure:
     search = TiledSelect(counts, bits=64 if task.dtype == "F64" else 32)
     while not search.done:
         search.advance((yield Statistic(_histogram(search, of), over="tiles")))
-    ends = search.last_tiles()
-    numbers = itertools.count()
-    found = yield Statistic(lambda tile: _cuts(tile, of, next(numbers), ends), over="tiles")
-    return search.thresholds(), [max(cuts) for cuts in zip(*found, strict=True)]
+    return search
 
 
 def _histogram(search: TiledSelect, of: Numbers) -> Callable[[Tile], list[list[int]]]:
@@ -60,21 +66,36 @@ def _histogram(search: TiledSelect, of: Numbers) -> Callable[[Tile], list[list[i
 
         from ..ops import magnitude_histogram
 
-        rows, base = of(tile)
-        wanted = torch.tensor(prefixes, device=rows.device)
-        return magnitude_histogram(rows, wanted, digit, base).tolist()
+        wanted = torch.tensor(prefixes, device=tile.rows.device)
+        total = torch.zeros(1, dtype=torch.int64, device=tile.rows.device)
+        for rows, base in of(tile):
+            total = total + magnitude_histogram(rows, wanted, digit, base)
+        return total.tolist()
 
     return counted
 
 
-def _cuts(tile: Tile, of: Numbers, number: int, ends: Sequence[LastTile | None]) -> list[int]:
+def _cuts(tile: Tile, of: Numbers, number: int, search: TiledSelect) -> list[int]:
     """For every row whose last tie is in this tile its cut, else 0."""
-    counts = [end.wanted if end is not None and end.tile == number else 0 for end in ends]
-    if not any(counts):
-        return counts
-    found = zip(*_select(of(tile), counts), counts, strict=True)
-    length = tile.rows.shape[1]  # all of a tile's elements: no threshold, and the cut is its end
+    ends = zip(search.last_tiles(), search.thresholds(), strict=True)
     return [
-        tile.start + (length if threshold < 0 else cut) if count else 0
-        for threshold, cut, count in found
+        _cut(tile, of, i, threshold, end.tie) if end is not None and end.tile == number else 0
+        for i, (end, threshold) in enumerate(ends)
     ]
+
+
+def _cut(tile: Tile, of: Numbers, i: int, threshold: float, tie: int) -> int:
+    """One past the ``tie``-th number of row i, from 1, whose magnitude is the threshold."""
+    from .._checks import accumulation_dtype
+
+    place, found = tile.start, 0
+    for rows, base in of(tile):
+        for at in range(0, rows.shape[1], BLOCK):
+            row = rows[i, at : at + BLOCK].to(accumulation_dtype(rows.dtype))
+            d = row if base is None else row - base[at : at + BLOCK].to(row.dtype)
+            ties = (d.abs() == threshold).nonzero()
+            if 0 < tie <= len(ties):
+                found = place + int(ties[tie - 1]) + 1
+            tie -= len(ties)
+            place += len(row)
+    return found

@@ -6,7 +6,7 @@ that says how to compute a tile. One that must know something of a whole tensor 
 whole model (a threshold, a norm), is a generator of the statistics it needs:
 
     def measure(task):
-        squares = yield Statistic(squares_of)      # summed over all tiles of the tensor
+        squares = yield Statistic(squares_of)      # summed over all blocks of the tensor
         return squares.sqrt()
 
     def apply(task, norms):
@@ -132,7 +132,9 @@ class Statistic(NamedTuple):
     """What is measured of tensors.
 
     Attributes:
-        of: of a tile: (blocks, ...), or any one value where it is not summed.
+        of: of a tile: its blocks' values, in order, one made after the other (small results that
+            are kept between large temporary ones would hold their memory); or any one value where
+            it is not summed.
         over: ``blocks``: the answer is the sum over all blocks, in order. ``whole``: of a tile that
             is the whole tensor; None is the answer where the tensor does not fit into memory.
             ``tiles``: a list of all tiles' values, the same tiles every time.

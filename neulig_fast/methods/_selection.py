@@ -2,7 +2,7 @@
 
 For every digit, magnitude_histogram of every tile, then :meth:`TiledSelect.advance`. Two or more
 machines do the same with the counts of all tiles. Thresholds follow from the last digit, and cuts
-from one call of magnitude_select on the tile that has the last tie.
+from a look for the last tie in the one tile that has it.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from ..ops._digits import DIGITS
 
 
 class LastTile(NamedTuple):
-    """``magnitude_select`` of this tile with the count ``wanted`` finds the cut, from the tile's
-    start; where all that the tile has is wanted (a threshold of -1), the cut is its end."""
+    """The cut is one past the ``tie``-th element, from 1, of this tile whose magnitude is the
+    threshold."""
 
     tile: int
-    wanted: int
+    tie: int
 
 
 class TiledSelect:
@@ -40,8 +40,7 @@ class TiledSelect:
         self.prefixes = [0 if count > 0 else -1 for count in counts]
         self._all = [False] * len(counts)
         self._ranks = list(counts)  # among the magnitudes with the prefix
-        self._above: list[list[int]] = []  # of every tile: larger magnitudes than the prefix allows
-        self._ties: list[list[int]] = []  # of every tile: those with the prefix
+        self._ties: list[list[int]] = []  # of every tile: magnitudes with the prefix
 
     @property
     def done(self) -> bool:
@@ -51,7 +50,6 @@ class TiledSelect:
     def advance(self, tiles: Sequence[Sequence[Sequence[int]]]) -> None:
         """Hear the counts of this digit: those of every tile, of every expert, of every value."""
         if self.digit == 0:
-            self._above = [[0] * len(self._ranks) for _ in tiles]
             self._ties = [[0] * len(self._ranks) for _ in tiles]
         width = DIGITS[self.bits][self.digit].width
         for i, prefix in enumerate(self.prefixes):
@@ -63,8 +61,7 @@ class TiledSelect:
                 continue
             value, self._ranks[i] = _find(sums, self._ranks[i])
             self.prefixes[i] = prefix << width | value
-            for above, ties, tile in zip(self._above, self._ties, tiles, strict=True):
-                above[i] += sum(tile[i][value + 1 :])
+            for ties, tile in zip(self._ties, tiles, strict=True):
                 ties[i] = tile[i][value]
         self.digit += 1
 
@@ -87,7 +84,7 @@ class TiledSelect:
         while rank > self._ties[tile][i]:
             rank -= self._ties[tile][i]
             tile += 1
-        return LastTile(tile, self._above[tile][i] + rank)
+        return LastTile(tile, rank)
 
 
 def _find(counts: Sequence[int], rank: int) -> tuple[int, int]:

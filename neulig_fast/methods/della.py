@@ -45,17 +45,15 @@ def _draw(task: Task) -> Measure:
     return Drawn(cut, restoring(before, after))
 
 
-def _sums(task: Task, tile: Tile, cut: Mapping[int, Tensor]) -> Tensor:
-    """(bands, 2, N): sums of magnitudes before and after elements are dropped, in fp64."""
+def _sums(task: Task, tile: Tile, cut: Mapping[int, Tensor]) -> Iterator[Tensor]:
+    """(2, N) for each band: sums of magnitudes before and after elements are dropped, in fp64."""
     import torch
 
-    sums = [torch.empty(0, 2, task.models, dtype=torch.float64)]
     for band in bands(task, tile, cut):
         if band.of_band.start == 0:
             pair = (_task_vectors(band).flatten(1), _kept(task, band))
             each = [x.abs().sum(1, dtype=torch.float64) for x in pair]
-            sums.append(torch.stack(each)[None].cpu())
-    return torch.cat(sums)
+            yield torch.stack(each).cpu()
 
 
 def _task_vectors(band: Band) -> Tensor:

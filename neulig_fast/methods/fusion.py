@@ -12,12 +12,12 @@ Source: mergekit; Goddard et al., "Arcee's MergeKit", EMNLP 2024.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from math import floor, inf
 from typing import TYPE_CHECKING, NamedTuple
 
 from ._bands import Band, bands, cut_bands
-from ._largest import largest
+from ._largest import thresholds_of
 from ._method import Apply, Measure, Method, Statistic, Task, Tile
 
 if TYPE_CHECKING:
@@ -44,23 +44,27 @@ def _quartiles(task: Task, cut: Mapping[int, Tensor]) -> Measure:
     places = [floor(share * (task.elements - 1)) for share in _QUARTILES]
     counts = [task.elements - place for place in places]
 
-    def numbers(tile: Tile) -> tuple[Tensor, None]:
-        known = _importances(task, tile, cut).nan_to_num(nan=inf, posinf=inf)
-        return known.expand(len(counts), -1), None
+    def numbers(tile: Tile) -> Iterator[tuple[Tensor, None]]:
+        for known in _importances(task, tile, cut):
+            yield known.nan_to_num(nan=inf, posinf=inf).expand(len(counts), -1), None
 
-    found, _ = yield from largest(task, counts, numbers)
+    found = yield from thresholds_of(task, counts, numbers)
     if 0 in places:  # all elements pass a threshold that is none of them
-        tiles = yield Statistic(lambda tile: _importances(task, tile, cut).min(), over="tiles")
-        least = float(min(tiles))
+        tiles = yield Statistic(lambda tile: _least(_importances(task, tile, cut)), over="tiles")
+        least = min(tiles)
         found = [value if place else least for place, value in zip(places, found, strict=True)]
     return found
 
 
-def _importances(task: Task, tile: Tile, cut: Mapping[int, Tensor]) -> Tensor:
-    """(1, P), in the type of sums."""
+def _importances(task: Task, tile: Tile, cut: Mapping[int, Tensor]) -> Iterator[Tensor]:
+    """(P,) of every band, in the type of sums."""
+    return (_importance(band)[band.of_band] for band in bands(task, tile, cut))
+
+
+def _least(pieces: Iterable[Tensor]) -> float:
     import torch
 
-    return torch.cat([_importance(b)[b.of_band] for b in bands(task, tile, cut)])[None]
+    return float(torch.stack([piece.min() for piece in pieces]).min())
 
 
 def _importance(band: Band) -> Tensor:
@@ -91,7 +95,7 @@ METHODS = (
         title="Arcee Fusion",
         source="Goddard et al., EMNLP 2024",
         measure=_measure,
-        passes=2,
+        passes=4,
         apply=_fusion,
         base="needed",
         most=1,

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
-from ._largest import largest
+from ._largest import largest_of
 from ._method import BLOCK, Apply, Measure, Method, Parameter, Statistic, Task, Tile
 from .linear import blended
 
@@ -35,31 +35,30 @@ class Selected(NamedTuple):
 def _select(task: Task) -> Measure:
     found = yield Statistic(_count_varied)
     count = int(int(found) * task.value("select_topk"))
-    (threshold,), (cut,) = yield from largest(task, [count], _variances)
+    threshold, cut = 0.0, 0  # all that vary
+    if count < int(found):
+        (threshold,), (cut,) = yield from largest_of(task, [count], _variances)
     squares = yield Statistic(lambda tile: _squares(tile, threshold, cut))
     total = float(squares.sum())
     weights = (squares / total).tolist() if total > 0 else [1 / task.models] * task.models
     return Selected(threshold, cut, weights)
 
 
-def _variances(tile: Tile) -> tuple[Tensor, None]:
+def _variances(tile: Tile) -> Iterator[tuple[Tensor, None]]:
+    return ((variance[None], None) for _, _, variance in _blocks(tile))
+
+
+def _count_varied(tile: Tile) -> Iterator[Tensor]:
+    return ((variance != 0).sum().cpu() for _, _, variance in _blocks(tile))
+
+
+def _squares(tile: Tile, threshold: float, cut: int) -> Iterator[Tensor]:
+    """(N,) for each block: of the elements that are kept."""
     import torch
 
-    return torch.cat([variance for _, _, variance in _blocks(tile)])[None], None
-
-
-def _count_varied(tile: Tile) -> Tensor:
-    import torch
-
-    return torch.stack([(variance != 0).sum() for _, _, variance in _blocks(tile)]).cpu()
-
-
-def _squares(tile: Tile, threshold: float, cut: int) -> Tensor:
-    """(blocks, N): of the elements that are kept."""
-    import torch
-
-    kept = (_kept(d, variance, start, threshold, cut) for start, d, variance in _blocks(tile))
-    return torch.stack([d.square().sum(1, dtype=torch.float64) for d in kept]).cpu()
+    for start, d, variance in _blocks(tile):
+        kept = _kept(d, variance, start, threshold, cut)
+        yield kept.square().sum(1, dtype=torch.float64).cpu()
 
 
 def _blocks(tile: Tile) -> Iterator[tuple[int, Tensor, Tensor]]:
@@ -125,7 +124,7 @@ METHODS = (
         source="Wan et al., FuseChat, 2024",
         parameters={"select_topk": Parameter(1.0, low=0, high=1)},
         measure=_select,
-        passes=3,
+        passes=6,
         apply=_sce,
         base="needed",
         fewest=2,

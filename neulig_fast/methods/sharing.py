@@ -62,16 +62,14 @@ def _count(task: Task) -> Measure:
     return [1 + r * min(s / u, alpha) if u else 1.0 for s, u in zip(shared, alone, strict=True)]
 
 
-def _counts(task: Task, tile: Tile) -> Tensor:
-    """(blocks, 2, N): of elements where an expert is active with others, and alone."""
+def _counts(task: Task, tile: Tile) -> Iterator[Tensor]:
+    """(2, N) for each block: of elements where an expert is active with others, and alone."""
     import torch
 
-    found = []
     for _, _, d in _blocks(tile):
         active, together = _active(task, d)
         pair = (active & (together > 1), active & (together == 1))
-        found.append(torch.stack([each.sum(1) for each in pair]))
-    return torch.stack(found).cpu()
+        yield torch.stack([each.sum(1) for each in pair]).cpu()
 
 
 def _active(task: Task, d: Tensor) -> tuple[Tensor, Tensor]:

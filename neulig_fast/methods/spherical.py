@@ -14,7 +14,8 @@ Each reads inner products first and is a weighted sum of rows then:
                  task vectors (Jang, Yun, Han, "Model Stock", ECCV 2024)
 
 Where an angle is too small for its sine (cosine above 0.9995, for nuslerp sine below 1e-8), slerp
-is linear, as mergekit's.
+is linear, as mergekit's. Unit vectors whose mean is shorter than 1e-3 have no direction in common:
+that mean itself is taken.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 _PARALLEL = 0.9995  # cosine
 _SMALL = 1e-8
+_CANCELLED = 1e-6  # a mean's square, which products in fp32 know to 1e-7 of those of its parts
 
 
 def _measure_rows(task: Task) -> Measure:
@@ -82,7 +84,10 @@ def _mean_on_sphere(
     norms = np.sqrt(np.diagonal(g))
     unit = np.diag(1 / np.where(norms > 0, norms, 1))
     cosines = unit @ g @ unit
-    mean = weights / np.sqrt(max(weights @ cosines @ weights, 1e-300))  # over unit vectors
+    square = weights @ cosines @ weights
+    if square <= _CANCELLED * np.abs(weights).sum() ** 2:
+        return unit @ weights
+    mean = weights / np.sqrt(square)  # over unit vectors
     for _ in range(steps):
         along = np.clip(cosines @ mean, -1, 1)
         angles = np.arccos(along)

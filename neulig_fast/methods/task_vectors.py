@@ -17,8 +17,9 @@ What frameworks mean differs, and ``parity`` chooses:
 
     mergekit     signs are elected by weighted task vectors; ``rescale`` gives a task vector the sum
                  of magnitudes back that it had before elements were dropped
-    peft         by unweighted ones; the divisor is the number of experts that agree; ``rescale``
-                 divides by density
+    peft         by unweighted ones, or by how many have which sign (``majority_sign_method:
+                 frequency``); the divisor is the number of experts that agree; ``rescale`` divides
+                 by density
     paper        as mergekit's, but ``rescale`` divides by density
 
 Ties among magnitudes go to the smaller index. A random decision depends on the seed, the tensor's
@@ -27,7 +28,7 @@ name, the expert's number and the element's index, on nothing else.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ._largest import largest
@@ -45,7 +46,8 @@ class Kept(NamedTuple):
     scales: Sequence[float] | None = None
 
 
-_CHUNK = 8 * BLOCK  # elements that are looked at in fp32 at once
+_MAJORITY = "majority_sign_method"
+_MAJORITIES = {"total": "sum", "frequency": "count"}  # peft's words and the operator's
 
 
 # -- which elements are kept ----------------------------------------------------------------------
@@ -83,7 +85,7 @@ def _between(task: Task, dropped: Sequence[int], wanted: Sequence[int]) -> Measu
 
 
 def _drawn(task: Task) -> Measure:
-    density = task.each("density")
+    density = [float(d) for d in task.each("density")]
     if all(d == 1 for d in density):
         return Kept({})
     rule = {"density": density, "seed": task.seed, "streams": task.streams()}
@@ -105,32 +107,29 @@ def restoring(before: Tensor, after: Tensor) -> list[float]:
     return (before / after.where(after > 0, before.where(before > 0, 1))).tolist()
 
 
-def _magnitude_sums(tile: Tile, rule: Mapping[str, Any]) -> Tensor:
-    """(blocks, 2, N): sums of |d_i|, before and after elements are dropped."""
+def _magnitude_sums(tile: Tile, rule: Mapping[str, Any]) -> Iterator[Tensor]:
+    """(2, N) for each block: sums of |d_i|, before and after elements are dropped."""
     import torch
 
     from .._checks import accumulation_dtype
     from ..ops import merge_task_vectors
 
     one = torch.ones(1, device=tile.rows.device)
-    start, sums = tile.start, []
-    for rows in tile.rows.split(_CHUNK, dim=1):
+    start = tile.start
+    for rows in tile.rows.split(BLOCK, dim=1):
         wide = rows.to(accumulation_dtype(rows.dtype))
         d = wide[:-1] - wide[-1]
         kept = [
             merge_task_vectors(d[i : i + 1], one, start=start, **_tensors(rule, d, i))
             for i in range(len(d))
         ]
-        sums.append(torch.stack([_abs_sums(d), _abs_sums(torch.stack(kept))], dim=1).cpu())
+        yield torch.stack([_abs_sums(d), _abs_sums(torch.stack(kept))]).cpu()
         start += rows.shape[1]
-    return torch.cat(sums)
 
 
 def _abs_sums(x: Tensor) -> Tensor:
-    """(blocks, N), in fp64."""
-    import torch
-
-    return torch.stack([block.abs().sum(1).double() for block in x.split(BLOCK, dim=1)])
+    """(N,) in fp64, of a block."""
+    return x.abs().sum(1).double()
 
 
 def _tensors(rule: Mapping[str, Any], rows: Tensor, expert: int | None = None) -> dict[str, Any]:
@@ -155,7 +154,8 @@ def election(task: Task, elected: bool) -> dict[str, Any]:
     """How :func:`neulig_fast.merge_task_vectors` adds up what is kept."""
     how: dict[str, Any] = {"lam": task.value("lambda")}
     if elected:
-        how["elect"] = "sum" if task.parity == "peft" else "weighted_sum"
+        own = task.parity == "peft"
+        how["elect"] = _MAJORITIES[task.value(_MAJORITY)] if own else "weighted_sum"
     if task.value("normalize"):
         how["divide"] = "count" if task.parity == "peft" and elected else "weights"
     return how
@@ -205,6 +205,16 @@ def dropping(normalize: bool, rescale: bool, **more: Parameter) -> dict[str, Par
     return parameters(normalize, density=density, rescale=Parameter(rescale, kind=bool), **more)
 
 
+def _majority_of_another(task: Task) -> Iterator[str]:
+    majority = task.value(_MAJORITY)
+    if task.parity != "peft" and majority != "total":
+        yield (
+            f"{_MAJORITY}: {majority} is peft's: it needs parity: peft below neulig_fast, got "
+            f"{task.parity}"
+        )
+
+
+_ELECTION = {_MAJORITY: Parameter("total", kind=str, words=tuple(_MAJORITIES))}
 _GAMMA = Parameter(0.01, each=True, low=0, high=1)
 
 METHODS = (
@@ -221,12 +231,13 @@ METHODS = (
         name="ties",
         title="TIES-Merging",
         source="Yadav et al., NeurIPS 2023",
-        parameters=dropping(normalize=True, rescale=False),
+        parameters=dropping(normalize=True, rescale=False, **_ELECTION),
         measure=_largest,
         passes=1,
         apply=merged(elected=True),
         base="needed",
         parities=_PARITIES,
+        faults=_majority_of_another,
     ),
     Method(
         name="dare_linear",
@@ -243,12 +254,13 @@ METHODS = (
         name="dare_ties",
         title="DARE with TIES",
         source="Yu et al., ICML 2024; Yadav et al., NeurIPS 2023",
-        parameters=dropping(normalize=False, rescale=True),
+        parameters=dropping(normalize=False, rescale=True, **_ELECTION),
         measure=_drawn,
         passes=1,
         apply=merged(elected=True),
         base="needed",
         parities=_PARITIES,
+        faults=_majority_of_another,
     ),
     Method(
         name="breadcrumbs",

@@ -2,6 +2,7 @@
 
 from .._backends import read_environment
 from . import merge_task_vectors_ as _merge_task_vectors_  # noqa: F401  (defines an op)
+from ._lerp import lerp_lists_
 from ._lists_into import blend_lists_
 from .blend import blend
 from .blend_ import blend_
@@ -11,6 +12,7 @@ from .blend_weight_grad import blend_weight_grad
 from .cross_moments import CrossMoments, cross_moments
 from .expert_layer_norm import expert_layer_norm
 from .expert_linear import expert_linear
+from .lerp_lists import lerp_lists
 from .magnitude_histogram import magnitude_histogram
 from .magnitude_select import MagnitudeSelect, magnitude_select
 from .merge_task_vectors import merge_task_vectors
@@ -34,6 +36,8 @@ __all__ = [
     "cross_moments",
     "expert_layer_norm",
     "expert_linear",
+    "lerp_lists",
+    "lerp_lists_",
     "merge_task_vectors",
     "magnitude_histogram",
     "magnitude_select",

@@ -95,11 +95,12 @@ def stochastic(value: Tensor, dtype: torch.dtype, random: Tensor) -> Tensor:
     return code.to(torch.int16 if dtype.itemsize == 2 else torch.uint8).view(dtype)
 
 
-def words(seed: int, like: Tensor, segment: int) -> Tensor:
-    """The random words (int64) of the columns of a segment, (P,) or (K, P) as ``like``."""
+def words(seed: int, like: Tensor, segment: int, first: int = 0) -> Tensor:
+    """The random words (int64) of the columns of a segment, (P,) or (K, P) as ``like``, whose
+    rows are outputs ``first`` and on."""
     column = torch.arange(like.shape[-1], device=like.device)
     rows = like.shape[0] if like.ndim == 2 else 1
-    output = torch.arange(rows, device=like.device)[:, None]
+    output = first + torch.arange(rows, device=like.device)[:, None]
     group = column // 4
     counter = (group & _WORD, group >> 32, torch.full_like(column, segment), output)
     four = torch.stack(philox(seed, *torch.broadcast_tensors(*counter)))

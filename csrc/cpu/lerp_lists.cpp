@@ -1,0 +1,128 @@
+// theta_t = a_t + w (b_t - a_t), or from |w| >= 1/2 on b_t - (1 - w) (b_t - a_t)   (lerp_lists,
+// CPU)
+//
+// A table of the addresses of two lists of T tensors of one dtype, fp32 | bf16 | fp16 | fp64, and
+// of T outputs of that dtype, which may be the tensors of the first list; weight (1,) in the
+// accumulation type. In fp32 (fp64 for fp64), multiplied then added, and one rounding at the end,
+// to nearest or, of 2-byte types with a seed, stochastically: the word of element o of position r
+// in step k is number o of Philox's stream (r, k). Bytes: both lists read once, the outputs written
+// once.
+#include <torch/csrc/stable/library.h>
+
+#include <optional>
+
+#include "common/list_checks.h"
+#include "common/parallel.h"
+#include "cpu/list_chunks.h"
+#include "cpu/store_tile.h"
+
+namespace neulig_fast {
+namespace {
+
+constexpr int64_t kColumns = 2048;  // of a tile, whose values stay in the first-level cache
+
+// Whole steps of columns: values = origin + slope (b - a), origin one of the two.
+template <typename T>
+struct LerpCall {
+  const T* a;
+  const T* b;
+  Acc<T>* values;
+  int64_t columns;  // a multiple of kStep
+  Acc<T> slope;
+  bool from_end;  // origin is b
+};
+
+template <typename T>
+struct LerpColumns {
+  template <int kBytes>
+  static NF_INLINE void run(const LerpCall<T>& args) {
+    const LerpCall<T> call = args;  // a local copy stays in registers: no store can change it
+    constexpr int kLanes = kBytes / sizeof(Acc<T>);
+    for (int64_t p = 0; p < call.columns; p += kLanes) {
+      const auto a = load<kLanes>(call.a + p), b = load<kLanes>(call.b + p);
+      store<kLanes>(call.values + p, (call.from_end ? b : a) + call.slope * (b - a));
+    }
+  }
+};
+
+template <typename T>
+struct LerpLists {
+  using A = Acc<T>;
+
+  ListTable lists;
+  A slope;
+  bool from_end;
+  int64_t base, step;
+  bool random;
+  TileStore store;  // of 2-byte types, where random
+  KernelFn<LerpCall<T>> lerp;
+  KernelFn<Tile<A, T>> narrow;
+
+  // All of a tile is read before any of it is written, so that outputs may be inputs.
+  void tile(const ListChunk& chunk, int64_t begin, int64_t end) const {
+    alignas(64) A values[kColumns];
+    const int64_t* addresses = lists.addresses + 2 * chunk.tensor;
+    const T* a = reinterpret_cast<const T*>(addresses[0]) + begin;
+    const T* b = reinterpret_cast<const T*>(addresses[1]) + begin;
+    const int64_t columns = end - begin, whole = columns / kStep * kStep;
+    if (whole > 0) lerp({a, b, values, whole, slope, from_end});
+    if (whole < columns) {
+      alignas(64) T rest[2][kStep] = {};
+      std::memcpy(rest[0], a + whole, (columns - whole) * sizeof(T));
+      std::memcpy(rest[1], b + whole, (columns - whole) * sizeof(T));
+      lerp({rest[0], rest[1], values + whole, kStep, slope, from_end});
+    }
+    T* theta = reinterpret_cast<T*>(base + lists.others[chunk.tensor]) + begin;
+    if (!random) return narrow({values, theta, columns, false});
+    store.write(values, step, lists.rows[chunk.tensor], begin, columns,
+                reinterpret_cast<char*>(theta));
+  }
+
+  void all() const {
+    int64_t elements = 0;
+    for (int64_t t = 0; t < lists.tensors; ++t) elements += lists.lengths[t];
+    for_each_item(lists.chunks, 3 * elements, [&](int64_t item) {
+      const ListChunk chunk = chunk_of(lists, item);
+      for (int64_t p = chunk.begin; p < chunk.end; p += kColumns)
+        tile(chunk, p, std::min(p + kColumns, chunk.end));
+    });
+  }
+};
+
+template <typename T>
+void run(const Tensor& weight, const ListTable& lists, int64_t base, std::optional<int64_t> seed,
+         int64_t step) {
+  const CpuLevel level = cpu_level();
+  const Acc<T> w = *static_cast<const Acc<T>*>(weight.const_data_ptr());
+  const bool from_end = !(w < Acc<T>(0.5) && w > Acc<T>(-0.5));
+  LerpLists<T>{lists,
+               from_end ? w - Acc<T>(1) : w,
+               from_end,
+               base,
+               step,
+               sizeof(T) == 2 && seed.has_value(),
+               make_tile_store<T>(level, seed, false),
+               kernel_at<LerpColumns<T>, LerpCall<T>>(level),
+               kernel_at<NarrowTile<Acc<T>, T>, Tile<Acc<T>, T>>(level)}
+      .all();
+}
+
+void lerp_lists(const Tensor& weight, const Tensor& table, const Tensor& outputs, int64_t base,
+                int64_t chunk, int64_t chunks, ScalarType dtype, std::optional<int64_t> seed,
+                int64_t step) {
+  check_list_dtype("lerp_lists", "tensors", dtype);
+  check_list_weights("lerp_lists", weight, dtype);
+  STD_TORCH_CHECK(weight.numel() == 1, "lerp_lists: weight must be one number, got ",
+                  shape_text(weight));
+  const ListTable lists = check_lists("lerp_lists", table, outputs, 2, chunk, chunks);
+  check_list_values("lerp_lists", lists, -1);
+  visit_dtype(dtype,
+              [&](auto element) { run<decltype(element)>(weight, lists, base, seed, step); });
+}
+
+}  // namespace
+}  // namespace neulig_fast
+
+STABLE_TORCH_LIBRARY_IMPL(neulig_fast_C, CPU, m) {
+  m.impl("lerp_lists", TORCH_BOX(&neulig_fast::lerp_lists));
+}

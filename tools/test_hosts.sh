@@ -1,0 +1,68 @@
+#!/usr/bin/env bash
+# Another project's own tests, without nf.patch and with it: what passed must still pass.
+#
+#   tools/test_hosts.sh HOST [exact|accurate] [PYTEST_ARGUMENT ...]
+#
+# Tests come from the released source archive, and run against the released package, in an
+# environment of their own under build/hosts that sees the packages of $PYTHON (default: python3).
+# Needs the network on the first run. Exit status 1: a test has another outcome under the patch.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python3}
+host=${1:?HOST: peft}
+parity=${2:-exact}
+shift $(($# < 2 ? $# : 2))
+
+# What is installed, the tests in its archive, and what those need beside it.
+case $host in
+    peft)
+        release=peft==0.21.2 needs="parameterized datasets diffusers"
+        chosen=(tests/test_custom_models.py -k "weighted or merge")
+        ;;
+    *)
+        echo "$host: its release has no tests, or none that are known here" >&2
+        exit 2
+        ;;
+esac
+
+base=$PWD/build/hosts/$host
+if [ ! -f "$base/ready-$release" ]; then
+    rm -rf "$base"
+    "$python" -m venv "$base/env"
+    site=$("$base/env/bin/python" -c "import sysconfig; print(sysconfig.get_path('purelib'))")
+    "$python" -c "import sysconfig; print(sysconfig.get_path('purelib'))" >"$site/below.pth"
+    "$base/env/bin/python" -m pip install --quiet "$release" pytest $needs
+    "$base/env/bin/python" -m pip download --quiet --no-deps --no-binary :all: -d "$base" "$release"
+    mkdir "$base/archive"
+    tar -xzf "$base"/*.tar.gz -C "$base/archive" --strip-components 1
+    mv "$base/archive/tests" "$base/tests" # the archive's package must not be imported
+    rm -rf "$base/archive"
+    touch "$base/ready-$release"
+fi
+
+export PYTHONPATH=$PWD
+cd "$base"
+tests() { env/bin/python -m pytest -q -p no:cacheprovider --rootdir "$base" "$@" || [ $? = 1 ]; }
+tests "${chosen[@]}" "$@" --junit-xml without.xml
+NEULIG_FAST_PATCH=$host:$parity \
+    tests "${chosen[@]}" "$@" -p neulig_fast.compat.pytest_plugin --junit-xml with.xml
+env/bin/python - <<'END'
+import sys
+import xml.etree.ElementTree as tree
+
+def outcomes(path):
+    return {
+        (case.get("classname"), case.get("name")): next(
+            (kind for kind in ("failure", "error", "skipped") if case.find(kind) is not None), "passed"
+        )
+        for case in tree.parse(path).iter("testcase")
+    }
+
+before, after = outcomes("without.xml"), outcomes("with.xml")
+for key in sorted(before.keys() | after.keys()):
+    if before.get(key) != after.get(key):
+        print("::".join(key), before.get(key), "->", after.get(key))
+passed = sum(outcome == "passed" for outcome in after.values())
+print(f"{len(after)} tests, {passed} passed under the patch, {len(before)} without it")
+sys.exit(before != after or not passed)
+END
