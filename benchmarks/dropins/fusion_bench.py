@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
+import io
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -39,26 +41,51 @@ def rows(width: int) -> Tensor:
     return _SPREAD * torch.randn(_EXPERTS, width, generator=torch.Generator().manual_seed(1))
 
 
+def silent(call: Callable[[], Any]) -> Callable[[], Any]:
+    """The same, without bars and remarks."""
+
+    def silenced() -> Any:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            return call()
+
+    return silenced
+
+
 def module(state: dict[str, Tensor]) -> nn.Module:
     """With these parameters, and no forward."""
     return nn.ParameterList(state.values())
 
 
-def step(kind: str, shape: Shape) -> Callable[[], Any]:
-    """What a step of AdaMerging does but for the model: a merge, and back to its weights."""
-    wrappers = "fusion_bench.models.wrappers"
+def merged_model(kind: str, shape: Shape) -> Any:
+    """One of FusionBench's two, of "layer" or "task"."""
     base, *models = map(module, states(shape))
-    tensors = list(base.parameters())
-    grads = [_SPREAD * torch.ones_like(x) for x in tensors]
-    weights = torch.full((_EXPERTS, len(tensors)) if kind == "layer" else (_EXPERTS,), 0.3)
-    wrapper = importlib.import_module(f"{wrappers}.{kind}_wise_fusion")
-    made = getattr(wrapper, f"{kind.title()}WiseMergedModel")(weights, base, models)
+    tensors = len(list(base.parameters()))
+    weights = torch.full((_EXPERTS, tensors) if kind == "layer" else (_EXPERTS,), 0.3)
+    wrapper = importlib.import_module(f"fusion_bench.models.wrappers.{kind}_wise_fusion")
+    return getattr(wrapper, f"{kind.title()}WiseMergedModel")(weights, base, models)
+
+
+def step(shape: Shape) -> Callable[[], Any]:
+    """What a step of AdaMerging does but for the model: a merge, and back to its weights."""
+    made = merged_model("layer", shape)
+    grads = [_SPREAD * torch.ones_like(x) for x in made.pretrained_model.parameters()]
 
     def call() -> list[Tensor]:
         made.merge_weight.grad = None
         merged = list(made.merge_weights().values())
         torch.autograd.backward(merged, grads)
         return [made.merge_weight.grad, *merged]
+
+    return call
+
+
+def merge(shape: Shape) -> Callable[[], Any]:
+    """A merge alone, with one weight per model."""
+    made = merged_model("task", shape)
+
+    @torch.no_grad()
+    def call() -> list[Tensor]:
+        return list(made.merge_weights().values())
 
     return call
 
@@ -83,7 +110,7 @@ def experts(samples: int, tokens: int, width: int) -> Callable[[], Any]:
 def on_rows(function: str, args: tuple[Any, ...], width: int) -> Callable[[], Any]:
     name, where = function.split(":")[::-1]
     found, given = getattr(importlib.import_module(where), name), rows(width)
-    return lambda: found(given, *args)
+    return silent(lambda: found(given, *args))
 
 
 def on_states(function: str, args: tuple[Any, ...], shape: Shape) -> Callable[[], Any]:
@@ -100,7 +127,17 @@ def wudi(width: int) -> Callable[[], Any]:
         {name: _SPREAD * torch.randn(size, generator=g) for name, size in sizes.items()}
         for _ in range(_EXPERTS)
     ]
-    return lambda: found(vectors, "cpu", _STEPS)
+    return silent(lambda: found(vectors, "cpu", _STEPS))
+
+
+def emr(shape: Shape) -> Callable[[], Any]:
+    found, given = importlib.import_module(f"{_METHOD}.emr_merging.utils").emr_merge, states(shape)
+
+    def call() -> list[Tensor]:
+        unified, masks, rescalers = found(given[1:])
+        return [*unified.values(), *(mask for some in masks.values() for mask in some), rescalers]
+
+    return call
 
 
 def masks(width: int) -> Callable[[], Any]:
@@ -108,7 +145,7 @@ def masks(width: int) -> Callable[[], Any]:
     vectors = rows(width)
     base = torch.randn(width, generator=torch.Generator().manual_seed(4))
     args = (vectors, base + vectors, base, vectors.sum(0))
-    return lambda: found(*args, 0.4)
+    return silent(lambda: found(*args, 0.4))
 
 
 def drop(width: int) -> Callable[[], Any]:
@@ -154,10 +191,11 @@ def cases() -> Iterator[Case]:
     for shape, size, width, samples in sizes:
         made = functools.partial(Case, size=size, host="fusion_bench")
         partial = functools.partial
-        for kind in ("layer", "task"):
-            where = f"fusion_bench.models.wrappers.{kind}_wise_fusion:{kind.title()}WiseMergedModel"
-            make = partial(step, kind, shape)
-            yield made(f"{where}.merge_weights", make=make, check=check_step)
+        where = "fusion_bench.models.wrappers"
+        layer = f"{where}.layer_wise_fusion:LayerWiseMergedModel.merge_weights"
+        yield made(layer, make=partial(step, shape), check=check_step)
+        task = f"{where}.task_wise_fusion:TaskWiseMergedModel.merge_weights"
+        yield made(task, make=partial(merge, shape), check=check_bits)
         where = "fusion_bench.models.we_moe:WeightEnsemblingMoE.forward"
         yield made(where, make=partial(experts, *samples), terms=samples[2] * 4)
         where = f"{_TIES}:ties_merging"
@@ -166,7 +204,7 @@ def cases() -> Iterator[Case]:
             where = f"fusion_bench.utils.state_dict_arithmetic:state_dict_{name}"
             yield made(where, make=partial(on_states, where, args, shape))
         where = f"{_METHOD}.emr_merging.utils:emr_merge"
-        yield made(where, make=partial(on_states, where, (), shape), terms=width)
+        yield made(where, make=partial(emr, shape), check=check_bits)
         where = f"{_METHOD}.wudi.wudi:wudi_merging"
         yield made(where, make=partial(wudi, samples[2]), terms=4 * samples[2])
         where = f"{_METHOD}.tall_mask.utils:generate_task_masks"
