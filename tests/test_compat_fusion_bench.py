@@ -9,6 +9,7 @@ import io
 import os
 import sys
 from collections.abc import Callable, Iterator
+from importlib import metadata
 from typing import Any
 
 import pytest
@@ -472,9 +473,7 @@ def test_dare_keeps_its_share_and_follows_the_generator() -> None:
 
 
 def test_the_patch_is_found_everywhere_and_undone() -> None:
-    from importlib.metadata import version
-
-    if not HOST.versions.contains(Version(version("fusion_bench")).base_version):
+    if not HOST.versions.contains(Version(metadata.version("fusion_bench")).base_version):
         pytest.skip(f"FusionBench is not {HOST.versions}")
     originals = {seam.where: Place(seam.where).get() for seam in HOST.seams()}
     user = importlib.import_module(f"{METHOD}.emr_merging.utils")
@@ -488,3 +487,69 @@ def test_the_patch_is_found_everywhere_and_undone() -> None:
         assert handle.stats()[WHERE["layer"]].taken == 1
     assert {where: Place(where).get() for where in originals} == originals
     assert user.state_dict_sum is originals[f"{STATES}:state_dict_sum"]
+
+
+# -- classes --------------------------------------------------------------------------------------
+
+
+def pool_of(make: Callable[[], nn.Module], **datasets: Any) -> Any:
+    base = importlib.import_module("fusion_bench").BaseModelPool
+    torch.manual_seed(6)
+    models = {name: make() for name in ("_pretrained_", "cats", "dogs")}
+    return base(models, train_datasets=datasets or None)
+
+
+def dense() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(12, 9), nn.ReLU(), nn.Linear(9, 4))
+
+
+def test_classes_take_the_originals_keys_and_give_its_model() -> None:
+    ours = importlib.import_module("neulig_fast.compat.fusion_bench").TiesMerging
+    theirs = importlib.import_module(f"{METHOD}.ties_merging.ties_merging").TiesMergingAlgorithm
+    keys = {"scaling_factor": 0.3, "threshold": 20, "remove_keys": [], "merge_func": "sum"}
+    algorithm = ours(**keys)
+    assert algorithm.config["_target_"] == "neulig_fast.compat.fusion_bench.TiesMerging"
+    assert dict(algorithm.config).items() >= keys.items()
+    got = result(algorithm.run, pool_of(dense))
+    assert same(got.state_dict(), result(theirs(**keys).run, pool_of(dense)).state_dict())
+    assert nf.patch.status() == ()
+
+
+def test_neulig_and_mudsc_are_methods() -> None:
+    from neulig_fast.compat import fusion_bench as compat
+
+    data = {
+        name: torch.utils.data.TensorDataset(torch.randn(20, 3, 2, 2), torch.randint(5, (20,)))
+        for name in ("cats", "dogs")
+    }
+    pool = pool_of(dense)
+    pool.load_train_dataset = data.__getitem__
+    heads = {name: torch.randn(5, 4) for name in data}
+    merged = compat.NeuLigAlgorithm(heads, "dogs", epochs=2, batch_size=8).run(pool)
+    engine = nf.NeuLig(
+        [pool.load_model(n) for n in data], {n: nf.Head(h) for n, h in heads.items()}
+    )
+    batches = {n: torch.utils.data.DataLoader(d, 8) for n, d in data.items()}
+    engine.fit(batches, epochs=2, batch_size=8, progress=False)
+    assert same(dict(merged.state_dict()), dict(engine.merge("dataset", task="dogs")))
+    with pytest.raises(ValueError, match="no model birds in the pool: cats, dogs"):
+        compat.NeuLigAlgorithm({"birds": heads["cats"]}, "cats").run(pool)
+    experts = [pool.load_model(name) for name in data]
+    aligned = compat.MuDSCAlgorithm(balance=1.0).run(pool)
+    assert same(dict(aligned.state_dict()), dict(nf.align(experts, balance=1.0).merge()))
+
+
+def test_without_fusion_bench_a_class_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    compat = importlib.import_module("neulig_fast.compat.fusion_bench")
+    vars(compat).pop("TiesMerging", None)
+
+    def version(name: str) -> str:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(compat, "version", version)
+    with pytest.raises(
+        ImportError, match=r"TiesMerging needs FusionBench: pip install fusion_bench"
+    ):
+        _ = compat.TiesMerging
+    with pytest.raises(AttributeError, match="has no attribute 'TiesMergin'"):
+        _ = compat.TiesMergin

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import io
+import sys
 from pathlib import Path
 
 import pytest
@@ -57,7 +58,10 @@ def test_adaptation_lowers_the_entropy_and_moves_coefficients_alone(adamerging):
 
 
 @pytest.mark.parametrize("host", [p.stem[8:] for p in sorted(EXAMPLES.glob("drop_in_*.py"))])
-def test_drop_ins_print_both_times(host, capsys):
+def test_drop_ins_print_both_times(host, capsys, monkeypatch):
+    # transformers would take kernels/, in our source tree, for a project of that name.
+    installed = [path for path in sys.path if not Path(path, "kernels", "_launch.py").exists()]
+    monkeypatch.setattr(sys, "path", installed)
     module = {"torch_swa": "torch"}.get(host, host)
     pytest.importorskip(module, reason=f"{module} is not installed")
     load(f"drop_in_{host}")

@@ -1,0 +1,216 @@
+"""FusionBench: AdaMerging, WE-MoE and merges of five task vectors, at ViT-B/32's size."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import io
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from neulig_fast import testing
+
+from .. import dropins
+from ..shapes import TOY, VIT_B_32, Shape
+from . import Case
+
+_EXPERTS = 5
+_SPREAD = 0.01  # of task vectors; a base's values are standard normal
+_STEPS = 10  # of WUDI's 300
+_METHOD = "fusion_bench.method"
+_TIES = f"{_METHOD}.ties_merging.ties_merging_utils"
+
+
+def states(shape: Shape) -> list[dict[str, Tensor]]:
+    """A base and five models."""
+    g = torch.Generator().manual_seed(0)
+    base = {name: torch.randn(size, generator=g) for name, size in shape.tensors()}
+    models = [
+        {name: x + _SPREAD * torch.randn(x.shape, generator=g) for name, x in base.items()}
+        for _ in range(_EXPERTS)
+    ]
+    return [base, *models]
+
+
+def rows(width: int) -> Tensor:
+    """Five task vectors of whole models."""
+    return _SPREAD * torch.randn(_EXPERTS, width, generator=torch.Generator().manual_seed(1))
+
+
+def silent(call: Callable[[], Any]) -> Callable[[], Any]:
+    """The same, without bars and remarks."""
+
+    def silenced() -> Any:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            return call()
+
+    return silenced
+
+
+def module(state: dict[str, Tensor]) -> nn.Module:
+    """With these parameters, and no forward."""
+    return nn.ParameterList(state.values())
+
+
+def merged_model(kind: str, shape: Shape) -> Any:
+    """One of FusionBench's two, of "layer" or "task"."""
+    base, *models = map(module, states(shape))
+    tensors = len(list(base.parameters()))
+    weights = torch.full((_EXPERTS, tensors) if kind == "layer" else (_EXPERTS,), 0.3)
+    wrapper = importlib.import_module(f"fusion_bench.models.wrappers.{kind}_wise_fusion")
+    return getattr(wrapper, f"{kind.title()}WiseMergedModel")(weights, base, models)
+
+
+def step(shape: Shape) -> Callable[[], Any]:
+    """What a step of AdaMerging does but for the model: a merge, and back to its weights."""
+    made = merged_model("layer", shape)
+    grads = [_SPREAD * torch.ones_like(x) for x in made.pretrained_model.parameters()]
+
+    def call() -> list[Tensor]:
+        made.merge_weight.grad = None
+        merged = list(made.merge_weights().values())
+        torch.autograd.backward(merged, grads)
+        return [made.merge_weight.grad, *merged]
+
+    return call
+
+
+def merge(shape: Shape) -> Callable[[], Any]:
+    """A merge alone, with one weight per model."""
+    made = merged_model("task", shape)
+
+    @torch.no_grad()
+    def call() -> list[Tensor]:
+        return list(made.merge_weights().values())
+
+    return call
+
+
+def experts(samples: int, tokens: int, width: int) -> Callable[[], Any]:
+    """An MLP of a weight-ensembling mixture of experts, merged for every sample."""
+    torch.manual_seed(2)
+    body = [
+        nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        for _ in range(1 + _EXPERTS)
+    ]
+    kind = importlib.import_module("fusion_bench.models.we_moe").WeightEnsemblingMoE
+    made, x = kind(width, body[0], body[1:], batch_first=True), torch.randn(samples, tokens, width)
+
+    @torch.no_grad()
+    def call() -> Tensor:
+        return made(x)
+
+    return call
+
+
+def on_rows(function: str, args: tuple[Any, ...], width: int) -> Callable[[], Any]:
+    name, where = function.split(":")[::-1]
+    found, given = getattr(importlib.import_module(where), name), rows(width)
+    return silent(lambda: found(given, *args))
+
+
+def on_states(function: str, args: tuple[Any, ...], shape: Shape) -> Callable[[], Any]:
+    name, where = function.split(":")[::-1]
+    found, given = getattr(importlib.import_module(where), name), states(shape)[1:]
+    return lambda: found(given, *args)
+
+
+def wudi(width: int) -> Callable[[], Any]:
+    found = importlib.import_module(f"{_METHOD}.wudi.wudi").wudi_merging
+    g = torch.Generator().manual_seed(3)
+    sizes = {"in": (4 * width, width), "out": (width, 4 * width), "qkv": (3 * width, width)}
+    vectors = [
+        {name: _SPREAD * torch.randn(size, generator=g) for name, size in sizes.items()}
+        for _ in range(_EXPERTS)
+    ]
+    return silent(lambda: found(vectors, "cpu", _STEPS))
+
+
+def emr(shape: Shape) -> Callable[[], Any]:
+    found, given = importlib.import_module(f"{_METHOD}.emr_merging.utils").emr_merge, states(shape)
+
+    def call() -> list[Tensor]:
+        unified, masks, rescalers = found(given[1:])
+        return [*unified.values(), *(mask for some in masks.values() for mask in some), rescalers]
+
+    return call
+
+
+def masks(width: int) -> Callable[[], Any]:
+    found = importlib.import_module(f"{_METHOD}.tall_mask.utils").generate_task_masks
+    vectors = rows(width)
+    base = torch.randn(width, generator=torch.Generator().manual_seed(4))
+    args = (vectors, base + vectors, base, vectors.sum(0))
+    return silent(lambda: found(*args, 0.4))
+
+
+def drop(width: int) -> Callable[[], Any]:
+    found = importlib.import_module(f"{_METHOD}.dare.utils").param_random_drop_
+    start = 1 + rows(width)[0]
+
+    def call() -> Tensor:
+        param = nn.Parameter(start)  # new memory takes its place
+        found(param, 0.8, True)
+        return param.data
+
+    return call
+
+
+# -- what is compared -----------------------------------------------------------------------------
+
+
+def check_step(result: Any, expected: list[Tensor]) -> None:
+    """The merged tensors to the bit; sums over all of a tensor's elements within the rule."""
+    terms = sum(x.numel() for x in expected[1:])
+    testing.assert_within_rule(result[0], expected[0], expected[0].double(), terms)
+    check_bits(result[1:], expected[1:])
+
+
+def check_bits(result: Any, expected: list[Tensor]) -> None:
+    found = [result] if isinstance(result, Tensor) else list(result)
+    if not all(map(torch.equal, found, expected)):
+        raise AssertionError("other bits than FusionBench's")
+
+
+def check_share(result: Any, expected: list[Tensor]) -> None:
+    """Draws are its own: as many are kept, and they have the same scale."""
+    share = float((result != 0).float().mean())
+    if not abs(share - float((expected[0] != 0).float().mean())) < 0.05:
+        raise AssertionError(f"a share of {share} is kept")
+
+
+def cases() -> Iterator[Case]:
+    sizes = (
+        (TOY, dropins.TOY, 4096, (3, 4, 16)),
+        (VIT_B_32, VIT_B_32.name, 88 << 20, (16, 50, 768)),
+    )
+    for shape, size, width, samples in sizes:
+        made = functools.partial(Case, size=size, host="fusion_bench")
+        partial = functools.partial
+        where = "fusion_bench.models.wrappers"
+        layer = f"{where}.layer_wise_fusion:LayerWiseMergedModel.merge_weights"
+        yield made(layer, make=partial(step, shape), check=check_step)
+        task = f"{where}.task_wise_fusion:TaskWiseMergedModel.merge_weights"
+        yield made(task, make=partial(merge, shape), check=check_bits)
+        where = "fusion_bench.models.we_moe:WeightEnsemblingMoE.forward"
+        yield made(where, make=partial(experts, *samples), terms=samples[2] * 4)
+        where = f"{_TIES}:ties_merging"
+        yield made(where, make=partial(on_rows, where, (20, "mean"), width), check=check_bits)
+        for name, args in (("avg", ()), ("weighted_sum", ([0.3] * _EXPERTS,))):
+            where = f"fusion_bench.utils.state_dict_arithmetic:state_dict_{name}"
+            yield made(where, make=partial(on_states, where, args, shape))
+        where = f"{_METHOD}.emr_merging.utils:emr_merge"
+        yield made(where, make=partial(emr, shape), check=check_bits)
+        where = f"{_METHOD}.wudi.wudi:wudi_merging"
+        yield made(where, make=partial(wudi, samples[2]), terms=4 * samples[2])
+        where = f"{_METHOD}.tall_mask.utils:generate_task_masks"
+        yield made(where, make=partial(masks, width), check=check_bits)
+        where = f"{_METHOD}.dare.utils:param_random_drop_"
+        yield made(where, make=partial(drop, width), check=check_share)
+
+
+CASES = tuple(cases())
