@@ -16,7 +16,7 @@ from .._registry import NeuligFastWarning
 from ._seam import MISSING, Counts, Host, Place, Replacement, Seam, importers
 
 # Name -> the module with its HOST, imported when it is asked for.
-HOSTS: dict[str, str] = {}
+HOSTS: dict[str, str] = {"mergekit": "neulig_fast.compat.mergekit"}
 _PARITIES = ("exact", "accurate")
 
 
@@ -174,7 +174,9 @@ def _faults(place: Place, original: Any) -> Iterator[str]:
         yield f"{place.where} is missing"
     elif hasattr(original, "__neulig_fast__"):
         yield f"{place.where} is neulig_fast's already"
-    elif (original.__module__, original.__qualname__) != (place.module, place.path):
+    elif original.__module__ != place.module or (
+        place.names and original.__qualname__ != place.path
+    ):
         owner = f"{original.__module__}.{original.__qualname__}"
         yield f"{place.where} is {owner} already: undo that first"
 
