@@ -16,7 +16,10 @@ from .._registry import NeuligFastWarning
 from ._seam import MISSING, Counts, Host, Place, Replacement, Seam, importers
 
 # Name -> the module with its HOST, imported when it is asked for.
-HOSTS: dict[str, str] = {"mergekit": "neulig_fast.compat.mergekit"}
+HOSTS: dict[str, str] = {
+    "mergekit": "neulig_fast.compat.mergekit",
+    "sd_mecha": "neulig_fast.compat._sd_mecha",
+}
 _PARITIES = ("exact", "accurate")
 
 

@@ -140,9 +140,9 @@ def _tensors(rule: Mapping[str, Any], rows: Tensor, expert: int | None = None) -
     def tensor(name: str, values: Any) -> Any:
         if name == "seed":
             return values
-        chosen = torch.as_tensor(values, device=rows.device)
-        if name in ("lower", "upper"):
-            chosen = chosen.to(torch.promote_types(rows.dtype, torch.float32))
+        bound = torch.promote_types(rows.dtype, torch.float32)
+        dtype = bound if name in ("lower", "upper") else None
+        chosen = torch.as_tensor(values, dtype=dtype, device=rows.device)
         return chosen if expert is None else chosen[expert : expert + 1]
 
     return {name: tensor(name, values) for name, values in rule.items()}

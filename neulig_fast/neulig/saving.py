@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -98,14 +98,19 @@ def load(
     with torch.no_grad():
         engine.portland.weight.copy_(state["portland.weight"])
         engine.portland.bias.copy_(state["portland.bias"])
-    engine.calibration = {
-        task: state[f"calibration.{k}"]
-        for k, task in enumerate(heads)
-        if f"calibration.{k}" in state
-    }
+    engine.calibration = _calibration(heads, state)
     if index["history"] is not None:
         engine.history = _history(index["history"], state)
     return engine
+
+
+def calibration(path: str | Path) -> dict[str, Tensor]:
+    """A saved engine's merge vectors by task, (N,) each, without its experts."""
+    folder = Path(path)
+    index = _read_index(folder)
+    return _calibration(
+        [task["name"] for task in index["tasks"]], read_state_dict(folder / index["state"])
+    )
 
 
 # -- the pieces --------------------------------------------------------------------------------
@@ -153,6 +158,11 @@ def _state(engine: NeuLig) -> dict[str, Tensor]:
         for key in _HISTORY_TENSORS:
             tensors[f"history.{key}"] = getattr(engine.history, key)
     return tensors
+
+
+def _calibration(tasks: Iterable[str], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    found = {task: state.get(f"calibration.{k}") for k, task in enumerate(tasks)}
+    return {task: vector for task, vector in found.items() if vector is not None}
 
 
 def _history(scalars: Mapping[str, Any], state: Mapping[str, Tensor]) -> History:

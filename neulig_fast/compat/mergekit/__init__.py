@@ -7,13 +7,14 @@ import importlib
 from packaging.specifiers import SpecifierSet
 
 from .._seam import Host, Seam
-from . import _elements, _means, _sparsify, _task_vectors
+from . import _elements, _means, _neulig, _sparsify, _task_vectors
 
 _METHODS = "mergekit.merge_methods"
 
 
 def _seams() -> list[Seam]:
     arithmetic = f"{_METHODS}.generalized_task_arithmetic:GeneralizedTaskArithmeticMerge"
+    neulig = _neulig.method()
     ram = importlib.import_module(f"{_METHODS}.ram").ram_merge.implementation
     return [
         Seam(
@@ -29,6 +30,7 @@ def _seams() -> list[Seam]:
              _means.model_stock),
         Seam(f"{_METHODS}.sce:sce_merge.implementation", None, _elements.sce),
         Seam(f"{_METHODS}.ram:ram_merge.implementation", _elements.ram_exact(ram), _elements.ram),
+        Seam(f"{_METHODS}.registry:_METHODS[neulig]", neulig, neulig),
     ]  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from ...methods import BLOCK, METHODS, Task
 from ...ops import blend_lists_, magnitude_select, merge_task_vectors
 from .._seam import Unsupported
 from .._tensors import check_alike
-from ._rows import merged, tiles
+from ._rows import merged
 
 _LEAST = 1e-6  # of weights: below it mergekit's SCE divides by this, and weighs all alike
 

@@ -1,7 +1,7 @@
 """mergekit's means on spheres and Model Stock: inner products in fp64, then a weighted sum.
 
-As in :mod:`neulig_fast.methods.spherical`, vectors are coefficients over the models, so that tensors
-are read twice in all; the rules for what is too short, too near or opposite are mergekit's.
+As in :mod:`neulig_fast.methods.spherical`, vectors are coefficients over the models, so that
+tensors are read twice in all; the rules for what is too short, too near or opposite are mergekit's.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from ._rows import tiles
 
 _BLOCK = BLOCK // 4  # elements; of a few models in fp64, what a core's nearer cache holds
 _NEAR = 2.0**-22  # squared sines below it are lost in fp32, in which mergekit forms them
+_OPPOSITE = 3.14  # an angle from which there is no shortest way back
 _CANCELLED = 1e-8  # of the squares that were added; below it a mean has no direction
 
 
@@ -91,6 +92,8 @@ def karcher_merge_tensors(
 ) -> Tensor:
     """``karcher:karcher_merge_tensors``: steps until they are short."""
     check_alike(tensors)
+    if not tensors[0].ndim:
+        raise Unsupported("scalars, whose type mergekit changes")
     g = _gram(tensors)
     norms, shares = _norms(g), np.array(alphas, dtype=float)
     present = norms > tol
@@ -103,6 +106,8 @@ def karcher_merge_tensors(
     for _ in range(max_iter):
         along = np.clip(cosines @ mean, -1, 1)
         angles = np.arccos(along)
+        if (angles[present] > _OPPOSITE).any():
+            raise Unsupported("opposite vectors")
         scale = np.where(angles < tol, 0, angles / np.where(angles < tol, 1, np.sin(angles)))
         step = weights * scale - (weights @ (scale * along)) * mean
         length = float(np.sqrt(max(step @ cosines @ step, 0.0)))
