@@ -142,6 +142,19 @@ def test_a_dry_run_looks_at_a_part_of_a_tensor(tmp_path: Path, method: str) -> N
     assert out.isfinite().all()
 
 
+def test_thresholds_of_fp64_are_not_rounded() -> None:
+    from neulig_fast.checkpoints.pipeline import merged_alone
+    from neulig_fast.checkpoints.plan import Planned
+    from neulig_fast.methods import METHODS, Task
+
+    settings = {"weight": [1.0], "density": [0.5], "lambda": 1.0}
+    task = Task("x", (100,), 1, True, {**settings, "normalize": False, "rescale": False})
+    d = 1 + torch.arange(100, dtype=torch.float64) * 2.0**-30  # all of them 1 in fp32
+    rows, out = torch.stack([d, torch.zeros_like(d)]), torch.empty_like(d)
+    merged_alone(METHODS["ties"], (Planned(task, (), "F64", None),), rows, out)  # type: ignore[arg-type]
+    assert torch.equal(out, d.where(torch.arange(100) >= 50, 0))
+
+
 # -- DELLA ----------------------------------------------------------------------------------------
 
 

@@ -9,7 +9,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
-host=${1:?HOST: peft}
+host=${1:?HOST: peft or mergekit}
 parity=${2:-exact}
 shift $(($# < 2 ? $# : 2))
 
@@ -18,6 +18,11 @@ case $host in
     peft)
         release=peft==0.21.2 needs="parameterized datasets diffusers"
         chosen=(tests/test_custom_models.py -k "weighted or merge")
+        ;;
+    mergekit) # its pins would bring other releases of what is here already
+        release=mergekit==0.1.5 needs="immutables" alone=--no-deps
+        chosen=(tests/test_{basic_merges,batched_merges,merge_dtypes}.py
+            tests/test_{merge_method_interface,merge_method_regressions,sparsify}.py)
         ;;
     *)
         echo "$host: its release has no tests, or none that are known here" >&2
@@ -31,7 +36,7 @@ if [ ! -f "$base/ready-$release" ]; then
     "$python" -m venv "$base/env"
     site=$("$base/env/bin/python" -c "import sysconfig; print(sysconfig.get_path('purelib'))")
     "$python" -c "import sysconfig; print(sysconfig.get_path('purelib'))" >"$site/below.pth"
-    "$base/env/bin/python" -m pip install --quiet "$release" pytest $needs
+    "$base/env/bin/python" -m pip install --quiet ${alone:-} "$release" pytest $needs
     "$base/env/bin/python" -m pip download --quiet --no-deps --no-binary :all: -d "$base" "$release"
     mkdir "$base/archive"
     tar -xzf "$base"/*.tar.gz -C "$base/archive" --strip-components 1

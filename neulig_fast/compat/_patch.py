@@ -18,7 +18,9 @@ from ._seam import MISSING, Counts, Host, Place, Replacement, Seam, importers
 # Name -> the module with its HOST, imported when it is asked for.
 HOSTS: dict[str, str] = {
     "fusion_bench": "neulig_fast.compat.fusion_bench",
+    "mergekit": "neulig_fast.compat.mergekit",
     "peft": "neulig_fast.compat.peft",
+    "sd_mecha": "neulig_fast.compat._sd_mecha",
     "torch_swa": "neulig_fast.compat.torch_swa",
 }
 _PARITIES = ("exact", "accurate")
@@ -178,7 +180,9 @@ def _faults(place: Place, original: Any) -> Iterator[str]:
         yield f"{place.where} is missing"
     elif hasattr(original, "__neulig_fast__"):
         yield f"{place.where} is neulig_fast's already"
-    elif (original.__module__, original.__qualname__) != (place.module, place.path):
+    elif original.__module__ != place.module or (
+        place.names and original.__qualname__ != place.path
+    ):
         owner = f"{original.__module__}.{original.__qualname__}"
         yield f"{place.where} is {owner} already: undo that first"
 

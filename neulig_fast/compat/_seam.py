@@ -8,6 +8,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import ModuleType
 from typing import Any, NamedTuple
 
 from packaging.specifiers import SpecifierSet
@@ -23,8 +24,8 @@ class Seam(NamedTuple):
     """One function of a host, or one entry of a table of its, and what it is replaced by.
 
     Attributes:
-        where: ``package.module:function``, ``package.module:Class.method`` or
-            ``package.module:TABLE[key]``.
+        where: ``package.module:function``, ``package.module:Class.method``,
+            ``package.module:object.attribute`` or ``package.module:TABLE[key]``.
         exact: the same results, bit for bit where the original's are determined; None where there
             is none, and the original stays.
         accurate: the same maths, summed in fp32 and rounded once; None as for ``exact``.
@@ -116,6 +117,11 @@ class Place:
     def shared(self) -> bool:
         """Whether other modules may have imported it by name."""
         return self.key is None and "." not in self.path
+
+    @property
+    def names(self) -> bool:
+        """Whether a function is here under the name that it was defined with."""
+        return self.key is None and isinstance(self._owner, type | ModuleType)
 
     def get(self) -> Any:
         """What is there now, or MISSING."""

@@ -1,0 +1,89 @@
+"""mergekit: every method that is replaced, on one tensor of a base and its experts."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import dropins
+from . import Case
+
+_METHODS = "mergekit.merge_methods"
+_ARITHMETIC = f"{_METHODS}.generalized_task_arithmetic:GeneralizedTaskArithmeticMerge.merge_group"
+_WEIGHTS = [0.5, 0.3, 0.2]
+_SIZES = {dropins.TOY: (16, 64), "matrix 4096 x 4096": (4096, 4096)}
+# Seam, parameters, experts.
+_CALLS: dict[str, tuple[str, dict[str, Any], int]] = {
+    "task_arithmetic": (_ARITHMETIC, {"weight": _WEIGHTS}, 3),
+    "ties": (_ARITHMETIC, {"weight": _WEIGHTS, "density": 0.2}, 3),
+    "dare_ties": (_ARITHMETIC, {"weight": _WEIGHTS, "density": 0.2}, 3),
+    "breadcrumbs": (_ARITHMETIC, {"weight": _WEIGHTS, "density": 0.9}, 3),
+    "linear": (f"{_METHODS}.linear:linear_merge.implementation", {"weight": [1.0, *_WEIGHTS]}, 3),
+    "slerp": (f"{_METHODS}.slerp:slerp", {"t": 0.3}, 1),
+    "nuslerp": (
+        f"{_METHODS}.nuslerp:nuslerp_merge_method.implementation", {"weight": [0.3, 0.7]}, 2,
+    ),
+    "multislerp": (
+        f"{_METHODS}.multislerp:multislerp.implementation", {"weight": _WEIGHTS}, 3,
+    ),
+    "karcher": (f"{_METHODS}.karcher:karcher_merge_tensors", {}, 3),
+    "model_stock": (f"{_METHODS}.model_stock:model_stock_merge_method.implementation", {}, 3),
+    "sce": (f"{_METHODS}.sce:sce_merge.implementation", {"select_topk": 0.5}, 3),
+    "ram": (f"{_METHODS}.ram:ram_merge.implementation", {"epsilon": 1e-3}, 3),
+}  # fmt: skip
+
+
+def merge(
+    name: str, parameters: dict[str, Any], experts: int, shape: tuple[int, int]
+) -> Callable[[], Tensor]:
+    """A call of a method by its name, looked up in each."""
+    from mergekit import merge_methods
+
+    g = torch.Generator().manual_seed(0)
+    # Task vectors of which no two elements have one magnitude: among those mergekit's sort decides.
+    n = shape[0] * shape[1]
+    orders = [torch.randperm(n, generator=g) for _ in range(experts)]
+    deltas = [((order - n // 2 + 0.25) / n).view(shape) for order in orders]
+    tensors = [torch.zeros(shape), *deltas]
+    if experts < 3:  # models of one direction and of none are other cases
+        tensors[0] = torch.randn(shape, generator=g)
+
+    def call() -> Tensor:
+        torch.manual_seed(0)
+        return merge_methods.merge_tensors(tensors, name, parameters=parameters, base_index=0)
+
+    return call
+
+
+def share(result: Tensor, expected: list[Tensor]) -> None:
+    """AssertionError unless DARE kept about as much, on about the same scale."""
+    for statistic in (lambda x: (x != 0).double().mean(), lambda x: x.abs().double().mean()):
+        got, wanted = float(statistic(result)), float(statistic(expected[0]))
+        if abs(got - wanted) > 0.2 * wanted:
+            raise AssertionError(f"{got:.4g} where the host has {wanted:.4g}")
+
+
+def close(result: Tensor, expected: list[Tensor]) -> None:
+    """AssertionError unless both agree as far as mergekit's own sums in fp32 are right."""
+    torch.testing.assert_close(result, expected[0], rtol=1e-3, atol=1e-4)
+
+
+_CHECKS = {
+    "dare_ties": share,
+    **dict.fromkeys(("slerp", "nuslerp", "multislerp", "karcher"), close),
+}
+
+
+def cases() -> Iterator[Case]:
+    for size, shape in _SIZES.items():
+        for name, (seam, parameters, experts) in _CALLS.items():
+            make = functools.partial(merge, name, parameters, experts, shape)
+            label = size if size == dropins.TOY else f"{name}, {size}"
+            yield Case(seam, label, "mergekit", make, _CHECKS.get(name), terms=3)
+
+
+CASES = [*cases()]

@@ -1,0 +1,37 @@
+"""mergekit: what ``nf.patch("mergekit")`` replaces, and the methods that it adds."""
+
+from __future__ import annotations
+
+import importlib
+
+from packaging.specifiers import SpecifierSet
+
+from .._seam import Host, Seam
+from . import _elements, _means, _neulig, _sparsify, _task_vectors
+
+_METHODS = "mergekit.merge_methods"
+
+
+def _seams() -> list[Seam]:
+    arithmetic = f"{_METHODS}.generalized_task_arithmetic:GeneralizedTaskArithmeticMerge"
+    neulig = _neulig.method()
+    ram = importlib.import_module(f"{_METHODS}.ram").ram_merge.implementation
+    return [
+        Seam(
+            f"{arithmetic}.merge_group", _task_vectors.merge_group_exact, _task_vectors.merge_group
+        ),
+        Seam("mergekit.sparsify:sparsify", _sparsify.sparsify, _task_vectors.sparsify),
+        Seam(f"{_METHODS}.linear:linear_merge.implementation", None, _elements.linear),
+        Seam(f"{_METHODS}.slerp:slerp", None, _means.slerp),
+        Seam(f"{_METHODS}.nuslerp:nuslerp_merge_method.implementation", None, _means.nuslerp),
+        Seam(f"{_METHODS}.multislerp:multislerp.implementation", None, _means.multislerp),
+        Seam(f"{_METHODS}.karcher:karcher_merge_tensors", None, _means.karcher_merge_tensors),
+        Seam(f"{_METHODS}.model_stock:model_stock_merge_method.implementation", None,
+             _means.model_stock),
+        Seam(f"{_METHODS}.sce:sce_merge.implementation", None, _elements.sce),
+        Seam(f"{_METHODS}.ram:ram_merge.implementation", _elements.ram_exact(ram), _elements.ram),
+        Seam(f"{_METHODS}.registry:_METHODS[neulig]", neulig, neulig),
+    ]  # fmt: skip
+
+
+HOST = Host("mergekit", "mergekit", SpecifierSet("==0.1.5"), _seams)
