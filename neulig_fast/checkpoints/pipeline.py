@@ -25,8 +25,8 @@ from .read import Reader
 from .workspace import Workspace, tile_elements
 from .write import Staging
 
-# Elements of a tile where a method does not look at tensors first: rows of some models stay in a
-# processor's caches between being read and being merged.
+# Elements of a tile that is looked at once: rows of some models stay in a processor's caches between
+# being read and being measured or merged.
 _STREAMED = 1 << 19
 
 Job: TypeAlias = Sequence[Planned]  # a tensor of every output, from the same sources
@@ -139,7 +139,7 @@ class Worker:
         writers = [staging.tensor(planned.output.name) for staging, planned in missing]
         tiles = _Tiles(job[0], self._workspace, self._pipeline, self._device)
         merges = applied(self._method, [planned.task for planned in job], tiles.measure)
-        for tile in tiles.read(streamed=self._method.passes == 0):
+        for tile in tiles.read():
             for apply, writer in zip(merges, writers, strict=True):
                 out = tiles.out(tile)
                 apply(tile, out)
@@ -174,39 +174,50 @@ def _sum(tiles: Iterable[Tensor]) -> Tensor | None:
 
 
 class _Tiles:
-    """A tensor's tiles, read into a workspace and moved to the device."""
+    """A tensor's tiles, read into a workspace and moved to the device.
+
+    A tensor that fits as a whole is read once and stays there. Tiles are small ones, but on a GPU
+    and for methods that want a list of values of them: such a method may know the tiles by now.
+    """
 
     def __init__(
         self, planned: Planned, workspace: Workspace, pipeline: Pipeline, device: torch.device
     ) -> None:
         self._planned, self._pipeline, self._device = planned, pipeline, device
+        self._elements = planned.output.elements
         self._fits = tile_elements(planned, workspace.bytes)
         self._views = workspace.views(planned, self._fits)
-        self._whole: Tile | None = None  # what was read, if it is all
+        self._rows = self._views.rows
+        if device.type != "cpu":
+            self._rows = torch.empty_like(self._rows, device=device)
+        self._known = 0  # elements that were read to stay
+        small = device.type == "cpu" or pipeline.method.passes == 0
+        self._step = min(self._fits, _STREAMED) if small else self._fits
 
-    def read(self, streamed: bool = False) -> Iterator[Tile]:
-        """All tiles in order; a tensor that fits as a whole is read once.
-
-        Args:
-            streamed: nothing else reads it: small tiles, for the caches.
-        """
-        elements = self._planned.output.elements
-        if self._whole is not None:
-            yield self._whole
-            return
-        step = min(self._fits, _STREAMED) if streamed else self._fits
-        for start in range(0, elements, step):
+    def read(self, step: int | None = None) -> Iterator[Tile]:
+        """All tiles in order, of ``step`` elements each if that is given."""
+        step = step or self._step
+        for start in range(0, self._elements, step):
             self._pipeline.check()
-            tile = self._tile(start, min(step, elements - start))
-            if step >= elements:
-                self._whole = tile
-            yield tile
+            yield self._tile(start, min(step, self._elements - start))
 
     def _tile(self, start: int, length: int) -> Tile:
-        rows = self._views.rows[:, :length]
+        stays = self._fits >= self._elements
+        place = slice(start, start + length) if stays else slice(length)
+        if not stays:
+            self._read(start, place)
+        elif start + length > self._known:
+            self._read(self._known, slice(self._known, start + length))
+            self._known = start + length
+        return Tile(self._rows[:, place], start)
+
+    def _read(self, start: int, place: slice) -> None:
+        """Elements ``start ..`` into a place of the rows."""
+        rows = self._views.rows[:, place]
         for source, row in zip(self._planned.sources, rows, strict=True):
             self._pipeline.reader.read(source, start, row, self._views.scratch)
-        return Tile(rows.to(self._device, non_blocking=True), start)
+        if self._rows is not self._views.rows:
+            self._rows[:, place].copy_(rows, non_blocking=True)
 
     def out(self, tile: Tile) -> Tensor:
         """Where the result of a tile goes, on the device."""
@@ -223,8 +234,10 @@ class _Tiles:
     def measure(self, statistic: Statistic) -> Any:
         """A statistic of the tensor, as its ``over`` says."""
         if statistic.over == "whole":
-            if self._fits < self._planned.output.elements:
+            if self._fits < self._elements:
                 return None
-            return statistic.of(next(self.read()))
+            return statistic.of(next(self.read(self._fits)))
+        if statistic.over == "tiles":
+            self._step = self._fits
         values = (statistic.of(tile) for tile in self.read())
         return list(values) if statistic.over == "tiles" else _sum(values)

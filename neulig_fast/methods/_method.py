@@ -182,6 +182,12 @@ class Method:
     faults: Callable[[Task], Iterable[str]] = lambda task: ()
 
 
+def blocks(tile: Tile) -> list[int]:
+    """A tile's blocks, as boundaries of segments."""
+    columns = tile.rows.shape[1]
+    return [*range(0, columns, BLOCK), columns]
+
+
 def weights_tensor(values: Sequence[float], rows: Tensor) -> Tensor:
     """(N,) on the device of ``rows``, in the type that sums of them are formed in."""
     import torch

@@ -11,6 +11,7 @@ from .blend_weight_grad import blend_weight_grad
 from .cross_moments import CrossMoments, cross_moments
 from .expert_layer_norm import expert_layer_norm
 from .expert_linear import expert_linear
+from .gram import gram
 from .magnitude_histogram import magnitude_histogram
 from .magnitude_select import MagnitudeSelect, magnitude_select
 from .merge_task_vectors import merge_task_vectors
@@ -34,6 +35,7 @@ __all__ = [
     "cross_moments",
     "expert_layer_norm",
     "expert_linear",
+    "gram",
     "merge_task_vectors",
     "magnitude_histogram",
     "magnitude_select",
