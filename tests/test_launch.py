@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
     [
         *("blend", "blend_lists", "blend_lists_weight_grad"),
         *("blend_telemetry", "blend_weight_grad", "offset_gram"),
-        *("magnitude_histogram", "magnitude_select"),
+        *("gram", "magnitude_histogram", "magnitude_select", "magnitude_sums"),
         *("neulig_fit", "neulig_loss", "neulig_loss_backward"),
     ],
 )

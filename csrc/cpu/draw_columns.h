@@ -4,8 +4,10 @@
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #include "common/rounding.h"
+#include "common/vector_math.h"
 
 namespace neulig_fast {
 
@@ -52,26 +54,24 @@ struct DrawColumns {
     }
   }
 
+  // Counter l of a group has the columns 2 l and 2 l + 1 of every 16, one word each.
   template <int kLanes>
   static NF_INLINE void words(const DrawCall& call, uint64_t counter,
                               Vec<uint16_t, 2 * kLanes> (&halves)[4]) {
+    using W = Vec<uint64_t, kLanes / 2>;
     using U = Vec<uint32_t, kLanes>;
-    using H = Vec<uint16_t, 2 * kLanes>;
-    const U ahead = load_bits<U>(kAhead), lower = ahead + static_cast<uint32_t>(counter);
-    const U carry = (U)(lower < ahead) & 1u;
-    U c[4] = {lower, carry + static_cast<uint32_t>(counter >> 32),
-              U{} + static_cast<uint32_t>(call.stream),
-              U{} + static_cast<uint32_t>(call.stream >> 32)};
-    philox<kLanes, kRounds>(call.seed, c);
+    const W first = load_bits<W>(kEven) + counter, second = first + 1;
+    const W stream = W{} + call.stream;
+    W even[4] = {first, first >> 32, stream, stream >> 32};
+    W odd[4] = {second, second >> 32, stream, stream >> 32};
+    philox_rounds<kLanes, kRounds>(call.seed, even);
+    philox_rounds<kLanes, kRounds>(call.seed, odd);
 #pragma GCC unroll 4
-    for (int word = 0; word < 4; ++word) halves[word] = in_order<kLanes>(c[word]);
-  }
-
-  // Counter l of a group has the columns 2 l and 2 l + 1 of every 16, one word each.
-  template <int kLanes>
-  static NF_INLINE Vec<uint16_t, 2 * kLanes> in_order(Vec<uint32_t, kLanes> word) {
-    constexpr bool kLittle = __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__;
-    return (Vec<uint16_t, 2 * kLanes>)(kLittle ? word : word << 16 | word >> 16);
+    for (int word = 0; word < 4; ++word) {
+      U both = interleaved<kLanes>(even[word], odd[word]);
+      if constexpr (__BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__) both = both << 16 | both >> 16;
+      halves[word] = (Vec<uint16_t, 2 * kLanes>)both;
+    }
   }
 
   template <typename H>
@@ -94,7 +94,16 @@ struct DrawColumns {
     }
   }
 
-  static constexpr uint32_t kAhead[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  static constexpr uint64_t kEven[] = {0, 2, 4, 6, 8, 10, 12, 14};
 };
+
+// All bits where a draw keeps a column.
+template <typename A, int... kLane>
+NF_INLINE Vec<Bits<A>, sizeof...(kLane)> load_drawn(const uint16_t* p,
+                                                    std::integer_sequence<int, kLane...>) {
+  using S = Vec<SignedBits<A>, sizeof...(kLane)>;
+  const auto v = load_bits<Vec<int16_t, sizeof...(kLane)>>(p);
+  return (Vec<Bits<A>, sizeof...(kLane)>)S{SignedBits<A>{v[kLane]}...};
+}
 
 }  // namespace neulig_fast

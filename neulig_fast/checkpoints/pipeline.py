@@ -25,8 +25,8 @@ from .read import Reader
 from .workspace import Workspace, tile_elements
 from .write import Staging
 
-# Elements of a tile that is looked at once: rows of some models stay in a processor's caches between
-# being read and being measured or merged.
+# Elements of a tile: rows of some models stay in a processor's caches between being read and being
+# measured or merged.
 _STREAMED = 1 << 19
 
 Job: TypeAlias = Sequence[Planned]  # a tensor of every output, from the same sources
@@ -176,8 +176,9 @@ def _sum(tiles: Iterable[Tensor]) -> Tensor | None:
 class _Tiles:
     """A tensor's tiles, read into a workspace and moved to the device.
 
-    A tensor that fits as a whole is read once and stays there. Tiles are small ones, but on a GPU
-    and for methods that want a list of values of them: such a method may know the tiles by now.
+    A tensor that is looked at again and fits as a whole is read once and stays. Tiles are small
+    ones, but for methods that look at tensors on a GPU, and those that wanted a list of values of
+    tiles: they know them by now.
     """
 
     def __init__(
@@ -190,8 +191,10 @@ class _Tiles:
         self._rows = self._views.rows
         if device.type != "cpu":
             self._rows = torch.empty_like(self._rows, device=device)
+        again = pipeline.method.passes > 0
+        self._stays = again and self._fits >= self._elements
         self._known = 0  # elements that were read to stay
-        small = device.type == "cpu" or pipeline.method.passes == 0
+        small = device.type == "cpu" or not again
         self._step = min(self._fits, _STREAMED) if small else self._fits
 
     def read(self, step: int | None = None) -> Iterator[Tile]:
@@ -202,9 +205,8 @@ class _Tiles:
             yield self._tile(start, min(step, self._elements - start))
 
     def _tile(self, start: int, length: int) -> Tile:
-        stays = self._fits >= self._elements
-        place = slice(start, start + length) if stays else slice(length)
-        if not stays:
+        place = slice(start, start + length) if self._stays else slice(length)
+        if not self._stays:
             self._read(start, place)
         elif start + length > self._known:
             self._read(self._known, slice(self._known, start + length))

@@ -31,7 +31,17 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ._largest import largest
-from ._method import BLOCK, Apply, Measure, Method, Parameter, Statistic, Task, Tile, weights_tensor
+from ._method import (
+    Apply,
+    Measure,
+    Method,
+    Parameter,
+    Statistic,
+    Task,
+    Tile,
+    blocks,
+    weights_tensor,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,9 +53,6 @@ class Kept(NamedTuple):
 
     rule: Mapping[str, Any]
     scales: Sequence[float] | None = None
-
-
-_CHUNK = 8 * BLOCK  # elements that are looked at in fp32 at once
 
 
 # -- which elements are kept ----------------------------------------------------------------------
@@ -107,43 +114,24 @@ def restoring(before: Tensor, after: Tensor) -> list[float]:
 
 def _magnitude_sums(tile: Tile, rule: Mapping[str, Any]) -> Tensor:
     """(blocks, 2, N): sums of |d_i|, before and after elements are dropped."""
-    import torch
+    from ..ops import magnitude_sums
 
-    from .._checks import accumulation_dtype
-    from ..ops import merge_task_vectors
-
-    one = torch.ones(1, device=tile.rows.device)
-    start, sums = tile.start, []
-    for rows in tile.rows.split(_CHUNK, dim=1):
-        wide = rows.to(accumulation_dtype(rows.dtype))
-        d = wide[:-1] - wide[-1]
-        kept = [
-            merge_task_vectors(d[i : i + 1], one, start=start, **_tensors(rule, d, i))
-            for i in range(len(d))
-        ]
-        sums.append(torch.stack([_abs_sums(d), _abs_sums(torch.stack(kept))], dim=1).cpu())
-        start += rows.shape[1]
-    return torch.cat(sums)
+    rows = tile.rows
+    rule = _tensors(rule, rows)
+    return magnitude_sums(rows[:-1], rows[-1], blocks(tile), start=tile.start, **rule).cpu()
 
 
-def _abs_sums(x: Tensor) -> Tensor:
-    """(blocks, N), in fp64."""
-    import torch
-
-    return torch.stack([block.abs().sum(1).double() for block in x.split(BLOCK, dim=1)])
-
-
-def _tensors(rule: Mapping[str, Any], rows: Tensor, expert: int | None = None) -> dict[str, Any]:
-    """A rule for all experts, or for one, on the device of ``rows``."""
+def _tensors(rule: Mapping[str, Any], rows: Tensor) -> dict[str, Any]:
+    """A rule on the device of ``rows``."""
     import torch
 
     def tensor(name: str, values: Any) -> Any:
         if name == "seed":
             return values
-        chosen = torch.as_tensor(values, device=rows.device)
+        given = torch.as_tensor(values, device=rows.device)
         if name in ("lower", "upper"):
-            chosen = chosen.to(torch.promote_types(rows.dtype, torch.float32))
-        return chosen if expert is None else chosen[expert : expert + 1]
+            given = given.to(torch.promote_types(rows.dtype, torch.float32))
+        return given
 
     return {name: tensor(name, values) for name, values in rule.items()}
 

@@ -14,6 +14,7 @@ from .expert_linear import expert_linear
 from .gram import gram
 from .magnitude_histogram import magnitude_histogram
 from .magnitude_select import MagnitudeSelect, magnitude_select
+from .magnitude_sums import magnitude_sums
 from .merge_task_vectors import merge_task_vectors
 from .mixture_layer_norm import mixture_layer_norm
 from .mixture_linear import mixture_linear
@@ -39,6 +40,7 @@ __all__ = [
     "merge_task_vectors",
     "magnitude_histogram",
     "magnitude_select",
+    "magnitude_sums",
     "mixture_layer_norm",
     "mixture_linear",
     "neulig_fit",

@@ -59,7 +59,9 @@ def gram(
     return OP(params, base, _arena.boundaries("gram", segments, params))
 
 
-def _faults(params: Tensor, base: Tensor | None = None, segments: Tensor | None = None) -> list[str]:
+def _faults(
+    params: Tensor, base: Tensor | None = None, segments: Tensor | None = None
+) -> list[str]:
     return _arena.faults(params, segments) + _arena.base_faults(params, base)
 
 
@@ -114,7 +116,5 @@ OP = Op(
     terms=lambda params, base=None, segments=None: max(1, params.shape[1]),
     not_offered={"cuda": "not written yet"},
 )
-OP.add_native(
-    "cpu", prepare=_prepare, why_not=lambda p, b=None, s=None: _arena.why_not_with(p, b)
-)
+OP.add_native("cpu", prepare=_prepare, why_not=lambda p, b=None, s=None: _arena.why_not_with(p, b))
 OP.add_triton(prepare=_prepare)
