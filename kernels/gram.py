@@ -83,12 +83,14 @@ def gram_partial_kernel(
         sums = ()
         for _ in tl.static_range(COUNT * COUNT):
             sums += (tl.zeros((LANES,), ACC),)
-        for step in range(BLOCK // LANES):
-            p = block + step * LANES + tl.arange(0, LANES)
+        first = block + (begin - block) // LANES * LANES
+        while first < end:
+            p = first + tl.arange(0, LANES)
             mask = (p >= begin) & (p < end)
             x = _load(params_ptr, base_ptr, a, row_stride, p, mask, N, COUNT, ACC)
             y = _load(params_ptr, base_ptr, b, row_stride, p, mask, N, COUNT, ACC)
             sums = _add(sums, x, y, COUNT)
+            first += LANES
         for i in tl.static_range(COUNT):
             for j in tl.static_range(COUNT):
                 to = partials_ptr + ((a + i) * N + b + j) * slots + slot

@@ -55,8 +55,9 @@ def magnitude_sums_partial_kernel(
         end = tl.minimum(end, tl.load(bounds_ptr + segment + 1))
     before = tl.zeros((LANES,), ACC)
     after = tl.zeros((LANES,), ACC)
-    for step in range(BLOCK // LANES):
-        p = block + step * LANES + tl.arange(0, LANES)
+    first = block + (begin - block) // LANES * LANES
+    while first < end:
+        p = first + tl.arange(0, LANES)
         mask = (p >= begin) & (p < end)
         x = tl.load(params_ptr + expert * row_stride + p, mask=mask, other=0.0)
         origin = tl.zeros((LANES,), ACC)
@@ -68,6 +69,7 @@ def magnitude_sums_partial_kernel(
         )  # fmt: skip
         before += tl.abs(d)
         after += tl.where(dropped, 0.0, tl.abs(d))
+        first += LANES
     tl.store(partials_ptr + expert * slots + slot, tl.sum(before))
     tl.store(partials_ptr + (N + expert) * slots + slot, tl.sum(after))
 
