@@ -56,13 +56,13 @@ def gram_partial_kernel(
     columns: tl.int64, row_stride, N: tl.constexpr, COUNT: tl.constexpr, STEPS: tl.constexpr,
     BLOCK: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """partials[i N + j, slot] = sum over the columns p of a piece of d_i[p] d_j[p], i <= j.
+    """partials[j (j + 1) / 2 + i, slot] = sum over a piece's columns p of d_i[p] d_j[p], i <= j.
 
     params (N, P), any row stride, column stride 1, fp32, bf16, fp16 or fp64; base (P,) likewise or
-    None; bounds (S + 1,) int64, not read when S = 1; partials (N N, slots) contiguous, fp32 (fp64
-    for fp64 params), the type of the sums over at most BLOCK columns, LANES at a time. One program
-    per slot and pair of groups of COUNT rows: where one group is all rows they are read once, else
-    once for each pair, (N + 1) P values.
+    None; bounds (S + 1,) int64, not read when S = 1; partials (N (N + 1) / 2, slots) contiguous,
+    fp32 (fp64 for fp64 params), the type of the sums over at most BLOCK columns, LANES at a time.
+    One program per slot and pair of groups of COUNT rows: where one group is all rows they are read
+    once, else once for each pair, (N + 1) P values.
     """
     ACC: tl.constexpr = partials_ptr.dtype.element_ty
     GROUPS: tl.constexpr = (N + COUNT - 1) // COUNT
@@ -93,7 +93,7 @@ def gram_partial_kernel(
             first += LANES
         for i in tl.static_range(COUNT):
             for j in tl.static_range(COUNT):
-                to = partials_ptr + ((a + i) * N + b + j) * slots + slot
+                to = partials_ptr + ((b + j) * (b + j + 1) // 2 + a + i) * slots + slot
                 inside = (a + i <= b + j) & (b + j < N)
                 tl.store(to, tl.sum(sums[i * COUNT + j]), mask=inside)
 
@@ -120,11 +120,13 @@ def gram(
     """
     require("gram", why_not(params, base, segments))
     N, S = params.shape[0], 1 if segments is None else segments.numel() - 1
-    totals = params.new_zeros((S, N, N), dtype=torch.float64)
+    totals = params.new_zeros((S, N * (N + 1) // 2), dtype=torch.float64)
     if totals.numel() > 0 and params.shape[1] > 0:
         launch = launch or config("gram", params.dtype, N, 1)
         run(params, launches(params, base, segments, totals, launch))
-    return totals.triu() + totals.triu(1).mT
+    i = torch.arange(N, device=params.device)
+    low, high = torch.minimum(i[:, None], i), torch.maximum(i[:, None], i)
+    return totals[:, high * (high + 1) // 2 + low]
 
 
 def launches(
@@ -134,12 +136,12 @@ def launches(
     totals: torch.Tensor,
     launch: Config,
 ) -> list[Launch]:
-    """What :func:`gram` launches for this call, in order; totals (S, N, N), the upper triangles."""
-    (N, P), S = params.shape, totals.shape[0]
+    """What :func:`gram` launches for this call, in order; totals (S, N (N + 1) / 2)."""
+    (N, P), (S, count) = params.shape, totals.shape
     slots, groups = -(-P // launch.block) + S - 1, -(-N // launch.held)
     bounds = segments.contiguous() if segments is not None and S > 1 else None
     acc = torch.promote_types(params.dtype, torch.float32)
-    partials = params.new_zeros((N * N, slots), dtype=acc)  # also below the diagonal, in one pass
+    partials = params.new_empty((count, slots), dtype=acc)
     arguments = (params, base, bounds, partials, S, slots, P, stride(params, 0))
     options = {
         "N": N,
@@ -150,9 +152,9 @@ def launches(
         "num_warps": launch.num_warps,
         "maxnreg": REGISTERS,
     }
-    total_arguments = (partials, bounds, totals, N * N, N * N, S, slots)
+    total_arguments = (partials, bounds, totals, count, count, S, slots)
     total_options = {"BLOCK": launch.block, "CHUNK": CHUNK, "num_warps": 8, "maxnreg": REGISTERS}
     return [
         Launch(gram_partial_kernel, slots * groups**2, arguments, options),
-        Launch(blend_weight_grad_total_kernel, S * N * N, total_arguments, total_options),
+        Launch(blend_weight_grad_total_kernel, S * count, total_arguments, total_options),
     ]

@@ -46,7 +46,10 @@ def sums_launches(module: ModuleType, dtype: torch.dtype, n: int, k: int, s: int
 
 
 def gram_launches(module: ModuleType, dtype: torch.dtype, n: int, k: int, s: int, p: int) -> Any:
-    launch, totals = module.config("gram", dtype, n, 1), torch.empty(s, n, n, dtype=torch.float64)
+    launch, totals = (
+        module.config("gram", dtype, n, 1),
+        torch.empty(s, n * (n + 1) // 2, dtype=torch.float64),
+    )
     call = _arena(dtype, n, p)[0], _base(dtype, k, p), _bounds(s)
     return module.launches(*call, totals, launch)
 
