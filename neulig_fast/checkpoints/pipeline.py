@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from typing import Any, NamedTuple, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -168,9 +169,10 @@ def _sum(tiles: Iterable[Tensor]) -> Tensor | None:
     """Over all blocks, in order: no other order has the same bits."""
     total = None
     for blocks in tiles:
-        for block in blocks:
-            total = block if total is None else total + block
-    return total
+        if len(blocks) > 0:
+            rows = blocks.numpy() if total is None else np.append(total[None], blocks, axis=0)
+            total = np.add.accumulate(rows, axis=0)[-1]
+    return None if total is None else torch.as_tensor(total)
 
 
 class _Tiles:
