@@ -94,6 +94,10 @@ def config(
         return Config(block=128 * 16 // dtype.itemsize, num_warps=4, held=held)
     if op == "offset_gram":
         return _offset_gram(dtype.itemsize, experts)
+    if op == "gram":  # a product for each pair of rows: at most 16 sums
+        return Config(block=8192, num_warps=4, held=min(experts, 4), lanes=512 // registers)
+    if op == "magnitude_sums":
+        return Config(block=8192, num_warps=4, held=1, lanes=1024 // registers)
     if op == "magnitude_histogram":
         return Config(block=16384, num_warps=8, held=1, lanes=2048)  # in 4 warps some spill
     if op == "magnitude_select":

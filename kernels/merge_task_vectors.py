@@ -16,33 +16,8 @@ from ._launch import (
     triton,
     why_not_arena,
 )
-from ._rounding import random_words
 from ._rows import load_experts
-
-
-@triton.jit
-def _task_vector(
-    x, base, i, numbers_ptr, places_ptr, lanes, start, seed, N: tl.constexpr, RULE: tl.constexpr,
-):  # fmt: skip
-    """Expert i's scaled task vector, and where it is dropped."""
-    v = x.to(base.dtype) - base
-    dropped = tl.zeros(v.shape, tl.int1)
-    magnitude = tl.abs(v)
-    if RULE & 1:
-        bound = tl.load(numbers_ptr + 2 * N + i)
-        before = start + lanes < tl.load(places_ptr + i)
-        dropped = dropped | (magnitude < bound) | ((magnitude == bound) & (before == 0))
-    if RULE & 2:
-        bound = tl.load(numbers_ptr + 3 * N + i)
-        before = start + lanes < tl.load(places_ptr + N + i)
-        dropped = dropped | (magnitude > bound) | ((magnitude == bound) & before)
-    if RULE & 4:
-        stream = tl.load(places_ptr + 3 * N + i)
-        word = random_words(seed, start + lanes, stream, stream >> 32)
-        dropped = dropped | (word.to(tl.int64) >= tl.load(places_ptr + 2 * N + i))
-    if RULE & 8:
-        v = v * tl.load(numbers_ptr + N + i)
-    return v, dropped
+from ._rules import task_vector
 
 
 @triton.jit
@@ -52,7 +27,7 @@ def _vote(
 ):  # fmt: skip
     """``total`` with the votes of the held experts."""
     for j in tl.static_range(HELD):
-        v, dropped = _task_vector(
+        v, dropped = task_vector(
             held[j], base, first + j, numbers_ptr, places_ptr, lanes, start, seed, N, RULE
         )
         weight = tl.load(numbers_ptr + first + j)
@@ -76,7 +51,7 @@ def _take(
 ):  # fmt: skip
     """``q`` and ``divisor`` with those of the held experts that agree with ``total``."""
     for j in tl.static_range(HELD):
-        v, dropped = _task_vector(
+        v, dropped = task_vector(
             held[j], base, first + j, numbers_ptr, places_ptr, lanes, start, seed, N, RULE
         )
         weight = tl.load(numbers_ptr + first + j)

@@ -16,7 +16,7 @@ from neulig_fast.kernels._segments import search_steps
     [
         *("blend", "blend_lists", "blend_lists_weight_grad", "lerp_lists"),
         *("blend_telemetry", "blend_weight_grad", "offset_gram"),
-        *("magnitude_histogram", "magnitude_select"),
+        *("gram", "magnitude_histogram", "magnitude_select", "magnitude_sums"),
         *("neulig_fit", "neulig_loss", "neulig_loss_backward"),
     ],
 )

@@ -46,10 +46,10 @@ def tensor(*values, device="cpu", dtype=torch.float32):
 
 
 def philox(key, counter):
-    """Philox4x32-10 of whole numbers, after Salmon, Moraes, Dror, Shaw, SC 2011."""
+    """Philox4x32-7 of whole numbers, after Salmon, Moraes, Dror, Shaw, SC 2011."""
     mask, (a, b, c, d) = 2**32 - 1, counter
     low, high = key & mask, key >> 32 & mask
-    for _ in range(10):
+    for _ in range(7):
         left, right = a * 0xD2511F53, c * 0xCD9E8D57
         a, b, c, d = (right >> 32) ^ b ^ low, right & mask, (left >> 32) ^ d ^ high, left & mask
         low, high = (low + 0x9E3779B9) & mask, (high + 0xBB67AE85) & mask
@@ -57,10 +57,15 @@ def philox(key, counter):
 
 
 def word(seed, stream, place):
-    mask = 2**32 - 1
-    group = place // 4
-    counter = (group & mask, group >> 32, stream & mask, stream >> 32 & mask)
-    return philox(seed, counter)[place % 4]
+    mask, (group, rest) = 2**32 - 1, divmod(place, 64)
+    number, rest = divmod(rest, 16)
+
+    def half(counter):
+        words = philox(seed, (counter & mask, counter >> 32, stream & mask, stream >> 32 & mask))
+        return words[number] >> 16 * (rest % 2) & 0xFFFF
+
+    counter = 8 * group + rest // 2
+    return half(counter) << 16 | half(counter + 2**63)
 
 
 def keeps(options, i, place, d):
@@ -367,18 +372,18 @@ def test_tiles_are_the_whole(device, backend, dtype):
 
 
 def test_the_oracles_words_are_those_of_the_paper():
-    """Random123's kat_vectors for philox4x32-10."""
+    """Random123's kat_vectors for philox4x32-7."""
     full = 2**32 - 1
-    assert philox(0, (0, 0, 0, 0)) == (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)
-    expected = (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)
+    assert philox(0, (0, 0, 0, 0)) == (0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48)
+    expected = (0x5207DDC2, 0x45165E59, 0x4D8EE751, 0x8C52F662)
     assert philox(2**64 - 1, (full, full, full, full)) == expected
     counter, key = (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), 0x299F31D0A4093822
-    assert philox(key, counter) == (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1)
+    assert philox(key, counter) == (0x4DFCCABA, 0x190A87F0, 0xC47362BA, 0xB6B5242A)
 
 
 @on_every_backend
 def test_draws_keep_what_the_words_say(device, backend):
-    P = 40
+    P = 150
     params, one = torch.ones(1, P, device=device), torch.ones(1, device=device)
     for seed, stream, start in ((0, 0, 0), (-1, 2**40 + 3, 5), (2**62, -7, 2**34 + 1), (3, 1, 2)):
         for density in (0.5, 0.1, 2.0**-33, 1 - 2.0**-33):
@@ -390,6 +395,22 @@ def test_draws_keep_what_the_words_say(device, backend):
             share = round(density * 2**32)
             expected = [float(word(seed, stream, start + p) < share) for p in range(P)]
             assert got.tolist() == expected
+
+
+@on_every_backend
+def test_draws_whose_upper_half_is_the_densitys_are_decided_by_the_lower(device, backend):
+    """Of one element of every register: thresholds at its word, and just above."""
+    places = [p for w in range(4) for p in (16 * w, 16 * w + 7, 16 * w + 15, 64 + 16 * w + 10)]
+    one, params = torch.ones(1, device=device), torch.ones(1, 128, device=device)
+    for place in places[:4] if interpreted(backend, device) else places:
+        random = word(9, 4, 2**33 + place)
+        for share, kept in ((random, 0.0), (random + 1, 1.0)):
+            got = run(
+                backend, params, one, seed=9, start=2**33,
+                density=tensor(share / 2**32, device=device, dtype=torch.float64),
+                streams=tensor(4, device=device, dtype=torch.int64),
+            )  # fmt: skip
+            assert got[place] == kept
 
 
 @on_every_backend

@@ -96,41 +96,60 @@ NF_INLINE void store_stochastic(T* p, Vec<float, kLanes> v, Vec<uint32_t, kLanes
   store_code<kLanes>(p, finish_code<T, kLanes>(code - rebias, v), p->bits);
 }
 
-// The upper halves of the products. In assembly where the level multiplies every other 32-bit lane
-// to 64 bits: gcc 12 makes a product of 64-bit lanes of it, which is many times slower.
+// Every other 32-bit lane of a, times b, to 64 bits. In assembly where the level has it: gcc 12
+// makes a product of 64-bit lanes of it, which is many times slower.
 template <int kLanes>
-NF_INLINE Vec<uint32_t, kLanes> upper_product(Vec<uint32_t, kLanes> a, uint32_t b) {
-  using U = Vec<uint32_t, kLanes>;
+NF_INLINE Vec<uint64_t, kLanes / 2> wide_product(Vec<uint64_t, kLanes / 2> a, uint32_t b) {
+  using W = Vec<uint64_t, kLanes / 2>;
 #ifdef NF_HAVE_LEVELS
   if constexpr (kLanes >= 8) {
-    using W = Vec<uint64_t, kLanes / 2>;
-    const U factor = U{} + b;
-    W even, odd;
-    asm("vpmuludq %2, %1, %0" : "=v"(even) : "v"(a), "v"(factor));
-    asm("vpmuludq %2, %1, %0" : "=v"(odd) : "v"((U)((W)a >> 32)), "v"(factor));
-    return (U)((even >> 32) | (odd & 0xFFFFFFFF00000000u));
+    W product;
+    asm("vpmuludq %2, %1, %0" : "=v"(product) : "v"(a), "v"(W{} + b));
+    return product;
   }
 #endif
-  using W = Vec<uint64_t, kLanes>;
-  const W product = __builtin_convertvector(a, W) * uint64_t(b);
-  return __builtin_convertvector(product >> 32, U);
+  return (a & 0xFFFFFFFFu) * uint64_t(b);
 }
 
-// Four words from each counter, in place. Salmon, Moraes, Dror, Shaw, SC 2011.
-template <int kLanes>
-NF_INLINE void philox(uint64_t seed, Vec<uint32_t, kLanes> (&c)[4]) {
-  using U = Vec<uint32_t, kLanes>;
+// All rounds of Philox4x32-kRounds (Salmon, Moraes, Dror, Shaw, SC 2011) in the lower halves of
+// 64-bit lanes, one counter each; what the upper halves hold does not matter.
+template <int kLanes, int kRounds>
+NF_INLINE void philox_rounds(uint64_t seed, Vec<uint64_t, kLanes / 2> (&c)[4]) {
   uint32_t low = static_cast<uint32_t>(seed), high = static_cast<uint32_t>(seed >> 32);
-  for (int round = 0; round < 10; ++round) {
-    const U left = upper_product<kLanes>(c[0], 0xD2511F53u), left_low = c[0] * 0xD2511F53u;
-    const U right = upper_product<kLanes>(c[2], 0xCD9E8D57u), right_low = c[2] * 0xCD9E8D57u;
-    c[0] = right ^ c[1] ^ low;
-    c[1] = right_low;
-    c[2] = left ^ c[3] ^ high;
-    c[3] = left_low;
+  for (int round = 0; round < kRounds; ++round) {
+    const auto left = wide_product<kLanes>(c[0], 0xD2511F53u);
+    const auto right = wide_product<kLanes>(c[2], 0xCD9E8D57u);
+    c[0] = (right >> 32) ^ c[1] ^ low;
+    c[1] = right;
+    c[2] = (left >> 32) ^ c[3] ^ high;
+    c[3] = left;
     low += 0x9E3779B9u;
     high += 0xBB67AE85u;
   }
+}
+
+// The words of even and odd counters, one after the other.
+template <int kLanes, typename W>
+NF_INLINE Vec<uint32_t, kLanes> interleaved(W even, W odd) {
+  if constexpr (__BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__) std::swap(even, odd);
+  return (Vec<uint32_t, kLanes>)((even & 0xFFFFFFFFu) | odd << 32);
+}
+
+// Four words of Philox4x32-10 from each counter, in place.
+template <int kLanes>
+NF_INLINE void philox(uint64_t seed, Vec<uint32_t, kLanes> (&c)[4]) {
+  using W = Vec<uint64_t, kLanes / 2>;
+  W even[4], odd[4];
+#pragma GCC unroll 4
+  for (int word = 0; word < 4; ++word) {
+    even[word] = (W)c[word];
+    odd[word] = (W)c[word] >> 32;
+    if constexpr (__BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__) std::swap(even[word], odd[word]);
+  }
+  philox_rounds<kLanes, 10>(seed, even);
+  philox_rounds<kLanes, 10>(seed, odd);
+#pragma GCC unroll 4
+  for (int word = 0; word < 4; ++word) c[word] = interleaved<kLanes>(even[word], odd[word]);
 }
 
 }  // namespace neulig_fast

@@ -10,9 +10,6 @@
 // Every step in fp32 (fp64 for fp64 params), in expert order, multiplied then added, and one
 // rounding at the end, so the bits depend on nothing but the input. Bytes: (N + 1) * P values read
 // and P written, once.
-//
-// Ties with a bound are decided by place, so columns are cut where a place is named: in between, a
-// bound that includes its ties is another number, and kernels know nothing of places.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -26,9 +23,9 @@
 
 #include "common/checks.h"
 #include "common/parallel.h"
-#include "cpu/draw_columns.h"
 #include "cpu/merge_task_vectors_choice.h"
 #include "cpu/merge_task_vectors_kernels.h"
+#include "cpu/task_vector_tables.h"
 
 namespace neulig_fast {
 namespace {
@@ -36,15 +33,8 @@ namespace {
 constexpr const char* kOp = "merge_task_vectors";
 constexpr int64_t kItemTiles = 16;          // tiles a thread takes at a time
 constexpr int64_t kStreamBytes = 32 << 20;  // as in blend.cpp
-constexpr int64_t kDrawnRow = kTile + 4 + 4 * kMaxLanes;
+constexpr int64_t kDrawnRow = Rules<float>::drawn_room(kTile);
 enum Divide : int64_t { kNothing = 0, kByWeights = 1, kByCount = 2 };
-
-// The largest number below a magnitude; below zero all negative numbers do.
-template <typename A>
-A below(A bound) {
-  if (bound <= A(0)) return A(-1);
-  return std::nextafter(bound, A(0));
-}
 
 template <typename T>
 struct Merge {
@@ -54,17 +44,15 @@ struct Merge {
 
   MergeCall<T> whole;  // of all columns; its base may be null
   KernelFn<MergeCall<T>> kernel;
-  KernelFn<DrawCall> draw;
+  Rules<A> rules;
   const TileStore& store;
   char* theta;
-  int64_t columns, rule, seed, start;
-  const A* numbers;
-  const int64_t* places;
+  int64_t columns;
 
   void all() const {
     const int64_t tiles = (columns + kTile - 1) / kTile, experts = whole.experts;
     for_each_item((tiles + kItemTiles - 1) / kItemTiles, (experts + 2) * columns, [&](int64_t k) {
-      std::vector<uint8_t> drawn(rule & kDraws ? experts * kDrawnRow : 0);
+      std::vector<uint16_t> drawn(rules.rule & kDraws ? experts * kDrawnRow : 0);
       const int64_t end = std::min((k + 1) * kItemTiles * kTile, columns);
       for (int64_t p = k * kItemTiles * kTile; p < end; p += kTile)
         tile(p, std::min(p + kTile, end), drawn.data());
@@ -72,54 +60,27 @@ struct Merge {
     });
   }
 
-  void tile(int64_t begin, int64_t end, uint8_t* drawn) const {
+  void tile(int64_t begin, int64_t end, uint16_t* drawn) const {
     MergeCall<T> call = advanced(whole, begin);
     if (whole.base == nullptr) call.base = zeros;
-    const int64_t first = start + begin, experts = call.experts;
-    if (rule & kDraws) {
-      for (int64_t i = 0; i < experts; ++i)
-        draw({static_cast<uint64_t>(seed), static_cast<uint64_t>(first / 4),
-              static_cast<uint64_t>(places[3 * experts + i]),
-              static_cast<uint64_t>(places[2 * experts + i]), (first % 4 + end - begin + 3) / 4,
-              drawn + i * kDrawnRow});
-      call.drawn = drawn + first % 4;
+    if (rules.rule & kDraws) {
+      for (int64_t i = 0; i < call.experts; ++i)
+        rules.draw_columns(i, begin, end, drawn + i * kDrawnRow);
+      call.drawn = drawn + rules.ahead(begin);
       call.drawn_stride = kDrawnRow;
     }
     A lower[kMostExperts], upper[kMostExperts];
     call.lower = lower;
     call.upper = upper;
     for (int64_t from = begin; from < end;) {
-      const int64_t to = next_cut(from, end);
-      for (int64_t i = 0; i < experts; ++i) {
-        lower[i] = lower_at(i, start + from);
-        upper[i] = upper_at(i, start + from);
+      const int64_t to = rules.next_cut(from, end);
+      for (int64_t i = 0; i < call.experts; ++i) {
+        lower[i] = rules.lower_at(i, from);
+        upper[i] = rules.upper_at(i, from);
       }
       write(advanced(call, from - begin), to - from, from);
       from = to;
     }
-  }
-
-  // Where after `from` a bound changes, at most `end`.
-  int64_t next_cut(int64_t from, int64_t end) const {
-    for (int64_t i = 0; i < 2 * whole.experts; ++i) {
-      if (!(rule & (i < whole.experts ? kLowerBound : kUpperBound))) continue;
-      if (places[i] > start + from && places[i] < start + end) end = places[i] - start;
-    }
-    return end;
-  }
-
-  // All |d| up to this are dropped at `place`.
-  A lower_at(int64_t i, int64_t place) const {
-    if (!(rule & kLowerBound)) return std::numeric_limits<A>::quiet_NaN();
-    const A bound = numbers[2 * whole.experts + i];
-    return place < places[i] ? below(bound) : bound;
-  }
-
-  // All |d| beyond this are dropped at `place`.
-  A upper_at(int64_t i, int64_t place) const {
-    if (!(rule & kUpperBound)) return std::numeric_limits<A>::quiet_NaN();
-    const A bound = numbers[3 * whole.experts + i];
-    return place < places[whole.experts + i] ? below(bound) : bound;
   }
 
   // By way of a tile of sums where theta has another type.
@@ -159,14 +120,15 @@ struct Merge {
     alignas(64) T base[kStep] = {};
     alignas(64) T line[kStep];
     alignas(64) A sum[kStep];
-    alignas(64) uint8_t drawn[kMostExperts * kStep];
+    alignas(64) uint16_t drawn[kMostExperts * kStep];
     MergeCall<T> padded = call;
     std::memset(x, 0, call.experts * kStep * sizeof(T));
-    std::memset(drawn, 0, call.experts * kStep);
+    std::memset(drawn, 0, call.experts * kStep * sizeof(uint16_t));
     for (int64_t i = 0; i < call.experts; ++i) {
       std::memcpy(x + i * kStep, call.x + i * call.stride, count * sizeof(T));
       if (call.drawn != nullptr)
-        std::memcpy(drawn + i * kStep, call.drawn + i * call.drawn_stride, count);
+        std::memcpy(drawn + i * kStep, call.drawn + i * call.drawn_stride,
+                    count * sizeof(uint16_t));
     }
     padded.x = x;
     padded.stride = padded.drawn_stride = padded.columns = kStep;
@@ -223,45 +185,30 @@ void run(const Tensor& theta, const Tensor& params, const std::optional<Tensor>&
   call.largest = options.combine == 1;
   if (direct) call.theta = static_cast<T*>(theta.mutable_data_ptr());
   call.stream = direct && store.stream;
+  const bool draws = options.rule & kDraws;
   const bool usual = direct && !call.largest && call.divisor == A(1) && options.zero_sign == 1 &&
-                     elects == (call.shares != nullptr);
+                     (draws ? options.divide == kNothing : elects == (call.shares != nullptr));
   Merge<T>{call,
            choose_kernel<T>(static_cast<Elect>(options.elect), options.rule, usual ? experts : 0),
-           kernel_at<DrawColumns, DrawCall>(cpu_level()),
+           rules_of<A>(numbers, places, options.rule, options.seed, options.start),
            store,
            static_cast<char*>(theta.mutable_data_ptr()),
-           params.size(1),
-           options.rule,
-           options.seed,
-           options.start,
-           table,
-           places ? static_cast<const int64_t*>(places->const_data_ptr()) : nullptr}
+           params.size(1)}
       .all();
 }
 
 void check(const Tensor& theta, const Tensor& params, const std::optional<Tensor>& base,
            const Tensor& numbers, const std::optional<Tensor>& places, const Options& options) {
   check_params(kOp, params);
-  const int64_t experts = params.size(0), columns = params.size(1);
-  STD_TORCH_CHECK(experts <= kMostExperts, kOp, ": params must have at most ", kMostExperts,
-                  " rows, got ", experts);
+  const int64_t columns = params.size(1);
   check_float(kOp, "out", theta.scalar_type());
   check_exact(kOp, "out", theta, theta.scalar_type(), {columns});
   if (base) check_exact(kOp, "base", *base, params.scalar_type(), {columns});
-  check_exact(kOp, "numbers", numbers, acc_dtype(params.scalar_type()), {5, experts});
-  const bool named = options.rule & (kLowerBound | kUpperBound | kDraws);
-  STD_TORCH_CHECK(places.has_value() || !named, kOp, ": rule ", options.rule, " needs places");
-  if (places) check_exact(kOp, "places", *places, ScalarType::Long, {4, experts});
-  const auto within = [](const char* name, int64_t value, int64_t least, int64_t most) {
-    STD_TORCH_CHECK(value >= least && value <= most, kOp, ": ", name, " must be ", least, " to ",
-                    most, ", got ", value);
-  };
-  within("rule", options.rule, 0, 15);
-  within("start", options.start, 0, std::numeric_limits<int64_t>::max() - columns);
-  within("elect", options.elect, 0, 4);
-  within("zero_sign", options.zero_sign, -1, 1);
-  within("divide", options.divide, 0, options.combine == 1 ? 0 : 2);
-  within("combine", options.combine, 0, 1);
+  check_rule(kOp, params, numbers, places, options.rule, options.start);
+  check_within(kOp, "elect", options.elect, 0, 4);
+  check_within(kOp, "zero_sign", options.zero_sign, -1, 1);
+  check_within(kOp, "divide", options.divide, 0, options.combine == 1 ? 0 : 2);
+  check_within(kOp, "combine", options.combine, 0, 1);
 }
 
 void merge_task_vectors(Tensor theta, const Tensor& params, std::optional<Tensor> base,

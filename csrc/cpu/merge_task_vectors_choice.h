@@ -10,18 +10,20 @@
 
 namespace neulig_fast {
 
-// Up to how many experts have kernels of their own: task arithmetic, which waits for memory, and
-// TIES, whose terms then stay in registers.
+// Up to how many experts have kernels of their own: task arithmetic, which waits for memory, TIES
+// and DARE, whose terms then stay in registers.
 constexpr int own_kernels(Elect elect, Keep keep) {
   if (elect == Elect::kNone && keep == Keep::kAll) return 8;
-  return elect == Elect::kWeightedSum && keep == Keep::kLower ? 5 : 0;
+  if (elect == Elect::kNone) return keep == Keep::kDrawn ? 5 : 0;
+  return elect == Elect::kWeightedSum && (keep == Keep::kLower || keep == Keep::kDrawn) ? 5 : 0;
 }
 
 template <typename T, Elect kElect, Keep kKeep, int... kIndex>
 KernelFn<MergeCall<T>> choose_by_experts(int64_t usual, std::integer_sequence<int, kIndex...>) {
   const CpuLevel level = cpu_level();
+  constexpr Keep kAnyKeep = kKeep == Keep::kDrawn ? Keep::kRule : kKeep;
   KernelFn<MergeCall<T>> kernel =
-      kernel_at<MergeTaskVectors<T, kElect, kKeep, 0>, MergeCall<T>>(level);
+      kernel_at<MergeTaskVectors<T, kElect, kAnyKeep, 0>, MergeCall<T>>(level);
   [[maybe_unused]] const auto consider = [&](int64_t own, KernelFn<MergeCall<T>> candidate) {
     if (own == usual) kernel = candidate;
   };
@@ -40,6 +42,7 @@ KernelFn<MergeCall<T>> choose_by_keep(int64_t rule, int64_t usual) {
   };
   if (rule == 0) return of(std::integral_constant<Keep, Keep::kAll>());
   if (rule == kLowerBound) return of(std::integral_constant<Keep, Keep::kLower>());
+  if ((rule & ~kScales) == kDraws) return of(std::integral_constant<Keep, Keep::kDrawn>());
   return of(std::integral_constant<Keep, Keep::kRule>());
 }
 

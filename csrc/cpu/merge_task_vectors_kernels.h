@@ -13,15 +13,14 @@
 #include "common/vector_math.h"
 #include "cpu/bf16_pairs.h"
 #include "cpu/store_tile.h"
+#include "cpu/task_vector_rules.h"
 
 namespace neulig_fast {
 
-constexpr int64_t kMostExperts = 64;
-
 enum class Elect { kNone, kWeightedSum, kSum, kWeightedCount, kCount };
-enum Rule : int64_t { kLowerBound = 1, kUpperBound = 2, kDraws = 4, kScales = 8 };
-// Which elements are kept: all, those with |d| > lower, or all that a rule can ask, with scales.
-enum class Keep { kAll, kLower, kRule };
+// Which elements are kept: all, those with |d| > lower, those that are drawn, with scales, or all
+// that a rule can ask, with scales.
+enum class Keep { kAll, kLower, kDrawn, kRule };
 
 // Whole steps of columns. Arrays have a number for every expert.
 template <typename T>
@@ -34,7 +33,7 @@ struct MergeCall {
   int64_t experts;
   const A *weights, *scales;
   const A *lower, *upper;  // dropped: |d| <= lower and |d| > upper; NaN drops nothing
-  const uint8_t* drawn;    // 0xFF where a draw keeps an expert's column, else 0; null: no draws
+  const uint16_t* drawn;   // 0xFFFF where a draw keeps an expert's column, else 0; null: no draws
   int64_t drawn_stride;    // from one expert to the next
   const A* shares;  // what an agreeing expert adds to the divisor; null: that is the same for all
   A divisor;        // of all columns
@@ -60,18 +59,9 @@ NF_INLINE V without(V value, U dropped) {
   return (V)((U)value & ~dropped);
 }
 
-// All bits where a draw keeps a column.
-template <typename A, int... kLane>
-NF_INLINE Vec<Bits<A>, sizeof...(kLane)> load_drawn(const uint8_t* p,
-                                                    std::integer_sequence<int, kLane...>) {
-  using S = Vec<SignedBits<A>, sizeof...(kLane)>;
-  const auto v = load_bits<Vec<int8_t, sizeof...(kLane)>>(p);
-  return (Vec<Bits<A>, sizeof...(kLane)>)S{SignedBits<A>{v[kLane]}...};
-}
-
 // kExperts: 0, or their number in the usual case, where each one's loads are instructions of their
 // own and nothing is asked in the loop: a sum of terms, of T, that nothing but an election divides,
-// and which a total of zero elects + in.
+// and of drawn ones nothing, and which a total of zero elects + in.
 template <typename T, Elect kElect, Keep kKeep, int kExperts>
 struct MergeTaskVectors {
   using A = Acc<T>;
@@ -81,6 +71,9 @@ struct MergeTaskVectors {
       kElect == Elect::kWeightedSum || kElect == Elect::kWeightedCount;
   static constexpr bool kVotes = kElect == Elect::kCount || kElect == Elect::kWeightedCount;
   static constexpr bool kElects = kElect != Elect::kNone, kDrops = kKeep != Keep::kAll;
+  static constexpr bool kScaled = kKeep == Keep::kDrawn || kKeep == Keep::kRule;
+  static constexpr bool kBounded = kKeep == Keep::kLower || kKeep == Keep::kRule;
+  static constexpr bool kDivides = kElects && !(kUsual && kKeep == Keep::kDrawn);
 
   // Copies that stay in registers, or next to them: no store can change them.
   struct Numbers {
@@ -100,10 +93,10 @@ struct MergeTaskVectors {
     const int64_t experts = kUsual ? kExperts : call.experts;
     Numbers numbers;
     std::copy_n(call.weights, experts, numbers.weights);
-    if constexpr (kKeep == Keep::kRule) std::copy_n(call.scales, experts, numbers.scales);
-    if constexpr (kDrops) std::copy_n(call.lower, experts, numbers.lower);
+    if constexpr (kScaled) std::copy_n(call.scales, experts, numbers.scales);
+    if constexpr (kBounded) std::copy_n(call.lower, experts, numbers.lower);
     if constexpr (kKeep == Keep::kRule) std::copy_n(call.upper, experts, numbers.upper);
-    if (kElects || (!kUsual && call.shares != nullptr))
+    if (kDivides || (!kUsual && call.shares != nullptr))
       std::copy_n(call.shares, experts, numbers.shares);
     for (int64_t p = 0; p < call.columns; p += kStep) step<kBytes>(call, numbers, p);
   }
@@ -128,7 +121,7 @@ struct MergeTaskVectors {
 #pragma GCC unroll 8
     for (int part = 0; part < kParts; ++part) {
       V q = c.q[part];
-      if (kElects || (!kUsual && kDrops && call.shares != nullptr))
+      if (kDivides || (!kUsual && kDrops && call.shares != nullptr))
         q = q / nonzero(c.divisor[part]);
       else if (!kUsual) q = q / call.divisor;
       c.q[part] = c.base[part] + q * call.lam;
@@ -171,13 +164,19 @@ struct MergeTaskVectors {
   template <typename V, int kParts>
   static NF_INLINE void read(const MergeCall<T>& call, const Numbers& numbers, int64_t i, int64_t p,
                              Columns<V, kParts>& c) {
+    using U = Vec<Bits<A>, sizeof(V) / sizeof(A)>;
     V x[kParts];
     load_step(call.x + i * call.stride + p, x);
+    [[maybe_unused]] U drawn[kParts];
+    if constexpr (kScaled) load_drawn_step(call, i, p, drawn);
 #pragma GCC unroll 8
     for (int part = 0; part < kParts; ++part) {
       V v = x[part] - c.base[part];
-      const auto dropped = drops(call, numbers, i, p + part * int(sizeof(V) / sizeof(A)), v);
-      if constexpr (kKeep == Keep::kRule) v = v * numbers.scales[i];
+      U dropped = outside<U>(numbers, i, v);
+      if constexpr (kScaled) {
+        dropped |= ~drawn[part];
+        v = v * numbers.scales[i];
+      }
       const V t = v * numbers.weights[i];
       if constexpr (!kElects) {
         c.q[part] = combined(call, c.q[part], without(t, dropped));
@@ -193,21 +192,38 @@ struct MergeTaskVectors {
     }
   }
 
-  template <typename V>
-  static NF_INLINE auto drops(const MergeCall<T>& call, const Numbers& numbers, int64_t i,
-                              int64_t at, V d) {
-    constexpr int kLanes = sizeof(V) / sizeof(A);
-    using U = Vec<Bits<A>, kLanes>;
+  // Where a draw keeps expert i's columns, in the order of load_step.
+  template <typename U, int kParts>
+  static NF_INLINE void load_drawn_step(const MergeCall<T>& call, int64_t i, int64_t p,
+                                        U (&to)[kParts]) {
+    constexpr int kLanes = sizeof(U) / sizeof(A);
+    using S = Vec<SignedBits<A>, kLanes>;
+    constexpr int kTogether = kPairs<kParts> ? 2 : 1;
+#pragma GCC unroll 8
+    for (int part = 0; part < kParts; part += kTogether) {
+      if (!kUsual && call.drawn == nullptr) {
+        to[part] = ~U{};
+        continue;
+      }
+      const uint16_t* here = call.drawn + i * call.drawn_stride + p + part * kLanes;
+      if constexpr (kPairs<kParts>) {
+        const S words = load_bits<S>(here);
+        to[part] = (U)((words << 16) >> 16);
+        to[part + 1] = (U)(words >> 16);
+      } else {
+        to[part] = load_drawn<A>(here, std::make_integer_sequence<int, kLanes>());
+      }
+    }
+  }
+
+  // Where bounds drop a task vector.
+  template <typename U, typename V>
+  static NF_INLINE U outside(const Numbers& numbers, int64_t i, V d) {
     U dropped = {};
-    if constexpr (kDrops) {
+    if constexpr (kBounded) {
       const V magnitude = (V)((U)d & ~sign_bit<U>());
       dropped = (U)(magnitude <= numbers.lower[i]);
-      if constexpr (kKeep == Keep::kRule) {
-        dropped |= (U)(magnitude > numbers.upper[i]);
-        if (call.drawn != nullptr)
-          dropped |= ~load_drawn<A>(call.drawn + i * call.drawn_stride + at,
-                                    std::make_integer_sequence<int, kLanes>());
-      }
+      if constexpr (kKeep == Keep::kRule) dropped |= (U)(magnitude > numbers.upper[i]);
     }
     return dropped;
   }
@@ -226,8 +242,9 @@ struct MergeTaskVectors {
       U agrees = not_below<U>((V)((U)on ^ (negative & sign_bit<U>())));
       if (!kUsual && call.zero_sign == 0) agrees &= (U)(total != V{}) | (U)(on != on);
       const V t = kWeighted ? on : on * numbers.weights[i];
-      const V share = (V)(agrees & (U)splat<V>(numbers.shares[i]));
       c.q[part] = combined(call, c.q[part], (V)(agrees & (U)t));
+      if constexpr (!kDivides) continue;
+      const V share = (V)(agrees & (U)splat<V>(numbers.shares[i]));
       c.divisor[part] = kUsual && i == 0 ? share : c.divisor[part] + share;
     }
   }

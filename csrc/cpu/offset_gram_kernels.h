@@ -1,52 +1,23 @@
-// The inner loops of offset_gram.cpp: differences of a tile of columns, and their products.
-// Built as in common/cpu_level.h; 16 lanes of fixed order at every level.
+// The inner loops of offset_gram.cpp and gram.cpp: differences of a tile of columns, and their
+// products. Built as in common/cpu_level.h; 16 lanes of fixed order at every level.
 #pragma once
 
 #include <cstdint>
 
-#include "common/dtype.h"
+#include "cpu/lane_sums.h"
 
 namespace neulig_fast {
 
-constexpr int kLaneCount = 16;      // columns of one step, and partial sums of one block
 constexpr int kGroup = 4;           // rows side by side: 10 products; AVX2 has 16 registers
 constexpr int kOthers = 2;          // rows of another group against them: 8 products
 constexpr int64_t kTileSteps = 32;  // 512 columns: 8 KB for N = 5
 constexpr int64_t kTile = kTileSteps * kLaneCount;
 
-template <typename A>
-struct alignas(64) Lanes {
-  A lane[kLaneCount];
-};
+// What rows are differences from: the mean of all, by way of expert 0; a base; nothing.
+enum class From { kMean, kBase, kZero };
 
-template <int kLanes, typename A>
-NF_INLINE void add_to(A* to, Vec<A, kLanes> values) {
-  store<kLanes>(to, load<kLanes>(to) + values);
-}
-
-// Vector number `part` of the 16 columns at p.
-template <int kLanes, typename T>
-NF_INLINE Vec<Acc<T>, kLanes> load_part(const T* p, int part) {
-  return load<kLanes>(p + part * kLanes);
-}
-
-// bf16: even columns before odd ones, at every level. A word holds two, and a shift or a mask is
-// less work than spreading eight of them over a register.
-template <int kLanes>
-NF_INLINE Vec<float, kLanes> load_part(const BFloat16* p, int part) {
-  constexpr int kWords = kLaneCount / 2;
-  if constexpr (kLanes > kWords) {
-    const auto words = load_bits<Vec<uint32_t, kWords>>(p);
-    return (Vec<float, kLanes>)__builtin_shufflevector(words << 16, words & 0xFFFF0000u, 0, 1, 2, 3,
-                                                       4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  } else {
-    constexpr int kLoads = kWords / kLanes;
-    const auto words = load_bits<Vec<uint32_t, kLanes>>(p + part % kLoads * 2 * kLanes);
-    return (Vec<float, kLanes>)(part < kLoads ? words << 16 : words & 0xFFFF0000u);
-  }
-}
-
-// A tile of up to kGroup experts and the first one.
+// A tile of up to kGroup experts and the row they are differences from; x again where there is
+// none.
 template <typename T>
 struct Tile {
   const T* first;
@@ -65,7 +36,14 @@ struct Tile {
   }
 };
 
-// Sums and products of the offsets of all experts but the first, which are kRows.
+template <int kLanes, From kFrom, typename T>
+NF_INLINE Vec<Acc<T>, kLanes> difference(const T* x, const T* first, int part) {
+  const auto value = load_part<kLanes>(x, part);
+  if constexpr (kFrom == From::kZero) return value;
+  else return value - load_part<kLanes>(first, part);
+}
+
+// Products of kRows rows; of offsets from the mean also their sums, and expert 0 is no row.
 template <typename T>
 struct Few {
   using A = Acc<T>;
@@ -77,7 +55,7 @@ struct Few {
 
 // One pass, although the sums do not all fit the registers: memory is busy all the time that way.
 // It is not while a tile of differences is multiplied.
-template <typename T, int kRows>
+template <typename T, int kRows, From kFrom>
 struct FewOf {
   template <int kBytes>
   static NF_INLINE void run(const Few<T>& few) {
@@ -87,7 +65,7 @@ struct FewOf {
     // Registers of a step that are summed in one pass over the tile. All of them would need too
     // many accumulators; one of few rows alone would leave too few in flight.
     constexpr int kTogether = kRows <= 2 && kParts > 1 ? 2 : 1;
-    const auto share = Vec<A, kLanes>{} - few.share;
+    [[maybe_unused]] const auto share = Vec<A, kLanes>{} - few.share;
     for (int part = 0; part < kParts; part += kTogether) {
       Vec<A, kLanes> sums[kTogether][kRows] = {}, products[kTogether][kRows][kRows] = {};
 #pragma GCC unroll 2
@@ -96,19 +74,21 @@ struct FewOf {
         for (int k = 0; k < kTogether; ++k) {
           t.fetch(step, kRows, part + k, kParts);
           const T* x = t.x + step * kLaneCount;
-          const auto first = load_part<kLanes>(t.first + step * kLaneCount, part + k);
+          const T* first = t.first + step * kLaneCount;
           Vec<A, kLanes> d[kRows];
-          d[0] = load_part<kLanes>(x, part + k) - first;
-          auto total = d[0];
+          d[0] = difference<kLanes, kFrom>(x, first, part + k);
+          [[maybe_unused]] auto total = d[0];
 #pragma GCC unroll 8
           for (int i = 1; i < kRows; ++i) {
-            d[i] = load_part<kLanes>(x + i * t.stride, part + k) - first;
-            total = total + d[i];
+            d[i] = difference<kLanes, kFrom>(x + i * t.stride, first, part + k);
+            if constexpr (kFrom == From::kMean) total = total + d[i];
           }
 #pragma GCC unroll 8
           for (int j = 0; j < kRows; ++j) {
-            d[j] = multiply_add<kLanes>(total, share, d[j]);
-            sums[k][j] = sums[k][j] + d[j];
+            if constexpr (kFrom == From::kMean) {
+              d[j] = multiply_add<kLanes>(total, share, d[j]);
+              sums[k][j] = sums[k][j] + d[j];
+            }
 #pragma GCC unroll 8
             for (int i = 0; i <= j; ++i)
               products[k][i][j] = multiply_add<kLanes>(d[i], d[j], products[k][i][j]);
@@ -120,7 +100,7 @@ struct FewOf {
         const int lane = (part + k) * kLanes;
 #pragma GCC unroll 8
         for (int j = 0; j < kRows; ++j) {
-          add_to<kLanes>(few.sums[j].lane + lane, sums[k][j]);
+          if constexpr (kFrom == From::kMean) add_to<kLanes>(few.sums[j].lane + lane, sums[k][j]);
 #pragma GCC unroll 8
           for (int i = 0; i <= j; ++i)
             add_to<kLanes>(few.products[i][j]->lane + lane, products[k][i][j]);
@@ -136,10 +116,10 @@ struct Differences {
   using A = Acc<T>;
   Tile<T> tile;
   Lanes<A>* rows;   // of `steps` differences, kTileSteps apart
-  Lanes<A>* total;  // of the differences of all experts: added to
+  Lanes<A>* total;  // of the differences of all experts, if their mean is wanted: added to
 };
 
-template <typename T, int kRows>
+template <typename T, int kRows, From kFrom>
 struct DifferencesOf {
   template <int kBytes>
   static NF_INLINE void run(const Differences<T>& arguments) {
@@ -153,15 +133,16 @@ struct DifferencesOf {
       for (int64_t step = 0; step < t.steps; ++step) {
         t.fetch(step, kRows, part, kParts);
         const T* x = t.x + step * kLaneCount;
-        const auto first = load_part<kLanes>(t.first + step * kLaneCount, part);
-        auto total = load<kLanes>(d.total[step].lane + lane);
+        const T* first = t.first + step * kLaneCount;
+        Vec<A, kLanes> total = {};
+        if constexpr (kFrom == From::kMean) total = load<kLanes>(d.total[step].lane + lane);
 #pragma GCC unroll 8
         for (int i = 0; i < kRows; ++i) {
-          const auto difference = load_part<kLanes>(x + i * t.stride, part) - first;
-          total = total + difference;
-          store<kLanes>(d.rows[i * kTileSteps + step].lane + lane, difference);
+          const auto row = difference<kLanes, kFrom>(x + i * t.stride, first, part);
+          total = total + row;
+          store<kLanes>(d.rows[i * kTileSteps + step].lane + lane, row);
         }
-        store<kLanes>(d.total[step].lane + lane, total);
+        if constexpr (kFrom == From::kMean) store<kLanes>(d.total[step].lane + lane, total);
       }
     }
   }
@@ -276,7 +257,7 @@ struct RectangleOf {
   }
 };
 
-template <typename T>
+template <typename T, From kFrom>
 struct Kernels {
   using A = Acc<T>;
   KernelFn<Few<T>> few[kGroup];  // of 1, 2, 3, 4 rows
@@ -286,12 +267,14 @@ struct Kernels {
   KernelFn<Products<A>> rectangle[kOthers];  // 4 rows and 1, 2 others
 
   explicit Kernels(CpuLevel level)
-      : few{kernel_at<FewOf<T, 1>, Few<T>>(level), kernel_at<FewOf<T, 2>, Few<T>>(level),
-            kernel_at<FewOf<T, 3>, Few<T>>(level), kernel_at<FewOf<T, 4>, Few<T>>(level)},
-        differences{kernel_at<DifferencesOf<T, 1>, Differences<T>>(level),
-                    kernel_at<DifferencesOf<T, 2>, Differences<T>>(level),
-                    kernel_at<DifferencesOf<T, 3>, Differences<T>>(level),
-                    kernel_at<DifferencesOf<T, 4>, Differences<T>>(level)},
+      : few{kernel_at<FewOf<T, 1, kFrom>, Few<T>>(level),
+            kernel_at<FewOf<T, 2, kFrom>, Few<T>>(level),
+            kernel_at<FewOf<T, 3, kFrom>, Few<T>>(level),
+            kernel_at<FewOf<T, 4, kFrom>, Few<T>>(level)},
+        differences{kernel_at<DifferencesOf<T, 1, kFrom>, Differences<T>>(level),
+                    kernel_at<DifferencesOf<T, 2, kFrom>, Differences<T>>(level),
+                    kernel_at<DifferencesOf<T, 3, kFrom>, Differences<T>>(level),
+                    kernel_at<DifferencesOf<T, 4, kFrom>, Differences<T>>(level)},
         centring{kernel_at<CentringOf<A>, Centring<A>>(level)},
         triangle{kernel_at<TriangleOf<A, 1>, Products<A>>(level),
                  kernel_at<TriangleOf<A, 2>, Products<A>>(level),

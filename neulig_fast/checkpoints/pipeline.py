@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,8 +27,8 @@ from .resources import Resources
 from .workspace import Workspace, device_elements, tile_elements
 from .write import Staging
 
-# Elements of a tile where a method does not look at tensors first: rows of some models stay in a
-# processor's caches between being read and being merged.
+# Elements of a tile: rows of some models stay in a processor's caches between being read and being
+# measured or merged.
 _STREAMED = 1 << 19
 
 Job: TypeAlias = Sequence[Planned]  # a tensor of every output, from the same sources
@@ -197,17 +198,24 @@ def answer(statistic: Statistic, tile: Tile) -> Any:
     return [value] if statistic.over == "tiles" else value
 
 
-def added(tiles: Iterable[Iterable[Tensor]]) -> Tensor | None:
+def added(tiles: Iterable[Tensor | Iterable[Tensor]]) -> Tensor | None:
     """Over all blocks, in order: no other order has the same bits."""
-    total = None
+    total: Any = None
     for blocks in tiles:
-        for block in blocks:
-            total = block if total is None else total + block
-    return total
+        rows = blocks if isinstance(blocks, Tensor) else torch.stack(list(blocks))
+        if len(rows) > 0:
+            rows = rows.numpy() if total is None else np.append(total[None], rows, axis=0)
+            total = np.add.accumulate(rows, axis=0)[-1]
+    return None if total is None else torch.as_tensor(total)
 
 
 class _Tiles:
-    """A tensor's tiles, read into a workspace and moved to the device."""
+    """A tensor's tiles, read into a workspace and moved to the device.
+
+    A tensor that is looked at first and fits as a whole is read once and stays. Tiles are small
+    ones, but where a tensor is looked at on a GPU, or a list of values of tiles was wanted: what is
+    merged are the same tiles then.
+    """
 
     def __init__(
         self,
@@ -218,40 +226,45 @@ class _Tiles:
         place: int = 0,
     ) -> None:
         self._planned, self._pipeline, self._device = planned, pipeline, device
-        self._place = place
+        self._place, self._elements = place, planned.output.elements
         self._fits = tile_elements(planned, workspace.bytes)
         share = pipeline.resources.device_share
         if share is not None:
             self._fits = min(self._fits, device_elements(planned, share))
         self._views = workspace.views(planned, self._fits)
-        self._whole: Tile | None = None  # what was read, if it is all
-        self._measured = False
+        self._rows = self._views.rows
+        if device.type != "cpu":
+            self._rows = torch.empty_like(self._rows, device=device)
+        self._step = min(self._fits, _STREAMED)
+        self._stays, self._known = False, 0  # how many elements were read to stay
 
     def merged(self) -> Iterator[Tile]:
-        """All tiles in order, to be merged: the same that were measured, but small ones, for the
-        caches, if none was."""
-        return self._read(self._fits if self._measured else min(self._fits, _STREAMED))
+        """All tiles in order."""
+        return self._tiles(self._step)
 
-    def _read(self, step: int, starts: frozenset[int] | None = None) -> Iterator[Tile]:
-        """All tiles, or those with some starts; a tensor that fits as a whole is read once."""
-        elements = self._planned.output.elements
-        if self._whole is not None:
-            yield self._whole
-            return
-        for start in range(0, elements, step):
-            if starts is not None and self._place + start not in starts:
-                continue
-            self._pipeline.check()
-            tile = self._tile(start, min(step, elements - start))
-            if step >= elements:
-                self._whole = tile
-            yield tile
+    def _tiles(self, step: int, starts: frozenset[int] | None = None) -> Iterator[Tile]:
+        """All tiles in order, or those with some starts."""
+        for start in range(0, self._elements, step):
+            if starts is None or self._place + start in starts:
+                self._pipeline.check()
+                yield self._tile(start, min(step, self._elements - start))
 
     def _tile(self, start: int, length: int) -> Tile:
-        rows = self._views.rows[:, :length]
+        place = slice(start, start + length) if self._stays else slice(length)
+        if not self._stays:
+            self._read(start, place)
+        elif start + length > self._known:
+            self._read(self._known, slice(self._known, start + length))
+            self._known = start + length
+        return Tile(self._rows[:, place], self._place + start)
+
+    def _read(self, start: int, place: slice) -> None:
+        """Elements ``start ..`` into a place of the rows."""
+        rows = self._views.rows[:, place]
         for source, row in zip(self._planned.sources, rows, strict=True):
             self._pipeline.reader.read(source, start, row, self._views.scratch)
-        return Tile(rows.to(self._device, non_blocking=True), self._place + start)
+        if self._rows is not self._views.rows:
+            self._rows[:, place].copy_(rows, non_blocking=True)
 
     def out(self, tile: Tile) -> Tensor:
         """Where the result of a tile goes, on the device."""
@@ -268,21 +281,23 @@ class _Tiles:
     def measure(self, statistic: Statistic) -> Any:
         """A statistic of the tensor, as its ``over`` says."""
         if statistic.over == "whole":
-            if self._fits < self._planned.output.elements:
-                return None
-            return self.values([statistic])[0][0]
+            self._stays = self._fits >= self._elements
+            return statistic.of(next(self._tiles(self._fits))) if self._stays else None
         (values,) = self.values([statistic])
         return values if statistic.over == "tiles" else added(values)
 
     def values(self, statistics: Sequence[Statistic]) -> list[list[Any]]:
         """Of every statistic those of all tiles, or of the tiles that it is of."""
-        self._measured = True
+        self._stays = self._fits >= self._elements
+        if self._device.type != "cpu" or any(s.over == "tiles" for s in statistics):
+            self._step = self._fits
         found: list[list[Any]] = [[] for _ in statistics]
         asked = [statistic.starts for statistic in statistics]
         every = None if None in asked else frozenset().union(*(s for s in asked if s is not None))
-        for tile in self._read(self._fits, every):
+        for tile in self._tiles(self._step, every):
             for statistic, values in zip(statistics, found, strict=True):
                 if statistic.starts is None or tile.start in statistic.starts:
-                    value = statistic.of(tile)  # blocks' while the tile is there
-                    values.append(list(value) if statistic.over == "blocks" else value)
+                    value = statistic.of(tile)
+                    lazy = statistic.over == "blocks" and not isinstance(value, Tensor)
+                    values.append(list(value) if lazy else value)  # while the tile is there
         return found

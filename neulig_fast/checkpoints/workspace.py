@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .._memory import large_pages
 from ..methods import BLOCK
 from . import dtypes
 from .headers import ITEM_BYTES
@@ -106,7 +107,7 @@ class Workspace:
     """
 
     def __init__(self, memory: int, pinned: bool = False) -> None:
-        self._memory = torch.empty(memory, dtype=torch.uint8, pin_memory=pinned)
+        self._memory = large_pages(torch.empty(memory, dtype=torch.uint8, pin_memory=pinned))
 
     @property
     def bytes(self) -> int:

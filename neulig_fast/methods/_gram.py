@@ -7,10 +7,9 @@ the tensor is read twice in all.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from ._method import BLOCK, Measure, Statistic, Tile
+from ._method import Measure, Statistic, Tile, bounds
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,18 +18,15 @@ if TYPE_CHECKING:
 def gram(base: bool) -> Measure:
     """G (N, N) in fp64 of experts, or of their differences to the base: formed before multiplied.
 
-    Products are summed in fp32 (fp64 for fp64) within blocks, and in fp64 over blocks.
+    Products are summed as :func:`neulig_fast.gram` does within blocks, and in fp64 over blocks.
     """
     total = yield Statistic(lambda tile: _of_tile(tile, base))
     return total
 
 
-def _of_tile(tile: Tile, base: bool) -> Iterator[Tensor]:
-    from .._checks import accumulation_dtype
+def _of_tile(tile: Tile, base: bool) -> Tensor:
+    """(blocks, N, N)."""
+    from ..ops import gram as products
 
-    wide = accumulation_dtype(tile.rows.dtype)
-    for block in tile.rows.split(BLOCK, dim=1):
-        x = block.to(wide)
-        if base:
-            x = x[:-1] - x[-1]
-        yield (x @ x.T).double().cpu()
+    rows, row = (tile.rows[:-1], tile.rows[-1]) if base else (tile.rows, None)
+    return products(rows, row, bounds(tile)).cpu()

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ._largest import largest, several
-from ._method import BLOCK, Measure, Statistic, Task, Tile
+from ._method import BLOCK, Measure, Statistic, Task, Tile, bounds
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -97,19 +97,13 @@ def restoring(before: Tensor, after: Tensor) -> list[float]:
     return (before / after.where(after > 0, before.where(before > 0, 1))).tolist()
 
 
-def _magnitude_sums(tile: Tile, rule: Mapping[str, Any]) -> Iterator[Tensor]:
-    """(2, N) for each block: sums of |d_i|, before and after elements are dropped."""
-    import torch
+def _magnitude_sums(tile: Tile, rule: Mapping[str, Any]) -> Tensor:
+    """(blocks, 2, N): sums of |d_i|, before and after elements are dropped."""
+    from ..ops import magnitude_sums
 
-    from ..ops import merge_task_vectors
-
-    one = torch.ones(1, device=tile.rows.device)
-    for start, d in _blocks(tile):
-        kept = [
-            merge_task_vectors(d[i : i + 1], one, start=start, **tensors(rule, d, i))
-            for i in range(len(d))
-        ]
-        yield torch.stack([_abs_sums(d), _abs_sums(torch.stack(kept))]).cpu()
+    rows = tile.rows
+    kept = tensors(rule, rows)
+    return magnitude_sums(rows[:-1], rows[-1], bounds(tile), start=tile.start, **kept).cpu()
 
 
 def _elected_signs(tile: Tile, rule: Mapping[str, Any]) -> Iterator[Tensor]:
@@ -132,20 +126,14 @@ def _blocks(tile: Tile) -> Iterator[tuple[int, Tensor]]:
         start += rows.shape[1]
 
 
-def _abs_sums(x: Tensor) -> Tensor:
-    """(N,) in fp64, of a block."""
-    return x.abs().sum(1).double()
-
-
-def tensors(rule: Mapping[str, Any], rows: Tensor, expert: int | None = None) -> dict[str, Any]:
-    """A rule for all experts, or for one, on the device of ``rows``."""
+def tensors(rule: Mapping[str, Any], rows: Tensor) -> dict[str, Any]:
+    """A rule on the device of ``rows``."""
     import torch
 
     def tensor(name: str, values: Any) -> Any:
         if name == "seed":
             return values
         bound = torch.promote_types(rows.dtype, torch.float32) if name in _BOUNDS else None
-        chosen = torch.as_tensor(values, dtype=bound, device=rows.device)
-        return chosen if expert is None else chosen[expert : expert + 1]
+        return torch.as_tensor(values, dtype=bound, device=rows.device)
 
     return {name: tensor(name, values) for name, values in rule.items()}

@@ -225,6 +225,12 @@ class Method:
     aside: type[Aside] | None = None
 
 
+def bounds(tile: Tile) -> list[int]:
+    """A tile's blocks, as boundaries of segments."""
+    columns = tile.rows.shape[1]
+    return [*range(0, columns, BLOCK), columns]
+
+
 def weights_tensor(values: Sequence[float], rows: Tensor) -> Tensor:
     """(N,) on the device of ``rows``, in the type that sums of them are formed in."""
     import torch

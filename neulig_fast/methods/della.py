@@ -72,11 +72,10 @@ def _kept(task: Task, band: Band) -> Tensor:
 
     d = _task_vectors(band)
     chances = _chances(task, d.shape[-1]).to(d.device)
-    places = torch.arange(band.start, band.start + d[0].numel(), device=d.device)
     streams = torch.tensor(task.streams(), device=d.device)
     for i, rows in enumerate(d):
         chance = chances[i][_ranks(rows.abs())]
-        drawn = words(task.seed, places, streams[i]).view_as(rows)
+        drawn = words(task.seed, band.start, rows.numel(), streams[i]).view_as(rows)
         share = chance.float().double()  # what DARE draws by
         dropped = drawn >= (share * 2**32).round().long()
         if task.value("rescale") and task.parity == "paper":

@@ -12,9 +12,11 @@ from .blend_weight_grad import blend_weight_grad
 from .cross_moments import CrossMoments, cross_moments
 from .expert_layer_norm import expert_layer_norm
 from .expert_linear import expert_linear
+from .gram import gram
 from .lerp_lists import lerp_lists
 from .magnitude_histogram import magnitude_histogram
 from .magnitude_select import MagnitudeSelect, magnitude_select
+from .magnitude_sums import magnitude_sums
 from .merge_task_vectors import merge_task_vectors
 from .mixture_layer_norm import mixture_layer_norm
 from .mixture_linear import mixture_linear
@@ -36,11 +38,13 @@ __all__ = [
     "cross_moments",
     "expert_layer_norm",
     "expert_linear",
+    "gram",
     "lerp_lists",
     "lerp_lists_",
     "merge_task_vectors",
     "magnitude_histogram",
     "magnitude_select",
+    "magnitude_sums",
     "mixture_layer_norm",
     "mixture_linear",
     "neulig_fit",

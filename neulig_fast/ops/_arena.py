@@ -68,6 +68,21 @@ def faults(
     return found
 
 
+def base_faults(params: torch.Tensor, base: torch.Tensor | None) -> list[str]:
+    """What is wrong with the form of a row that is subtracted from all others."""
+    if base is None:
+        return []
+    found = _checks.layout_faults("base", base)
+    if params.ndim == 2 and base.shape != params.shape[1:]:
+        wanted = _checks.shape(params.shape[1:])
+        found.append(f"base must be (P,) = {wanted}, got {_checks.shape(base)}")
+    if base.dtype != params.dtype:
+        found.append(f"base must be {params.dtype} like params, got {base.dtype}")
+    if base.device != params.device:
+        found.append(f"base must be on {params.device} like params, got {base.device}")
+    return found
+
+
 def weight_faults(
     weights: torch.Tensor, params: torch.Tensor, segments: torch.Tensor | None = None
 ) -> list[str]:
@@ -113,6 +128,15 @@ def why_not(rows: torch.Tensor) -> str | None:
     """What every fast backend asks of a matrix of rows (or one row); None when it has it."""
     if rows.shape[-1] > 1 and rows.stride(-1) != 1:
         return f"columns are not contiguous (stride {rows.stride(-1)})"
+    return None
+
+
+def why_not_with(params: torch.Tensor, base: torch.Tensor | None) -> str | None:
+    """The same of ``params`` and ``base``."""
+    if (reason := why_not(params)) is not None:
+        return reason
+    if base is not None and (reason := why_not(base)) is not None:
+        return f"base's {reason}"
     return None
 
 

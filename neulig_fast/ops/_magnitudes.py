@@ -40,23 +40,4 @@ def faults(params: Tensor, base: Tensor | None, **integers: Tensor) -> list[str]
             found.append(f"{name} must be int64, got {tensor.dtype}")
         if tensor.device != params.device:
             found.append(f"{name} must be on {params.device} like params, got {tensor.device}")
-    if base is None:
-        return found
-    found += _checks.layout_faults("base", base)
-    if params.ndim == 2 and base.shape != params.shape[1:]:
-        wanted = _checks.shape(params.shape[1:])
-        found.append(f"base must be (P,) = {wanted}, got {_checks.shape(base)}")
-    if base.dtype != params.dtype:
-        found.append(f"base must be {params.dtype} like params, got {base.dtype}")
-    if base.device != params.device:
-        found.append(f"base must be on {params.device} like params, got {base.device}")
-    return found
-
-
-def why_not(params: Tensor, base: Tensor | None) -> str | None:
-    """What the C++ backend asks of ``params`` and ``base``; None when they have it."""
-    if (reason := _arena.why_not(params)) is not None:
-        return reason
-    if base is not None and (reason := _arena.why_not(base)) is not None:
-        return f"base's {reason}"
-    return None
+    return found + _arena.base_faults(params, base)

@@ -107,11 +107,11 @@ def words(seed: int, like: Tensor, segment: int, first: int = 0) -> Tensor:
     return four.gather(0, (column % 4).expand(1, rows, -1)).view(like.shape)
 
 
-def philox(seed: int, *counter: Tensor) -> list[Tensor]:
-    """Philox4x32-10: four words (int64 tensors) from a 64-bit key and four counter words."""
+def philox(seed: int, *counter: Tensor, rounds: int = 10) -> list[Tensor]:
+    """Philox4x32: four words (int64 tensors) from a 64-bit key and four counter words."""
     c0, c1, c2, c3 = counter
     k0, k1 = seed & _WORD, (seed >> 32) & _WORD
-    for _ in range(10):
+    for _ in range(rounds):
         left, right = 0xD2511F53 * c0, 0xCD9E8D57 * c2  # modulo 2^64: all bits of the product
         c0, c1 = (right >> 32 & _WORD) ^ c1 ^ k0, right & _WORD
         c2, c3 = (left >> 32 & _WORD) ^ c3 ^ k1, left & _WORD

@@ -1,9 +1,13 @@
-"""What merge_task_vectors and its variant share: arguments, faults, formulas, what kernels take.
+"""What merge_task_vectors, its variant and magnitude_sums share: arguments, faults, formulas, what
+kernels take.
 
 Two kinds of reasons drop an element of a task vector: its magnitude, where its place in the whole
 tensor decides ties, and a draw. The random word of an element is a pure function of the seed, the
-expert's stream and the element's place o: Philox4x32-10 as _rounding.py has it, with the seed as
-key and (o // 4, stream) as counter, two words each, lower one first; it takes word o mod 4.
+expert's stream and the element's place o = 64 a + 16 w + 2 l + h (w < 4, l < 8, h < 2).
+Philox4x32-7 (Salmon, Moraes, Dror, Shaw, SC 2011) with the seed as key and (8 a + l, stream) as
+counter, two words each, lower one first, gives four words; half h of word w, 0 the lower one, is
+the upper half of the element's word. The lower half is the same of (8 a + l + 2^63, stream): only
+the 1 of 65536 elements that the upper half does not decide needs it.
 """
 
 from __future__ import annotations
@@ -28,7 +32,8 @@ _INTEGERS = ("lower_cut", "upper_cut", "streams")
 _BOUNDS = ("lower", "upper")
 _VECTORS = ("weights", "scales", *_BOUNDS, "density", *_INTEGERS)
 _NEEDS = {"lower_cut": "lower", "upper_cut": "upper", "streams": "density"}
-_WORD = 0xFFFFFFFF
+_WORD, _HALF = 0xFFFFFFFF, 0xFFFF
+_ROUNDS = 7  # the fewest that passed all tests of the paper
 _ANY = 1 << 32  # of a draw: more than every word
 
 
@@ -151,7 +156,7 @@ def merged(call: Call, dtype: torch.dtype) -> Tensor:
     scaled, terms, taken = [], [], []
     for i, row in enumerate(call.params):
         d = row.to(acc) - origin
-        kept = ~_dropped(call, i, d)
+        kept = ~dropped(call, i, d)
         v = d if call.scales is None else d * call.scales[i].to(acc)
         scaled.append(torch.where(kept, v, zero))
         terms.append(torch.where(kept, w[i] * v, zero))
@@ -201,7 +206,7 @@ def _divisor(call: Call, w: Tensor, taken: list[Tensor]) -> Tensor:
     return torch.where(total == 0, one, total)
 
 
-def _dropped(call: Call, i: int, d: Tensor) -> Tensor:
+def dropped(call: Call, i: int, d: Tensor) -> Tensor:
     """Where expert i's task vector ``d`` (P,) is dropped."""
     index = torch.arange(d.shape[0], device=d.device) + call.start
     magnitude, found = d.abs(), torch.zeros_like(d, dtype=torch.bool)
@@ -216,17 +221,25 @@ def _dropped(call: Call, i: int, d: Tensor) -> Tensor:
         if call.upper_cut is not None:
             found = found | ((magnitude == bound) & (index < call.upper_cut[i]))
     if call.density is not None:
-        stream = torch.full_like(index, i) if call.streams is None else call.streams[i]
-        found = found | (words(call.seed, index, stream) >= _thresholds(call.density)[i])
+        stream = torch.tensor(i, device=d.device) if call.streams is None else call.streams[i]
+        drawn = words(call.seed, call.start, len(d), stream)
+        found = found | (drawn >= _thresholds(call.density)[i])
     return found
 
 
-def words(seed: int, index: Tensor, stream: Tensor) -> Tensor:
-    """The random words (int64) of elements ``index`` (P,)."""
-    group = index // 4
-    counter = (group & _WORD, group >> 32, stream & _WORD, stream >> 32 & _WORD)
-    four = torch.stack(_rounding.philox(seed, *torch.broadcast_tensors(*counter)))
-    return four.gather(0, (index % 4)[None])[0]
+def words(seed: int, start: int, count: int, stream: Tensor) -> Tensor:
+    """The random words, (count,) int64, of the elements from place ``start`` on."""
+    first, last = start // 64, -(-(start + count) // 64)
+    counter = torch.arange(8 * first, 8 * last, device=stream.device)
+    upper, lower = (_halves(seed, counter, top, stream) for top in (0, 1 << 31))
+    return (upper << 16 | lower)[start - 64 * first :][:count]
+
+
+def _halves(seed: int, counter: Tensor, top: int, stream: Tensor) -> Tensor:
+    """Halves of words in the order of places; ``top``: of the counter's upper word."""
+    numbers = counter & _WORD, counter >> 32 | top, stream & _WORD, stream >> 32 & _WORD
+    four = torch.stack(_rounding.philox(seed, *numbers, rounds=_ROUNDS)).view(4, -1, 8)
+    return torch.stack((four & _HALF, four >> 16), dim=-1).transpose(0, 1).flatten()
 
 
 def _thresholds(density: Tensor) -> Tensor:
@@ -238,10 +251,19 @@ def _thresholds(density: Tensor) -> Tensor:
 
 
 def kernel_arguments(out: Tensor, call: Call) -> tuple[Any, ...]:
-    """What the kernels take: ``out``, and tables of a row per kind of number.
+    """What the kernels take: ``out``, and tables of a row per kind of number."""
+    return (
+        *(out, call.params, call.base, *tables(call), call.seed, call.start),
+        *(ELECTIONS.index(call.elect), call.zero_sign),
+        *(DIVISORS.index(call.divide), COMBINATIONS.index(call.combine)),
+    )
+
+
+def tables(call: Call) -> tuple[Tensor, Tensor | None, int]:
+    """numbers, places, and the rule that says which of their rows count; others hold anything.
 
     numbers (5, N) in the accumulation type: weights, scales, lower, upper, lam; places (4, N)
-    int64: lower_cut, upper_cut, thresholds, streams. Rows that are not told of hold anything.
+    int64: lower_cut, upper_cut, thresholds, streams.
     """
     n, rule, places = call.params.shape[0], 0, None
     acc = _checks.accumulation_dtype(call.params.dtype)
@@ -261,11 +283,7 @@ def kernel_arguments(out: Tensor, call: Call) -> tuple[Any, ...]:
             own = torch.arange(n, device=places.device)
             places[2] = _thresholds(call.density)
             places[3] = own if call.streams is None else call.streams
-    return (
-        *(out, call.params, call.base, numbers, places, rule, call.seed, call.start),
-        *(ELECTIONS.index(call.elect), call.zero_sign),
-        *(DIVISORS.index(call.divide), COMBINATIONS.index(call.combine)),
-    )
+    return numbers, places, rule
 
 
 def why_not(call: Call) -> str | None:

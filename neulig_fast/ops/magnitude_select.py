@@ -122,5 +122,5 @@ OP = Op(
     elementwise=True,
     not_offered={"cuda": "not written yet"},
 )
-OP.add_native("cpu", prepare=_prepare, why_not=lambda p, k, b=None: _magnitudes.why_not(p, b))
+OP.add_native("cpu", prepare=_prepare, why_not=lambda p, k, b=None: _arena.why_not_with(p, b))
 OP.add_triton(prepare=_prepare)

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...checkpoints.layout import Output
 from ...checkpoints.measured import applied
+from ...checkpoints.planned import Planned
 from ...methods import BLOCK, Method, Statistic, Task, Tile
 
 _STEP = 4 * BLOCK  # elements: of a few models, what a core's cache holds
@@ -50,7 +52,8 @@ def merged(method: Method, task: Task, tensors: Sequence[Tensor]) -> Tensor:
             return functools.reduce(torch.add, value)
         return [value] if statistic.over == "tiles" else value
 
-    (apply,) = applied(method, [task], measure)
+    output = Output(task.name, task.dtype, task.shape)
+    (apply,) = applied(method, [Planned(task, (), task.dtype, output)], measure)
     out = torch.empty_like(tensors[0])
     for tile in read or tiles(tensors):
         apply(tile, out.view(-1)[tile.start : tile.start + tile.rows.shape[1]])
