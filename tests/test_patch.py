@@ -12,7 +12,7 @@ import pytest
 from packaging.specifiers import SpecifierSet
 
 import neulig_fast as nf
-from neulig_fast.compat import _patch
+from neulig_fast.compat import _patch, pytest_plugin
 from neulig_fast.compat._seam import Counts, Host, Seam, Unsupported
 
 SOURCE = """
@@ -164,3 +164,19 @@ def test_a_missing_host_says_how_to_install_it(host: types.ModuleType) -> None:
 def test_unknown_words(host: types.ModuleType) -> None:
     with pytest.raises(ValueError, match=r"(?s)got 'tpy'; did you mean 'toy'\?.*got 'exakt'"):
         nf.patch("tpy", parity="exakt")
+
+
+def test_the_plugin_patches_what_the_environment_names(
+    host: types.ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NEULIG_FAST_PATCH", "toy:exact")
+    pytest_plugin.pytest_configure()
+    (active,) = nf.patch.status()
+    assert (active.name, active.parity) == ("toy", "exact")
+    pytest_plugin.pytest_unconfigure()
+    assert nf.patch.status() == ()
+    for setting, text in (("", "must name a project"), ("toy,tpy", "got 'tpy'; did you mean")):
+        monkeypatch.setenv("NEULIG_FAST_PATCH", setting)
+        with pytest.raises(pytest.UsageError, match=text):
+            pytest_plugin.pytest_configure()
+        assert nf.patch.status() == ()

@@ -17,9 +17,12 @@ _SETTING = "NEULIG_FAST_PATCH"
 _handles: list[Patch] = []
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    """Patch what the environment names."""
-    del config
+def pytest_configure() -> None:
+    """Patch what the environment names.
+
+    Raises:
+        pytest.UsageError: it names nothing, or what cannot be patched.
+    """
     asked = os.environ.get(_SETTING, "")
     if not asked:
         raise pytest.UsageError(f"{_SETTING} must name a project, as in {_SETTING}=peft:exact")
