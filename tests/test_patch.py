@@ -24,6 +24,12 @@ def double(x):
 class Model:
     def run(self, x):
         return ("run", x)
+
+def method(x):
+    return ("method", x)
+
+OBJECT = Model()
+OBJECT.function = method
 """
 
 
@@ -164,3 +170,18 @@ def test_a_missing_host_says_how_to_install_it(host: types.ModuleType) -> None:
 def test_unknown_words(host: types.ModuleType) -> None:
     with pytest.raises(ValueError, match=r"(?s)got 'tpy'; did you mean 'toy'\?.*got 'exakt'"):
         nf.patch("tpy", parity="exakt")
+
+
+def test_an_attribute_of_an_object_may_have_any_name(
+    host: types.ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seam = Seam("toy_host:OBJECT.function", None, lambda x: ("fast method", x))
+    made = Host("toy", "toy-host", SpecifierSet(">=1,<2"), lambda: [seam])
+    monkeypatch.setattr(sys.modules["toy_compat"], "HOST", made)
+    with nf.patch("toy") as patch:
+        assert host.OBJECT.function(2) == ("fast method", 2)
+        assert patch.stats() == {"toy_host:OBJECT.function": Counts(1, {})}
+    assert host.OBJECT.function is host.method
+    host.OBJECT.function = fast_double  # of another module: somebody has replaced it before
+    with pytest.raises(ValueError, match=r"OBJECT\.function is .*fast_double already"):
+        nf.patch("toy")
