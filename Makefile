@@ -16,7 +16,7 @@ GPU_PYTHON ?= $(shell $(PYTHON) -c 'import torch' 2>/dev/null && echo $(PYTHON) 
 # Where pytest-xdist is installed, tests of a GPU machine share its many cores.
 GPU_WORKERS ?= $(shell $(GPU_PYTHON) -c 'import xdist' 2>/dev/null && echo -n 12 -p no:benchmark)
 
-HOSTS ?= peft
+HOSTS ?= peft mergekit
 
 .PHONY: demo test check fmt build aot test-gpu test-sanitize test-hosts bench tables clean
 

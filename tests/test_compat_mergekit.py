@@ -178,7 +178,6 @@ def test_random_numbers_follow_torch_and_move_on() -> None:
 # -- what goes to the original --------------------------------------------------------------------
 
 HOSTILE: dict[str, tuple[Callable[[list[Tensor]], list[Tensor]], str]] = {
-    "strided": (lambda all_: [x.t() for x in all_], "strided tensors"),
     "empty": (lambda all_: [x[:0] for x in all_], "no elements"),
     "a gradient": (lambda all_: [x.clone().requires_grad_() for x in all_], "a gradient"),
     "complex": (lambda all_: [x.cfloat() for x in all_], "tensors that are no fp32"),
@@ -199,6 +198,24 @@ def test_what_is_not_taken_goes_to_mergekit(case: str) -> None:
             merged = methods.get("task_arithmetic").merge_group(group, weight=bound, **ask)
         assert merged.shape == tensors[0].shape
         assert [why.startswith(reason) for why in counts(patch, ARITHMETIC)[1]] == [True]
+
+
+@pytest.mark.parametrize("name", ["task_arithmetic", "ties", "dare_ties", "slerp"])
+def test_strides_do_not_matter(name: str) -> None:
+    tensors = family(6, 8, experts=1 if name == "slerp" else 3)
+    parameters = {"t": 0.3} if name == "slerp" else {"weight": WEIGHTS}
+    dense = [tensor.t().contiguous() for tensor in tensors]
+    for parity in ("exact", "accurate"):
+        with nf.patch("mergekit", parity) as patch:
+            results = []
+            for given in ([tensor.t() for tensor in tensors], dense):
+                torch.manual_seed(0)
+                results.append(merge(name, given, **parameters))
+        if name == "slerp":
+            assert parity == "exact" or counts(patch, "slerp") == (1, {"strided tensors": 1})
+            torch.testing.assert_close(*results)
+        else:
+            assert torch.equal(*results)
 
 
 @pytest.mark.parametrize(

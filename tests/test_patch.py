@@ -24,6 +24,12 @@ def double(x):
 class Model:
     def run(self, x):
         return ("run", x)
+
+def method(x):
+    return ("method", x)
+
+OBJECT = Model()
+OBJECT.function = method
 """
 
 
@@ -180,3 +186,18 @@ def test_the_plugin_patches_what_the_environment_names(
         with pytest.raises(pytest.UsageError, match=text):
             pytest_plugin.pytest_configure()
         assert nf.patch.status() == ()
+
+
+def test_an_attribute_of_an_object_may_have_any_name(
+    host: types.ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seam = Seam("toy_host:OBJECT.function", None, lambda x: ("fast method", x))
+    made = Host("toy", "toy-host", SpecifierSet(">=1,<2"), lambda: [seam])
+    monkeypatch.setattr(sys.modules["toy_compat"], "HOST", made)
+    with nf.patch("toy") as patch:
+        assert host.OBJECT.function(2) == ("fast method", 2)
+        assert patch.stats() == {"toy_host:OBJECT.function": Counts(1, {})}
+    assert host.OBJECT.function is host.method
+    host.OBJECT.function = fast_double  # of another module: somebody has replaced it before
+    with pytest.raises(ValueError, match=r"OBJECT\.function is .*fast_double already"):
+        nf.patch("toy")

@@ -59,6 +59,16 @@ def merge(
     return call
 
 
+def sparsify(shape: tuple[int, int]) -> Callable[[], Tensor]:
+    """A call of the trimming of one task vector, looked up in each."""
+    from mergekit import sparsify as module
+
+    n, g = shape[0] * shape[1], torch.Generator().manual_seed(0)
+    tensor = ((torch.randperm(n, generator=g) - n // 2 + 0.25) / n).view(shape)
+    kind = module.SparsificationMethod.magnitude
+    return lambda: module.sparsify(tensor, density=0.2, method=kind)
+
+
 def share(result: Tensor, expected: list[Tensor]) -> None:
     """AssertionError unless DARE kept about as much, on about the same scale."""
     for statistic in (lambda x: (x != 0).double().mean(), lambda x: x.abs().double().mean()):
@@ -84,6 +94,8 @@ def cases() -> Iterator[Case]:
             make = functools.partial(merge, name, parameters, experts, shape)
             label = size if size == dropins.TOY else f"{name}, {size}"
             yield Case(seam, label, "mergekit", make, _CHECKS.get(name), terms=3)
+        make = functools.partial(sparsify, shape)
+        yield Case("mergekit.sparsify:sparsify", size, "mergekit", make)
 
 
 CASES = [*cases()]

@@ -25,9 +25,9 @@ _LEAST = 1e-7  # sums of magnitudes below it are not made up for
 
 def dare(settings: Mapping[str, Any], tensors: Sequence[Tensor], elected: bool) -> Tensor:
     """The merge of N experts and their base, the last of the tensors."""
-    *experts, base = (tensor.view(-1) for tensor in tensors)
+    *experts, base = (tensor.reshape(-1) for tensor in tensors)
     kept, scales = _kept(settings, experts, base)
-    out, weights = torch.empty_like(tensors[0]), kept.new_tensor(settings["weight"])
+    out, weights = base.new_empty(tensors[0].shape), kept.new_tensor(settings["weight"])
     how: dict[str, Any] = {"lam": settings["lambda"], "scales": scales}
     how["elect"] = "weighted_sum" if elected else "none"
     how["divide"] = "weights" if settings["normalize"] else "none"

@@ -25,8 +25,8 @@ def steps(elements: int) -> Iterator[slice]:
 
 
 def tiles(tensors: Sequence[Tensor], elements: int = _STEP) -> Iterator[Tile]:
-    """Contiguous tensors of one shape, as rows of tiles; each tile lies where the last one did."""
-    flat = [tensor.view(-1) for tensor in tensors]
+    """Tensors of one shape, as rows of tiles; each tile lies where the last one did."""
+    flat = [tensor.reshape(-1) for tensor in tensors]
     length = len(flat[0])
     memory = flat[0].new_empty(len(flat), min(elements, length))
     for start in range(0, length, elements):
@@ -54,7 +54,7 @@ def merged(method: Method, task: Task, tensors: Sequence[Tensor]) -> Tensor:
 
     output = Output(task.name, task.dtype, task.shape)
     (apply,) = applied(method, [Planned(task, (), task.dtype, output)], measure)
-    out = torch.empty_like(tensors[0])
+    out = tensors[0].new_empty(tensors[0].shape)
     for tile in read or tiles(tensors):
         apply(tile, out.view(-1)[tile.start : tile.start + tile.rows.shape[1]])
     return out

@@ -58,7 +58,7 @@ def merge_group_exact(self: Any, group: Any, /, **parameters: Any) -> Tensor:
         raise Unsupported("rescaling, by sums in torch's order")
     if len(group.non_base) > _IN_ORDER:
         raise Unsupported(f"more than {_IN_ORDER} experts, added up in torch's order")
-    check_alike(group.tensors)
+    check_alike(group.tensors, strided=True)
     if group.base.tensor.dtype != torch.float32:
         raise Unsupported("no fp32, so that mergekit rounds every step")
     for tensor in group.tensors:
@@ -90,7 +90,7 @@ def sparsify(
 
 def _merged(name: str, settings: Mapping[str, Any], tensors: list[Tensor]) -> Tensor:
     """The result of one of our methods; Unsupported for settings that it lacks."""
-    check_alike(tensors)
+    check_alike(tensors, strided=True)
     method, elements = METHODS[name], tensors[0].numel()
     settings = {key: settings[key] for key in method.parameters}
     if "density" in settings:
