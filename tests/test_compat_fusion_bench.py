@@ -272,6 +272,12 @@ def task_vectors(kind: str, count: int, dtype: torch.dtype) -> Tensor:
         rows = torch.randint(-1, 2, rows.shape).float()
     elif kind == "mostly negative":
         rows = torch.cat([-(2 * rows[:1]).round().abs(), (2 * rows[1:]).round()])
+    elif kind == "balanced":  # as many positive sums as negative ones, and as many zeros
+        rows = torch.zeros(count, 300)
+        rows[:1], rows[1:2] = (
+            torch.tensor([1.0, 1, -1]).repeat(100),
+            torch.tensor([-1.0, 1, -1]).repeat(100),
+        )
     elif kind == "zeros":
         rows = torch.zeros_like(rows)
     elif kind == "not finite":
@@ -281,7 +287,7 @@ def task_vectors(kind: str, count: int, dtype: torch.dtype) -> Tensor:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    "kind", ["any", "ties", "cancelling", "mostly negative", "zeros", "not finite"]
+    "kind", ["any", "ties", "cancelling", "mostly negative", "balanced", "zeros", "not finite"]
 )
 def test_ties_to_the_bit(kind: str, dtype: torch.dtype) -> None:
     original, exact = pair(f"{TIES}:ties_merging", "exact")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...ops.merge_task_vectors import merge_task_vectors
 from .._seam import Seam, Unsupported
-from ._tensors import as_lists, check, check_mode, same_names
+from ._tensors import as_lists, check, check_finite, check_mode, same_names
 
 _TILE = 1 << 16  # columns whose temporaries stay in cache
 
@@ -39,31 +39,40 @@ def _emr(exact: bool) -> Callable[..., Any]:
             raise Unsupported("16-bit tensors, which the original rounds at every step")
         if lists.device is None or lists.device.type != "cpu":
             raise Unsupported("tensors that are not on the CPU")
+        buffers: dict[torch.dtype, Tensor] = {}
         unified, masks = {}, {}
         before, after = torch.zeros(len(task_vectors)), torch.zeros(len(task_vectors))
         for name, *tensors in zip(names, *lists.lists, strict=True):
-            whole, own = _elected(tensors)
-            unified[name], masks[name] = whole, own
+            whole, own = _elected(_rows(tensors, buffers))
+            magnitudes = whole.abs()
+            unified[name] = whole.view(tensors[0].shape)
+            masks[name] = [mask.view(tensors[0].shape) for mask in own]
             for i, (tensor, mask) in enumerate(zip(tensors, own, strict=True)):
                 before[i] += tensor.abs().mean()
-                after[i] += (whole * mask).abs_().mean()
+                after[i] += (magnitudes * mask).mean()
         return unified, masks, before / after
 
     return emr_merge
 
 
-def _elected(tensors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+def _rows(tensors: Sequence[Tensor], buffers: dict[torch.dtype, Tensor]) -> Tensor:
+    """(N, P), in memory that is used again for tensors that are no larger."""
+    first, count = tensors[0], len(tensors)
+    buffer = buffers.get(first.dtype)
+    if buffer is None or buffer.numel() < count * first.numel():
+        buffer = buffers[first.dtype] = first.new_empty(count * first.numel())
+    rows = buffer[: count * first.numel()].view(count, first.numel())
+    return torch.stack([tensor.flatten() for tensor in tensors], out=rows)
+
+
+def _elected(rows: Tensor) -> tuple[Tensor, list[Tensor]]:
     """The largest magnitudes with the sign of the sum, and who has that sign."""
-    rows = torch.stack([tensor.flatten() for tensor in tensors])
     ones = torch.ones(len(rows), device=rows.device)
     whole = merge_task_vectors(rows, ones, elect="sum", zero_sign=-1, combine="max")
-    if not whole.sum().isfinite() and not whole.isfinite().all():
-        raise Unsupported("values that are not finite")
-    whole.masked_fill_(whole == 0, -0.0)  # zeros are negative to the original
-    positive, negative = whole > 0, whole < 0
-    masks = [((row > 0) & positive) | ((row < 0) & negative) for row in rows]
-    shape = tensors[0].shape
-    return whole.view(shape), [mask.view(shape) for mask in masks]
+    check_finite(whole)
+    whole.neg_().add_(0.0).neg_()  # zeros are negative to the original
+    signs = whole.sign()
+    return whole, [row * signs > 0 for row in rows]
 
 
 # -- TALL -----------------------------------------------------------------------------------------
@@ -103,8 +112,7 @@ def random_drop_(param: Tensor, sparsity_level: float, rescale: bool) -> None:
     check([param.data] if isinstance(param, Tensor) else [param])
     if not isinstance(sparsity_level, (int, float)) or not 0 <= sparsity_level < 1:
         raise Unsupported("a share to drop that is not in [0, 1)")
-    if not param.data.isfinite().all():
-        raise Unsupported("values that are not finite")
+    check_finite(param.data)
     keep = 1 - sparsity_level
     one = torch.ones(1, device=param.device, dtype=torch.float64)
     param.data = merge_task_vectors(

@@ -73,6 +73,13 @@ def check_wide(tensors: Iterable[Tensor]) -> None:
         raise Unsupported("16-bit tensors, which the original rounds at every step")
 
 
+def check_finite(tensor: Tensor) -> None:
+    """Unsupported for NaN and infinities."""
+    # A sum is one read of memory; it may overflow where all are finite.
+    if not tensor.sum().isfinite() and not tensor.isfinite().all():
+        raise Unsupported("values that are not finite")
+
+
 def same_names(named: Sequence[Mapping[str, Any]]) -> list[str]:
     """The names of N dictionaries of tensors; Unsupported unless all have the same ones."""
     if not named or any(type(each).__getitem__ is not dict.__getitem__ for each in named):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ...ops.magnitude_select import magnitude_select
 from ...ops.merge_task_vectors import merge_task_vectors
 from .._seam import Seam, Unsupported
-from ._tensors import check, check_mode, check_wide, same_names
+from ._tensors import check, check_finite, check_mode, check_wide, same_names
 
 _IN_ORDER = 16  # rows of which PyTorch makes one sum, not a sum of sums
 _DIVIDE = {"sum": "none", "mean": "count", "max": "none"}
@@ -61,10 +61,9 @@ def _merged(rows: Tensor, lower: Tensor, how: str) -> Tensor:
         combine="max" if how == "max" else "sum",
         out_dtype=torch.promote_types(rows.dtype, torch.float32) if how == "mean" else None,
     )  # fmt: skip
-    if not merged.sum().isfinite() and not merged.isfinite().all():
-        raise Unsupported("values that are not finite")  # which the original ranks otherwise
+    check_finite(merged)  # what is not is ranked otherwise by the original
     if how == "max" and majority < 0:
-        merged.masked_fill_(merged == 0, -0.0)
+        merged.neg_().add_(0.0).neg_()  # a zero becomes a negative one
     return merged
 
 
