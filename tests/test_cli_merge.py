@@ -139,7 +139,8 @@ def test_what_is_computed_of_elements_or_blocks_takes_no_memory(
     text = f"merge_method: {method}\nbase_model: {tmp_path}/base\nmodels:\n{models}"
     text += "parameters: {select_topk: 0.5}\n" if method == "sce" else ""
     least = million * (2 * (count + 1) + 2)  # MiB of its rows and the result
-    assert least <= peak(tmp_path, text, "512M") <= least + 64
+    # Beside it what a merge takes for itself, and pages of 2 MiB at the end of every row.
+    assert least * 3 // 4 <= peak(tmp_path, text, "512M") <= least + 64 + 2 * (count + 2)
 
 
 def test_a_dry_run_warns_as_the_merge_does(models: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import neulig_fast
+from neulig_fast.methods import METHODS
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 # One runs in a test of its own, one is what a command prints about a file that it wrote.
@@ -21,6 +22,16 @@ def examples(page):
 PAGES = [page for page in sorted(DOCS.rglob("*.md")) if page not in ELSEWHERE and examples(page)]
 
 
+@pytest.fixture
+def own_methods():
+    """Methods that an example adds end with it."""
+    before = dict(METHODS)
+    yield
+    METHODS.clear()
+    METHODS.update(before)
+
+
+@pytest.mark.usefixtures("own_methods")
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_examples_run_as_printed(page):
     for example in examples(page):

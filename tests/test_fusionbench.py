@@ -5,11 +5,11 @@ They are kept in data/fusionbench (tools/fusionbench_golden.py).
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
 import subprocess
 import sys
+from importlib.metadata import packages_distributions
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,9 @@ def test_the_same_recipe_gives_the_same_model(models: Path, tmp_path: Path, name
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not importlib.util.find_spec("fusion_bench"), reason="no fusion_bench")
+@pytest.mark.skipif(
+    "fusion_bench" not in packages_distributions(), reason="FusionBench is not installed"
+)
 def test_the_kept_results_are_fusionbenchs(tmp_path: Path) -> None:
     command = [sys.executable, ROOT / "tools/fusionbench_golden.py", tmp_path]
     done = subprocess.run(

@@ -14,7 +14,8 @@ import torch
 
 from ..methods import BLOCK, Method, Statistic, Tile
 from . import dtypes, sizes
-from .pipeline import Job, answer, merged_alone
+from .answers import answer
+from .pipeline import Job, merged_alone
 from .plan import Plan
 from .read import Reader
 from .resources import OVERHEAD, Resources

@@ -6,8 +6,11 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
+
 from ..methods import Statistic
-from .pipeline import Job, Pipeline, Worker, added
+from .answers import add
+from .pipeline import Job, Pipeline, Worker
 from .ranks import Ranks
 
 _WHOLE_NUMBERS = -1  # where sums lie that are the same in any order
@@ -39,11 +42,10 @@ class Survey:
 
         def act(worker: Worker, job: Job) -> None:
             name, place = job[0].output.name, self._places[job[0].output.name]
-            for statistic, values, parts in zip(
-                statistics, worker.measure(job[0], place, statistics), found, strict=True
-            ):
-                with lock:
-                    _keep(parts, self._numbers[name], statistic, values)
+            values = worker.measure(job[0], place, statistics)
+            with lock:
+                for value, parts in zip(values, found, strict=True):
+                    _keep(parts, self._numbers[name], value)
             if any(statistic.starts is None for statistic in statistics):
                 self._pipeline.advance(job[0].bytes)
 
@@ -60,16 +62,12 @@ class Survey:
         ]
 
 
-def _keep(parts: dict[int, Any], number: int, statistic: Statistic, values: list[Any]) -> None:
+def _keep(parts: dict[int, Any], number: int, value: Any) -> None:
     """What a tensor has to tell: whole numbers are added up at once, and take no memory."""
-    if statistic.over == "tiles":
-        parts[number] = values
-        return
-    total = added(values)
-    if total is not None and not total.is_floating_point():
+    if isinstance(value, Tensor) and not value.is_floating_point():
         number = _WHOLE_NUMBERS
-        total = total + parts[number] if number in parts else total
-    parts[number] = total
+        value = value + parts[number] if number in parts else value
+    parts[number] = value
 
 
 def _answer(statistic: Statistic, ranks: Sequence[Mapping[int, Any]]) -> Any:
@@ -78,4 +76,4 @@ def _answer(statistic: Statistic, ranks: Sequence[Mapping[int, Any]]) -> Any:
     ordered = [value for _, value in sorted(pairs, key=lambda pair: pair[0])]
     if statistic.over == "tiles":
         return [value for values in ordered for value in values]
-    return added([value[None] for value in ordered])
+    return add(None, ordered)

@@ -32,7 +32,7 @@ tensor's name, the expert's number and the element's index, on nothing else.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from ._kept import Kept, drawn, everything, largest_elements, tensors, without_outliers
@@ -106,9 +106,17 @@ def dropping(normalize: bool, rescale: bool, **more: Parameter) -> dict[str, Par
     return parameters(normalize, density=density, rescale=Parameter(rescale, kind=bool), **more)
 
 
+def _majority_of_another(task: Task) -> Iterator[str]:
+    majority = task.value("majority_sign_method")
+    if task.parity != "peft" and majority != "total":
+        yield (
+            f"majority_sign_method: {majority} is peft's: it needs parity: peft below neulig_fast, "
+            f"got {task.parity}"
+        )
+
+
 _MERGE_FUNC = Parameter("sum", kind=str, words=("sum", "mean", "max"))
 _MAJORITY = {"majority_sign_method": Parameter("total", kind=str, words=tuple(_MAJORITIES))}
-_MAJORITY_OF = {"majority_sign_method": ("peft",)}
 _GAMMA = Parameter(0.01, each=True, low=0, high=1)
 
 METHODS = (
@@ -133,10 +141,10 @@ METHODS = (
         apply=merged(elected=True),
         base="needed",
         parities=(*_PARITIES, "fusionbench"),
+        faults=_majority_of_another,
         only={
             "merge_func": ("fusionbench",),
             **dict.fromkeys(("normalize", "rescale"), _PARITIES),
-            **_MAJORITY_OF,
         },
     ),
     Method(
@@ -155,10 +163,10 @@ METHODS = (
         source="Yu et al., ICML 2024; Yadav et al., NeurIPS 2023",
         parameters=dropping(normalize=False, rescale=True, **_MAJORITY),
         measure=drawn,
-        only=_MAJORITY_OF,
         apply=merged(elected=True),
         base="needed",
         parities=_PARITIES,
+        faults=_majority_of_another,
     ),
     Method(
         name="breadcrumbs",
