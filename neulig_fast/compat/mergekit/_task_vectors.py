@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...methods import METHODS, Task
 from .._seam import Unsupported
-from .._tensors import check_alike
+from .._tensors import check_alike, check_finite
 from . import _sparsify
 from ._dare import dare
 from ._rows import merged, word
@@ -61,10 +61,7 @@ def merge_group_exact(self: Any, group: Any, /, **parameters: Any) -> Tensor:
     check_alike(group.tensors, strided=True)
     if group.base.tensor.dtype != torch.float32:
         raise Unsupported("no fp32, so that mergekit rounds every step")
-    for tensor in group.tensors:
-        low, high = tensor.aminmax()
-        if not -_FAR < low <= high < _FAR:
-            raise Unsupported("values that are not finite")
+    check_finite(*group.tensors, below=_FAR)
     return merge_group(self, group, **parameters)
 
 
