@@ -89,10 +89,15 @@ def _merged(name: str, settings: Mapping[str, Any], tensors: list[Tensor]) -> Te
     """The result of one of our methods; Unsupported for settings that it lacks."""
     check_alike(tensors, strided=True)
     method, elements = METHODS[name], tensors[0].numel()
-    settings = {key: settings[key] for key in method.parameters}
+    known = {
+        key: parameter
+        for key, parameter in method.parameters.items()
+        if "mergekit" in method.only.get(key, ("mergekit",))
+    }
+    settings = {key: settings[key] for key in known}
     if "density" in settings:
         settings["density"] = [min(density, 1.0) for density in settings["density"]]
-    for key, parameter in method.parameters.items():
+    for key, parameter in known.items():
         for value in settings[key] if parameter.each else [settings[key]]:
             if any(parameter.faults(value)):
                 raise Unsupported(f"settings out of bounds: {key}")
