@@ -25,7 +25,6 @@ import contextlib
 import dataclasses
 import functools
 import gc
-import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -237,7 +236,7 @@ def run(
     rows: list[Row] = []
     with selecting(selection):
         for case in cases:
-            case = _narrowed(case, selection)
+            case = selection.narrowed(case)
             if case is not None:
                 new = _shown(case, selection.quick)
                 keep(new)
@@ -246,17 +245,6 @@ def run(
             gc.collect()
             return_freed_memory()  # holes of one case rarely fit the next one's tensors
     return rows
-
-
-def _narrowed(case: Case, selection: Selection) -> Case | None:
-    """The case with the wanted providers only; None when it is not wanted at all."""
-    if not selection.wants(case.shape, case.dtype, case.threads, **case.numbers):
-        return None
-    asked = [p for p in case.providers if p.side != "ceiling" and selection.names_provider(p.name)]
-    if not asked and any(p.side != "ceiling" for p in case.providers):
-        return None
-    chosen = [p for p in case.providers if p.side == "ceiling" or p in asked]
-    return dataclasses.replace(case, providers=chosen)
 
 
 def _shown(case: Case, quick: bool) -> list[Row]:
@@ -268,18 +256,6 @@ def _shown(case: Case, quick: bool) -> list[Row]:
     for sentence in report.refusals(rows):
         console.print(f"[yellow]{escape(sentence)}")
     return rows
-
-
-def start_over_with_warm_malloc() -> None:
-    """malloc reads its settings before main(), so the program starts over with them."""
-    if os.environ.get("GLIBC_TUNABLES") != machine.WARM_MALLOC:
-        os.environ["GLIBC_TUNABLES"] = machine.WARM_MALLOC
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
-
-
-def devices(asked: str | None) -> list[str]:
-    """``[asked]``, or all there are."""
-    return [asked] if asked else ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
 
 def main(
@@ -298,9 +274,9 @@ def main(
     parser.add_argument("--out", type=Path, help="CSV (default: results/<device>/<op>.csv)")
     options = parser.parse_args()
     own = {k: v for k, v in vars(options).items() if k not in ("quick", "device", "out")}
-    start_over_with_warm_malloc()
+    machine.start_over_with_warm_malloc()
     files: dict[Path, list[Row]] = {}
-    for device in devices(options.device):
+    for device in machine.devices(options.device):
         path = options.out or RESULTS / machine.slug(device) / f"{name}.csv"
         rows = files.setdefault(path, [])
         keep = rows.extend

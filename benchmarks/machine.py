@@ -9,6 +9,7 @@ import os
 import platform
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -19,6 +20,18 @@ ROOT = Path(__file__).resolve().parents[1]
 WARM_MALLOC = (
     "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=68719476736:glibc.malloc.hugetlb=1"
 )
+
+
+def start_over_with_warm_malloc() -> None:
+    """malloc reads its settings before main(), so the program starts over with them."""
+    if os.environ.get("GLIBC_TUNABLES") != WARM_MALLOC:
+        os.environ["GLIBC_TUNABLES"] = WARM_MALLOC
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def devices(asked: str | None) -> list[str]:
+    """``[asked]``, or all there are."""
+    return [asked] if asked else ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
 
 def cores() -> int:

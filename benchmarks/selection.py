@@ -5,11 +5,15 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 
 from . import machine
 from .shapes import SHAPES
+
+if TYPE_CHECKING:
+    from .harness import Case
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +49,16 @@ class Selection:
     def names_provider(self, name: str) -> bool:
         """Whether a provider of this name is measured."""
         return self.providers is None or any(p.lower() in name.lower() for p in self.providers)
+
+    def narrowed(self, case: Case) -> Case | None:
+        """The case with the wanted providers only; None when it is not wanted at all."""
+        if not self.wants(case.shape, case.dtype, case.threads, **case.numbers):
+            return None
+        asked = [p for p in case.providers if p.side != "ceiling" and self.names_provider(p.name)]
+        if not asked and any(p.side != "ceiling" for p in case.providers):
+            return None
+        chosen = [p for p in case.providers if p.side == "ceiling" or p in asked]
+        return dataclasses.replace(case, providers=chosen)
 
 
 _current = Selection()

@@ -206,10 +206,10 @@ def test_what_the_originals_get_and_why(monkeypatch):
     assert dict(passed) == {
         "a density that is not between 0 and 1": 2,
         "an unknown way to elect a sign": 1,
-        "tensors of different shapes, types or devices": 1,
+        "tensors of several shapes": 1,
         "weights that are not one number per tensor": 1,
-        "a gradient is asked for": 1,
-        "tensors without memory of their own": 1,
+        "a gradient": 1,
+        "tensors without memory, or on an unknown device": 1,
     }
 
 

@@ -54,14 +54,14 @@ def bench(
     """
     with reported():
         _check_files(json, plot)
-        from ..benchmarks import harness, session
+        from ..benchmarks import machine, session
 
-        where = device or harness.devices(None)[-1]
+        where = device or machine.devices(None)[-1]
         chosen = session.chosen_ops(ops or [])
         words = {"shapes": shapes, "dtypes": dtype, "providers": providers}
         lists = {name: _words(text) for name, text in words.items()}
         selection = session.choose(chosen, where, **lists, quick=quick, full=full)
-        harness.start_over_with_warm_malloc()
+        machine.start_over_with_warm_malloc()
         rows, interrupted = session.measure(chosen, where, selection)
         session.write(rows, json, plot)
         if interrupted:

@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import FLOAT_DTYPES
-from .._list_checks import has_memory
 from ._seam import Unsupported
+from ._tensors import check_finite, check_plain
 
 
 def svd_adapter(
@@ -29,8 +28,6 @@ def svd_adapter(
         raise Unsupported(f"combination_type {combination_type}: its sum has no factors")
     if clamp is not None:
         raise Unsupported("svd_clamp, which depends on the signs of singular vectors")
-    if torch.compiler.is_compiling():
-        raise Unsupported("torch.compile")
     given = [(a, w) for a, w in zip(adapters, weights, strict=True) if _has(target, a)]
     if not given:
         raise Unsupported("no adapter of this layer")
@@ -80,15 +77,7 @@ def _factors(target: Any, adapters: list[str]) -> list[tuple[Tensor, Tensor]]:
         else:
             raise Unsupported(f"a layer of type {type(target).__name__}")
         found.append((a.detach(), b.detach()))
-    _take([tensor for pair in found for tensor in pair])
+    tensors = [tensor for pair in found for tensor in pair]
+    check_plain(*tensors, strided=True)
+    check_finite(*tensors)
     return found
-
-
-def _take(tensors: list[Tensor]) -> None:
-    for tensor in tensors:
-        if tensor.dtype not in FLOAT_DTYPES or tensor.layout is not torch.strided:
-            raise Unsupported(f"adapters of {tensor.dtype}, {tensor.layout}")
-        if not bool(tensor.isfinite().all()):
-            raise Unsupported("values that are not finite")
-    if not has_memory(tensors):
-        raise Unsupported("tensors without memory of their own")

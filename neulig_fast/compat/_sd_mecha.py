@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..ops import magnitude_select, merge_task_vectors
 from ._seam import Host, Seam, Unsupported
-from ._tensors import check_alike
+from ._tensors import check_alike, check_finite
 
 _IN_ORDER = 4  # sums of so many terms torch forms from the first to the last
 _FAR = 1e37  # from the largest finite number
@@ -21,10 +21,7 @@ def ties_sum(*models: Tensor, k: float = 1.0, vote_sgn: bool = False) -> Tensor:
     are elected by sums, else by counts; a tie is 0. The result is fp32 at least.
     """
     check_alike(models)
-    for model in models:
-        low, high = model.aminmax()
-        if not -_FAR < low <= high < _FAR:
-            raise Unsupported("values that are not finite")
+    check_finite(*models, below=_FAR)
     rows = torch.stack([model.view(-1) for model in models])
     merged = merge_task_vectors(
         rows,
@@ -42,7 +39,8 @@ def ties_sum_exact(*models: Tensor, k: float = 1.0, vote_sgn: bool = False) -> T
     """The same where it is sd-mecha's arithmetic: sums in order, in fp32."""
     if len(models) > _IN_ORDER:
         raise Unsupported(f"more than {_IN_ORDER} models, added up in torch's order")
-    if any(model.dtype == torch.float64 for model in models):
+    check_alike(models)
+    if models[0].dtype == torch.float64:
         raise Unsupported("fp64, which sd-mecha ranks in fp32")
     return ties_sum(*models, k=k, vote_sgn=vote_sgn)
 
@@ -50,9 +48,9 @@ def ties_sum_exact(*models: Tensor, k: float = 1.0, vote_sgn: bool = False) -> T
 def filter_top_k(a: Tensor, k: float) -> Tensor:
     """``ties.filter_top_k``: 0 below the k n-th largest magnitude."""
     check_alike([a])
-    low, high = a.aminmax()
-    if not -_FAR < low <= high < _FAR or a.dtype == torch.float64:
-        raise Unsupported("values that are not finite, or fp64, which is ranked in fp32")
+    if a.dtype == torch.float64:
+        raise Unsupported("fp64, which sd-mecha ranks in fp32")
+    check_finite(a, below=_FAR)
     threshold = _thresholds(a.view(1, -1), k)
     return a * (a.abs() >= threshold).float()
 

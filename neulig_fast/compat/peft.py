@@ -10,10 +10,11 @@ from packaging.specifiers import SpecifierSet
 from torch import Tensor
 
 from .. import _checks
-from .._list_checks import has_memory
+from .._autograd import has_tangent
 from ..ops import blend_lists, magnitude_select, merge_task_vectors
 from ._peft_svd import svd_adapter
 from ._seam import Host, Seam, Unsupported
+from ._tensors import check_alike, check_finite
 
 _ELECTIONS = {"total": "sum", "frequency": "count"}
 # The host adds up to so many tensors one after the other, more of them by fours in some columns.
@@ -26,35 +27,17 @@ SMALL = 1 << 20
 # -- what is taken ---------------------------------------------------------------------------------
 
 
-def _take(tensors: Sequence[Tensor]) -> None:
-    """Unsupported for what the fused ops do not take."""
-    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
-        raise Unsupported("torch.compile or torch.func")
-    first = tensors[0]
-    for tensor in tensors:
-        if not isinstance(tensor, Tensor) or tensor.layout is not torch.strided:
-            raise Unsupported("a tensor that is not dense")
-        if tensor.dtype not in _checks.FLOAT_DTYPES:
-            raise Unsupported(f"tensors of {tensor.dtype}")
-        if (tensor.shape, tensor.dtype, tensor.device) != (first.shape, first.dtype, first.device):
-            raise Unsupported("tensors of different shapes, types or devices")
-        if tensor.requires_grad and torch.is_grad_enabled():
-            raise Unsupported("a gradient is asked for")
-        if tensor.is_neg():
-            raise Unsupported("a negated view")
-    if not has_memory(tensors):
-        raise Unsupported("tensors without memory of their own")
-
-
 def _take_list(tensors: Any, weights: Any) -> torch.dtype:
-    """Unsupported likewise; the type of the host's result."""
+    """Unsupported for what the fused ops do not take; else the type of the host's result."""
     if not isinstance(tensors, (list, tuple)) or not tensors:
         raise Unsupported("no list of tensors")
-    _take(tensors)
+    check_alike(tensors, strided=True)
     if not isinstance(weights, Tensor) or weights.shape != (len(tensors),):
         raise Unsupported("weights that are not one number per tensor")
-    if weights.device != tensors[0].device or (weights.requires_grad and torch.is_grad_enabled()):
-        raise Unsupported("weights of another device, or with a gradient")
+    if weights.device != tensors[0].device or weights.dtype.is_complex:
+        raise Unsupported("weights of another device, or complex ones")
+    if has_tangent(weights) or (weights.requires_grad and torch.is_grad_enabled()):
+        raise Unsupported("a gradient to the weights")
     dtype = torch.promote_types(tensors[0].dtype, weights.dtype)
     if dtype not in (tensors[0].dtype, torch.float32):
         raise Unsupported(f"{weights.dtype} weights of {tensors[0].dtype} tensors")
@@ -83,12 +66,7 @@ def _take_exactly(tensors: Sequence[Tensor], dtype: torch.dtype) -> None:
         raise Unsupported(f"more than {_IN_ORDER} tensors, which torch sums in another order")
     if dtype.itemsize == 2:
         raise Unsupported(f"arithmetic in {dtype}")
-    if not all(_is_finite(tensor) for tensor in tensors):
-        raise Unsupported("values that are not finite")
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    return not tensor.numel() or all(bool(end.isfinite()) for end in torch.aminmax(tensor))
+    check_finite(*tensors)
 
 
 # -- the merges ------------------------------------------------------------------------------------
@@ -201,7 +179,7 @@ def dare_ties(
 
 def _magnitude_based_pruning(exactly: bool) -> Callable[..., Tensor]:
     def magnitude_based_pruning(tensor: Tensor, density: float) -> Tensor:
-        _take([tensor])
+        check_alike([tensor], strided=True)
         _take_density(density)
         if exactly:
             _take_exactly([tensor], torch.float32)  # there is no arithmetic
@@ -216,7 +194,7 @@ def _magnitude_based_pruning(exactly: bool) -> Callable[..., Tensor]:
 
 def random_pruning(tensor: Tensor, density: float, rescale: bool) -> Tensor:
     """With a random mask of our own."""
-    _take([tensor])
+    check_alike([tensor], strided=True)
     _take_density(density, random=True)
     rows = _rows([tensor])
     draws = _draws(density, rows)

@@ -19,8 +19,8 @@ from torch.overrides import TorchFunctionMode
 from ...merged_linear import MergedLinear
 from ...ops.blend_lists import blend_lists
 from .._seam import Seam, Unsupported
+from .._tensors import check_plain
 from ._merged_models import updated, with_task_vectors, without_gradient
-from ._tensors import check, check_mode
 
 _CLASSES = (
     "fusion_bench.models.we_moe:WeightEnsemblingMoE",
@@ -49,8 +49,7 @@ def seams() -> list[Seam]:
 
 def _merging(merge: Callable[..., Any]) -> Callable[..., Any]:
     def merge_weights(self: Any, expert_weights: Any) -> dict[str, Tensor]:
-        check([expert_weights], grad=True)
-        check_mode(expert_weights)
+        check_plain(expert_weights, grad=True)
         state, names, lists = with_task_vectors(self.base_model, self.task_vectors)
         if expert_weights.shape != (lists.num_experts - 1,):
             raise Unsupported("weights of another shape than (experts,)")
@@ -65,8 +64,7 @@ def forward(self: Any, hidden_states: Tensor) -> Tensor:
     """The module's forward pass, all samples in one."""
     if self.gate.num_hidden_layers == 0 or self.batch_reduce:
         raise Unsupported("one merge for all samples, which merge_weights makes")
-    check([hidden_states], grad=True)
-    check_mode(hidden_states)
+    check_plain(hidden_states, grad=True)
     if hidden_states.ndim != 3 or 0 in hidden_states.shape:
         raise Unsupported("hidden states that are not (B, T, D), or empty")
     if torch.is_autocast_enabled(hidden_states.device.type):
@@ -106,7 +104,7 @@ class _Mixture(TorchFunctionMode):
         except AttributeError:
             raise Unsupported("task vectors of another structure than the base") from None
         tensors = [t for alike in layers for layer in alike for t in layer.parameters()]
-        check(tensors)
+        check_plain(*tensors)
         if not tensors or {(t.dtype, t.device) for t in tensors} != {(x.dtype, x.device)}:
             raise Unsupported("tensors of several dtypes, or on several devices")
         try:

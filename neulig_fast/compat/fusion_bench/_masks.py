@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ...ops.merge_task_vectors import merge_task_vectors
 from .._seam import Seam, Unsupported
-from ._tensors import as_lists, check, check_finite, check_mode, same_names
+from .._tensors import check_finite, check_plain
+from ._tensors import as_lists, check_wide, same_names
 
 _TILE = 1 << 16  # columns whose temporaries stay in cache
 
@@ -32,11 +33,10 @@ def _emr(exact: bool) -> Callable[..., Any]:
     def emr_merge(
         task_vectors: Sequence[Mapping[str, Tensor]],
     ) -> tuple[dict[str, Tensor], dict[str, list[Tensor]], Tensor]:
-        check_mode()
         names = same_names(task_vectors)
         lists = as_lists([[vector[name] for name in names] for vector in task_vectors])
-        if exact and any(dtype.itemsize < 4 for dtype in lists.dtypes):
-            raise Unsupported("16-bit tensors, which the original rounds at every step")
+        if exact:
+            check_wide(lists.flat)
         if lists.device is None or lists.device.type != "cpu":
             raise Unsupported("tensors that are not on the CPU")
         buffers: dict[torch.dtype, Tensor] = {}
@@ -86,13 +86,14 @@ def tall_masks(
     tall_mask_lambda: float = 1.0,
 ) -> Tensor:
     """(N, P): where a model is further from the base than, lambda times, from the merged one."""
-    check_mode()
-    check([flat_ft, flat_ptm] if tv is None else [flat_ft, flat_ptm, tv])
+    if tv is None:
+        raise Unsupported("no merged task vector")
+    check_plain(flat_ft, flat_ptm, tv)
     if flat_ft.ndim != 2 or len(flat_ft) < 2 or flat_ft.shape[1] < 2:
         raise Unsupported("models that are not (N, P) with more than one of each")
     width = flat_ft.shape[1:]
-    if tv is None or flat_ptm.shape != width or tv.shape != width:
-        raise Unsupported("no merged task vector, or of another shape than the models")
+    if flat_ptm.shape != width or tv.shape != width:
+        raise Unsupported("vectors of another shape than the models'")
     mask = torch.empty(flat_ft.shape, dtype=torch.bool, device=flat_ft.device)
     for a in range(0, mask.shape[1], _TILE):
         base, models = flat_ptm[a : a + _TILE], flat_ft[:, a : a + _TILE]
@@ -108,8 +109,7 @@ def tall_masks(
 
 def random_drop_(param: Tensor, sparsity_level: float, rescale: bool) -> None:
     """Elements dropped by draws of their own, with a seed from PyTorch's generator."""
-    check_mode()
-    check([param.data] if isinstance(param, Tensor) else [param])
+    check_plain(param.data if isinstance(param, Tensor) else param)
     if not isinstance(sparsity_level, (int, float)) or not 0 <= sparsity_level < 1:
         raise Unsupported("a share to drop that is not in [0, 1)")
     check_finite(param.data)

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from ...ops.blend_lists import blend_lists
 from ...tensor_lists import TensorLists
 from .._seam import Seam, Unsupported
-from ._tensors import as_lists, check, check_mode, check_wide
+from .._tensors import check_plain
+from ._tensors import as_lists, check_wide
 
 Merge = Callable[[Tensor, TensorLists], Sequence[Tensor]]
 
@@ -72,8 +73,7 @@ def _task_wise(merge: Merge) -> Callable[..., Any]:
 def _check(model: Any, mask: Any) -> None:
     if mask is not None:
         raise Unsupported("a task_vector_mask")
-    check_mode(model.merge_weight)
-    check([model.merge_weight], grad=True)
+    check_plain(model.merge_weight, grad=True)
 
 
 def with_task_vectors(

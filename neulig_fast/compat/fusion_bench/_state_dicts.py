@@ -16,7 +16,7 @@ from torch import Tensor
 from ...ops.blend_lists import blend_lists
 from ...tensor_lists import TensorLists
 from .._seam import Seam, Unsupported
-from ._tensors import as_lists, check_mode, check_wide, same_names
+from ._tensors import as_lists, check_wide, same_names
 
 _MODULE = "fusion_bench.utils.state_dict_arithmetic"
 _States = Sequence[Mapping[str, Tensor]]
@@ -98,7 +98,6 @@ def _blended(exact: bool, states: _States, weights: Sequence[float], name: str) 
 
 def _floats(states: _States) -> tuple[list[str], TensorLists]:
     """The names of tensors of floats, and the models' tensors."""
-    check_mode()
     names = same_names(states)
     floats = [k for k in names if isinstance(x := states[0][k], Tensor) and x.is_floating_point()]
     if not floats:

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from ...ops.magnitude_select import magnitude_select
 from ...ops.merge_task_vectors import merge_task_vectors
 from .._seam import Seam, Unsupported
-from ._tensors import check, check_finite, check_mode, check_wide, same_names
+from .._tensors import check_finite, check_plain
+from ._tensors import check_wide, same_names
 
 _IN_ORDER = 16  # rows of which PyTorch makes one sum, not a sum of sums
 _DIVIDE = {"sum": "none", "mean": "count", "max": "none"}
@@ -78,8 +79,7 @@ def topk_values_mask(M: Tensor, K: float = 0.7, return_mask: bool = False) -> tu
 
 
 def _check(rows: Tensor) -> None:
-    check_mode()
-    check([rows])
+    check_plain(rows)
     if rows.ndim != 2 or 0 in rows.shape or 1 in rows.shape[1:]:
         raise Unsupported("task vectors that are not (N, P) with P > 1, or empty")
 
@@ -112,8 +112,7 @@ def from_vector(vector: Tensor, state_dict: Any, remove_keys: Sequence[str] = ()
     """Views of ``vector`` in the shapes of a state dict, by name. The original makes them of a
     copy of the state dict."""
     names = _names(state_dict, remove_keys)
-    check_mode()
-    check([vector])
+    check_plain(vector)
     if vector.ndim != 1 or len({id(state_dict[name]) for name in names}) < len(names):
         raise Unsupported("a vector of another form, or tied parameters")
     if sum(state_dict[name].numel() for name in names) > vector.numel():
@@ -136,7 +135,6 @@ def _names(state_dict: Any, remove_keys: Sequence[str]) -> list[str]:
     same_names([state_dict])
     if remove_keys is None:
         raise Unsupported("no list of keys")
-    check_mode()
     names = sorted(state_dict.keys() - set(remove_keys))
-    check(state_dict[name] for name in names)
+    check_plain(*(state_dict[name] for name in names))
     return names

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .._seam import Seam, Unsupported
-from ._tensors import as_lists, check_mode, same_names
+from ._tensors import as_lists, same_names
 
 _RATE = 1e-5
 
@@ -34,7 +34,6 @@ def wudi_merging(
 ) -> dict[str, Tensor]:
     """The merged task vector: matrices by ``iter_num`` steps of Adam from the sum, the mean of
     others."""
-    check_mode()
     names = same_names(task_vectors)
     lists = as_lists([[vector[name] for name in names] for vector in task_vectors])
     if any(dtype.itemsize < 4 for dtype in lists.dtypes):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...ops import magnitude_select, merge_task_vectors
 from .._seam import Unsupported
-from .._tensors import check_alike
+from .._tensors import check_alike, check_finite
 from ._rows import word
 
 _LEAST = 1e-7  # sums of magnitudes below it are not made up for
@@ -38,9 +38,7 @@ def sparsify(
         raise Unsupported("settings out of bounds")
     if dropping == "della_magprune":
         return _della(tensor, density, epsilon, rescale)
-    low, high = tensor.aminmax()
-    if not -torch.inf < low <= high < torch.inf:
-        raise Unsupported("values that are not finite")
+    check_finite(tensor)
     wanted, n = int(density * tensor.numel()), tensor.numel()
     if dropping == "magnitude":
         masked = _between(tensor, 0, max(1, wanted))

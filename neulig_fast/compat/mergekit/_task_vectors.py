@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...methods import METHODS, Task
 from .._seam import Unsupported
-from .._tensors import check_alike
+from .._tensors import check_alike, check_finite
 from . import _sparsify
 from ._dare import dare
 from ._rows import merged, word
@@ -61,10 +61,7 @@ def merge_group_exact(self: Any, group: Any, /, **parameters: Any) -> Tensor:
     check_alike(group.tensors, strided=True)
     if group.base.tensor.dtype != torch.float32:
         raise Unsupported("no fp32, so that mergekit rounds every step")
-    for tensor in group.tensors:
-        low, high = tensor.aminmax()
-        if not -_FAR < low <= high < _FAR:
-            raise Unsupported("values that are not finite")
+    check_finite(*group.tensors, below=_FAR)
     return merge_group(self, group, **parameters)
 
 
@@ -92,10 +89,15 @@ def _merged(name: str, settings: Mapping[str, Any], tensors: list[Tensor]) -> Te
     """The result of one of our methods; Unsupported for settings that it lacks."""
     check_alike(tensors, strided=True)
     method, elements = METHODS[name], tensors[0].numel()
-    settings = {key: settings[key] for key in method.parameters}
+    known = {
+        key: parameter
+        for key, parameter in method.parameters.items()
+        if "mergekit" in method.only.get(key, ("mergekit",))
+    }
+    settings = {key: settings[key] for key in known}
     if "density" in settings:
         settings["density"] = [min(density, 1.0) for density in settings["density"]]
-    for key, parameter in method.parameters.items():
+    for key, parameter in known.items():
         for value in settings[key] if parameter.each else [settings[key]]:
             if any(parameter.faults(value)):
                 raise Unsupported(f"settings out of bounds: {key}")
