@@ -15,12 +15,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from typing import Any, TypeAlias
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ..methods import Method, Statistic, Tile
-from .measured import applied
+from .measured import added, answer, applied
 from .planned import Planned
 from .read import Reader
 from .resources import Resources
@@ -149,17 +148,15 @@ class Worker:
             writer.finish()
         self._pipeline.advance(job[0].bytes + sum(planned.bytes_out for planned in job))
 
-    def measure(
-        self, planned: Planned, place: int, statistics: Sequence[Statistic]
-    ) -> list[list[Any]]:
-        """For every statistic its values of the tensor's tiles.
+    def measure(self, planned: Planned, place: int, statistics: Sequence[Statistic]) -> list[Any]:
+        """Every statistic of the tensor.
 
         Args:
             place: of the tensor's first element in what is measured.
         """
         with torch.cuda.stream(self._stream):
             tiles = _Tiles(planned, self._workspace, self._pipeline, self._device, place)
-            return tiles.values(statistics)
+            return tiles.answers(statistics)
 
 
 class _Aside:
@@ -188,25 +185,6 @@ def merged_alone(method: Method, job: Job, rows: Tensor, out: Tensor) -> None:
     tile = Tile(rows, 0)
     for apply in applied(method, job, lambda statistic: answer(statistic, tile)):
         apply(tile, out)
-
-
-def answer(statistic: Statistic, tile: Tile) -> Any:
-    """A statistic of a tile that is all there is."""
-    value = statistic.of(tile)
-    if statistic.over == "blocks":
-        return added([value])
-    return [value] if statistic.over == "tiles" else value
-
-
-def added(tiles: Iterable[Tensor | Iterable[Tensor]]) -> Tensor | None:
-    """Over all blocks, in order: no other order has the same bits."""
-    total: Any = None
-    for blocks in tiles:
-        rows = blocks if isinstance(blocks, Tensor) else torch.stack(list(blocks))
-        if len(rows) > 0:
-            rows = rows.numpy() if total is None else np.append(total[None], rows, axis=0)
-            total = np.add.accumulate(rows, axis=0)[-1]
-    return None if total is None else torch.as_tensor(total)
 
 
 class _Tiles:
@@ -283,21 +261,23 @@ class _Tiles:
         if statistic.over == "whole":
             self._stays = self._fits >= self._elements
             return statistic.of(next(self._tiles(self._fits))) if self._stays else None
-        (values,) = self.values([statistic])
-        return values if statistic.over == "tiles" else added(values)
+        return self.answers([statistic])[0]
 
-    def values(self, statistics: Sequence[Statistic]) -> list[list[Any]]:
-        """Of every statistic those of all tiles, or of the tiles that it is of."""
+    def answers(self, statistics: Sequence[Statistic]) -> list[Any]:
+        """Every statistic of the tensor, or of the tiles that it is of, as its ``over`` says."""
         self._stays = self._fits >= self._elements
         if self._device.type != "cpu" or any(s.over == "tiles" for s in statistics):
             self._step = self._fits
-        found: list[list[Any]] = [[] for _ in statistics]
+        found: list[Any] = [[] if s.over == "tiles" else None for s in statistics]
         asked = [statistic.starts for statistic in statistics]
         every = None if None in asked else frozenset().union(*(s for s in asked if s is not None))
         for tile in self._tiles(self._step, every):
-            for statistic, values in zip(statistics, found, strict=True):
-                if statistic.starts is None or tile.start in statistic.starts:
-                    value = statistic.of(tile)
-                    lazy = statistic.over == "blocks" and not isinstance(value, Tensor)
-                    values.append(list(value) if lazy else value)  # while the tile is there
+            for k, statistic in enumerate(statistics):
+                if statistic.starts is not None and tile.start not in statistic.starts:
+                    continue
+                value = statistic.of(tile)
+                if statistic.over == "blocks":
+                    found[k] = added(found[k], value)
+                else:
+                    found[k].append(value)
         return found

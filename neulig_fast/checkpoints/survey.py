@@ -6,8 +6,11 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
+
 from ..methods import Statistic
-from .pipeline import Job, Pipeline, Worker, added
+from .measured import added
+from .pipeline import Job, Pipeline, Worker
 from .ranks import Ranks
 
 _WHOLE_NUMBERS = -1  # where sums lie that are the same in any order
@@ -39,11 +42,10 @@ class Survey:
 
         def act(worker: Worker, job: Job) -> None:
             name, place = job[0].output.name, self._places[job[0].output.name]
-            for statistic, values, parts in zip(
-                statistics, worker.measure(job[0], place, statistics), found, strict=True
-            ):
-                with lock:
-                    _keep(parts, self._numbers[name], statistic, values)
+            answers = worker.measure(job[0], place, statistics)
+            with lock:
+                for parts, answer in zip(found, answers, strict=True):
+                    _keep(parts, self._numbers[name], answer)
             if any(statistic.starts is None for statistic in statistics):
                 self._pipeline.advance(job[0].bytes)
 
@@ -60,16 +62,12 @@ class Survey:
         ]
 
 
-def _keep(parts: dict[int, Any], number: int, statistic: Statistic, values: list[Any]) -> None:
+def _keep(parts: dict[int, Any], number: int, answer: Any) -> None:
     """What a tensor has to tell: whole numbers are added up at once, and take no memory."""
-    if statistic.over == "tiles":
-        parts[number] = values
-        return
-    total = added(values)
-    if total is not None and not total.is_floating_point():
-        number = _WHOLE_NUMBERS
-        total = total + parts[number] if number in parts else total
-    parts[number] = total
+    if isinstance(answer, Tensor) and not answer.is_floating_point():
+        parts[_WHOLE_NUMBERS] = answer + parts.get(_WHOLE_NUMBERS, 0)
+    else:
+        parts[number] = answer
 
 
 def _answer(statistic: Statistic, ranks: Sequence[Mapping[int, Any]]) -> Any:
@@ -78,4 +76,7 @@ def _answer(statistic: Statistic, ranks: Sequence[Mapping[int, Any]]) -> Any:
     ordered = [value for _, value in sorted(pairs, key=lambda pair: pair[0])]
     if statistic.over == "tiles":
         return [value for values in ordered for value in values]
-    return added([value[None] for value in ordered])
+    total = None
+    for value in ordered:
+        total = added(total, value[None])
+    return total
