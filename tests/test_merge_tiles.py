@@ -103,6 +103,14 @@ def test_weights_of_fp64_models_are_fp64(tmp_path: Path) -> None:
     close(got, (weights * v).sum(0) / weights.sum(0), 1e-14)
 
 
+def test_elements_that_agree_are_left_out_beside_nan(tmp_path: Path) -> None:
+    """Of 3 that vary one is kept; NaN takes no rank from them, nor gives one to the last two."""
+    d = torch.tensor([[NAN] * 5 + [1.0, 2, 3, 2, 2], [NAN] * 5 + [2.0, 4, 6, 2, 2]])
+    write(tmp_path, *({"x": row} for row in d), {"x": torch.zeros(10)})
+    got = merged(tmp_path, recipe(tmp_path, "sce", [{}] * 2, select_topk=0.5))["x"]
+    assert got[:5].isnan().all() and got[5:].tolist() == [0, 0, 4.5, 0, 0]
+
+
 @pytest.mark.parametrize(
     ("sweep", "looks"),
     [({"density": [0.3], "lambda": [0.5, 1]}, 3), ({"density": [0.2, 0.5, 1.0]}, 6), ({"density": [1.0]}, 0)],
@@ -126,3 +134,13 @@ def test_reading_again_for_several_results_is_foreseen(
     monkeypatch.setattr(Reader, "read", counted)
     nf.merge(config, tmp_path / "out", threads=1)
     assert seen // (3 * n) == looks + 1
+
+
+def test_progress_ends_at_its_end_after_passes_that_were_not_foreseen(tmp_path: Path) -> None:
+    """In small models PCB's lower quantile is the smallest magnitude, which is looked for."""
+    write(tmp_path, *({"x": normal(50, seed=i)} for i in range(3)))
+    told: list[tuple[int, int]] = []
+    config = recipe(tmp_path, "pcb", [{}] * 2)
+    report = nf.merge(config, tmp_path / "out", progress=lambda *now: told.append(now))
+    assert report.bytes_in == 8 * 3 * 50 * 4  # 1 + 6 + 1
+    assert told[-1] == (report.bytes_in + report.bytes_out,) * 2

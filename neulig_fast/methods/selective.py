@@ -49,7 +49,7 @@ def _variances(tile: Tile) -> Iterator[tuple[Tensor, None]]:
 
 
 def _count_varied(tile: Tile) -> Iterator[Tensor]:
-    return ((variance != 0).sum().cpu() for _, _, variance in _blocks(tile))
+    return ((variance > 0).sum().cpu() for _, _, variance in _blocks(tile))
 
 
 def _squares(tile: Tile, threshold: float, cut: int) -> Iterator[Tensor]:
