@@ -140,6 +140,24 @@ def test_reads_of_tensors_beyond_memory_are_as_foreseen(
     assert min(experts) == expected >= max(experts) - 1
 
 
+@pytest.mark.parametrize("name", ["ties", "breadcrumbs"])
+@pytest.mark.parametrize("rescale", [False, True])
+def test_the_page_tells_how_often_thresholds_have_a_tensor_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, rescale: bool
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    page = (DOCS / "methods/task-vectors.md").read_text()
+    told = re.search(rf"^\|.*`{name}`.* \| (\d+) \(fp64: (\d+)\), and 1 more", page, re.MULTILINE)
+    assert told is not None
+    for dtype, count in zip((torch.float32, torch.float64), told.groups(), strict=True):
+        for key in ("b", "m0"):
+            save_file({"x": torch.randn(99, dtype=dtype)}, f"{key}.safetensors")
+        config = {"merge_method": name, "models": [{"model": "m0.safetensors"}]}
+        config |= {"base_model": "b.safetensors"}
+        config["parameters"] = {"weight": 1.0, "density": 0.5, "gamma": 0.1, "rescale": rescale}
+        assert 1 + passes([one.plan for one in prepare(config)]) == int(count) + rescale
+
+
 def slugs(page: Path) -> set[str]:
     """Of a page's headings, as GitHub makes them."""
     heads = re.findall(r"^#+ (.*)$", page.read_text(), flags=re.M)

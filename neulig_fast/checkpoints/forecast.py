@@ -12,15 +12,16 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..methods import BLOCK, Method, Statistic, Tile
+from ..methods import BLOCK, Method, Statistic, Task, Tile
 from . import dtypes, sizes
-from .answers import answer
+from .measured import answer, applied
 from .pipeline import Job, merged_alone
 from .plan import Plan
+from .planned import Planned
 from .read import Reader
 from .resources import OVERHEAD, Resources
 from .whole import measured
-from .workspace import tile_elements
+from .workspace import device_elements, tile_elements
 
 _SECONDS = 0.3  # for each rate
 _PIECE = 16 << 20  # bytes
@@ -93,7 +94,7 @@ def forecast(plans: Sequence[Plan], folder: Path, resources: Resources) -> Forec
     merge = _merge_rate(plans, resources) * resources.threads
     looks, bytes_in, again = passes(plans), plan.bytes_in, 0
     if plan.whole is None:
-        again = looks * _beyond(plan, resources.share)
+        again = looks * _beyond(plan, resources)
     else:
         bytes_in += looks * plan.whole.bytes
     bytes_out = sum(plan.layout.bytes for plan in plans)
@@ -118,34 +119,49 @@ def forecast(plans: Sequence[Plan], folder: Path, resources: Resources) -> Forec
     )
 
 
-def _beyond(plan: Plan, memory: int) -> int:
-    """Bytes of the inputs of merged tensors that a thread's memory does not hold at once."""
+def _beyond(plan: Plan, resources: Resources) -> int:
+    """Bytes of the inputs of merged tensors that a thread does not hold at once, or its GPU."""
+    share = resources.device_share
+
+    def fits(tensor: Planned) -> bool:
+        elements = tensor.output.elements
+        here = tile_elements(tensor, resources.share) >= elements
+        return here and (share is None or device_elements(tensor, share) >= elements)
+
     merged = (tensor for tensor in plan.tensors if tensor.task is not None)
-    return sum(t.bytes for t in merged if tile_elements(t, memory) < t.output.elements)
+    return sum(tensor.bytes for tensor in merged if not fits(tensor))
 
 
 def passes(plans: Sequence[Plan]) -> int:
     """How often a method looks at the model, or where its scope is tensors at one that does not fit
     into memory, before it merges: what it asks of random numbers in their place."""
-    first = next((planned for planned in plans[0].tensors if planned.task is not None), None)
-    if first is None:
+    job = next((job for job in _jobs(plans) if job[0].task is not None), None)
+    if job is None:
         return 0
-    wholes = [plan.whole.task for plan in plans if plan.whole is not None]
-    own = [p.task for plan in plans for p in plan.tensors if p.output.name == first.output.name]
-    tasks = wholes or [task for task in own if task is not None]
     draw = torch.Generator().manual_seed(0)
-    dtype = dtypes.as_torch(first.dtype)
-    tile = Tile(torch.randn(len(first.sources), BLOCK, generator=draw).to(dtype), 0)
-    count = 0
+    rows = torch.randn(len(job[0].sources), BLOCK, generator=draw)
+    tile = Tile(rows.to(dtypes.as_torch(job[0].dtype)), 0)
+    side, method, count = 1 << BLOCK.bit_length() // 2, plans[0].method, 0
+
+    def small(task: Task) -> Task:
+        return replace(task, shape=(BLOCK // side, side))
 
     def look(statistics: Sequence[Statistic]) -> list[Any]:
         nonlocal count
         count += any(statistic.starts is None for statistic in statistics)
         return [answer(statistic, tile) for statistic in statistics]
 
-    side = 1 << BLOCK.bit_length() // 2
-    measured(plans[0].method, [replace(task, shape=(BLOCK // side, side)) for task in tasks], look)
+    wholes = [small(plan.whole.task) for plan in plans if plan.whole is not None]
+    if wholes:
+        measured(method, wholes, look)
+    else:
+        own = [each._replace(task=small(each.task)) for each in job if each.task is not None]
+        applied(method, own, lambda s: None if s.over == "whole" else look([s])[0])
     return count
+
+
+def _jobs(plans: Sequence[Plan]) -> list[Job]:
+    return list(zip(*(plan.tensors for plan in plans), strict=True))
 
 
 def _rate(bytes_: float) -> str:
@@ -198,8 +214,7 @@ def _write_rate(folder: Path) -> float:
 def _merge_rate(plans: Sequence[Plan], resources: Resources) -> float:
     """Of inputs that one thread merges into all results, on random numbers in the place of the
     largest tensor's."""
-    jobs = zip(*(plan.tensors for plan in plans), strict=True)
-    merged = [job for job in jobs if job[0].task is not None]
+    merged = [job for job in _jobs(plans) if job[0].task is not None]
     if not merged:
         return float("inf")
     largest = max(merged, key=lambda job: job[0].output.elements)

@@ -8,10 +8,12 @@ while a method measures.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from ..methods import Apply, Method, Statistic, Task, Tile
@@ -74,6 +76,26 @@ def _measured(steps: Any, measure: Callable[[Statistic], Any]) -> Any:
 
 def _take_first(tile: Tile, out: Tensor) -> None:
     out.copy_(tile.rows[0])
+
+
+def answer(statistic: Statistic, tile: Tile) -> Any:
+    """A statistic of a tile that is all there is."""
+    value = statistic.of(tile)
+    if statistic.over == "blocks":
+        return added(None, value)
+    return [value] if statistic.over == "tiles" else value
+
+
+def added(total: Tensor | None, blocks: Tensor | Iterable[Tensor]) -> Tensor | None:
+    """With one tile's blocks, of which it may have none: each after the other, as no other order
+    has the same bits."""
+    each = blocks if isinstance(blocks, Tensor) else list(blocks)
+    if len(each) == 0:
+        return total
+    rows = (each if isinstance(each, Tensor) else torch.stack(each)).numpy()
+    if total is not None:
+        rows = np.append(total.numpy()[None], rows, axis=0)
+    return torch.as_tensor(np.add.accumulate(rows, axis=0)[-1])
 
 
 class _Observed(Mapping[str, Any]):

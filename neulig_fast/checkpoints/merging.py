@@ -174,16 +174,16 @@ def _foresee(
         told(forecast(plans, out_dir, resources))
 
 
-def _counter(total: int, progress: Callable[[int, int], Any] | None) -> Callable[[int], Any]:
-    done = 0
+class _Counter:
+    """Adds up bytes that are done, and tells of them and of all."""
 
-    def advance(count: int) -> None:
-        nonlocal done
-        done += count
-        if progress is not None:
-            progress(done, total)
+    def __init__(self, total: int, progress: Callable[[int, int], Any] | None) -> None:
+        self.done, self.total, self._progress = 0, total, progress
 
-    return advance
+    def __call__(self, count: int) -> None:
+        self.done += count
+        if self._progress is not None:
+            self._progress(self.done, self.total)
 
 
 def _output(prepared: Prepared, staging: Staging, folders: Folders) -> OutputReport:
@@ -211,10 +211,12 @@ def _run(
         bytes_in = sum(job[0].bytes for job in jobs)
         bytes_out = sum(p.bytes_out for job in jobs for _, p in pipeline.missing(job))
         ahead = _ahead(todo) if jobs else 0
-        pipeline.advance = _counter((ahead + bytes_in + bytes_out) // ranks.count, progress)
+        counter = _Counter((ahead + bytes_in + bytes_out) // ranks.count, progress)
+        pipeline.advance = counter
         if jobs:
             every, read = _surveyed(todo, pipeline, every, ranks)
             jobs, bytes_in = [job for job in every if pipeline.missing(job)], bytes_in + read
+            counter.total += (read - ahead) // ranks.count  # some models ask for more passes
 
         def work() -> list[dict[str, str]]:
             pipeline.run(ranks.part(jobs))

@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 
 from ..methods import Method, Statistic, Tile
-from .answers import add, answer
-from .measured import applied
+from .measured import added, answer, applied
 from .planned import Planned
 from .read import Reader
 from .resources import Resources
@@ -150,7 +149,7 @@ class Worker:
         self._pipeline.advance(job[0].bytes + sum(planned.bytes_out for planned in job))
 
     def measure(self, planned: Planned, place: int, statistics: Sequence[Statistic]) -> list[Any]:
-        """For every statistic what it is of the tensor.
+        """Every statistic of the tensor.
 
         Args:
             place: of the tensor's first element in what is measured.
@@ -265,7 +264,7 @@ class _Tiles:
         return self.answers([statistic])[0]
 
     def answers(self, statistics: Sequence[Statistic]) -> list[Any]:
-        """Of every statistic the sum over blocks, or a list of the tiles' values."""
+        """Every statistic of the tensor, or of the tiles that it is of, as its ``over`` says."""
         self._stays = self._fits >= self._elements
         if self._device.type != "cpu" or any(s.over == "tiles" for s in statistics):
             self._step = self._fits
@@ -277,8 +276,8 @@ class _Tiles:
                 if statistic.starts is not None and tile.start not in statistic.starts:
                     continue
                 value = statistic.of(tile)
-                if statistic.over == "tiles":
-                    found[k].append(value)
+                if statistic.over == "blocks":
+                    found[k] = added(found[k], value)
                 else:
-                    found[k] = add(found[k], value)
+                    found[k].append(value)
         return found

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ..methods import Statistic
-from .answers import add
+from .measured import added
 from .pipeline import Job, Pipeline, Worker
 from .ranks import Ranks
 
@@ -42,10 +42,10 @@ class Survey:
 
         def act(worker: Worker, job: Job) -> None:
             name, place = job[0].output.name, self._places[job[0].output.name]
-            values = worker.measure(job[0], place, statistics)
+            answers = worker.measure(job[0], place, statistics)
             with lock:
-                for value, parts in zip(values, found, strict=True):
-                    _keep(parts, self._numbers[name], value)
+                for parts, answer in zip(found, answers, strict=True):
+                    _keep(parts, self._numbers[name], answer)
             if any(statistic.starts is None for statistic in statistics):
                 self._pipeline.advance(job[0].bytes)
 
@@ -62,12 +62,12 @@ class Survey:
         ]
 
 
-def _keep(parts: dict[int, Any], number: int, value: Any) -> None:
+def _keep(parts: dict[int, Any], number: int, answer: Any) -> None:
     """What a tensor has to tell: whole numbers are added up at once, and take no memory."""
-    if isinstance(value, Tensor) and not value.is_floating_point():
-        number = _WHOLE_NUMBERS
-        value = value + parts[number] if number in parts else value
-    parts[number] = value
+    if isinstance(answer, Tensor) and not answer.is_floating_point():
+        parts[_WHOLE_NUMBERS] = answer + parts.get(_WHOLE_NUMBERS, 0)
+    else:
+        parts[number] = answer
 
 
 def _answer(statistic: Statistic, ranks: Sequence[Mapping[int, Any]]) -> Any:
@@ -76,4 +76,4 @@ def _answer(statistic: Statistic, ranks: Sequence[Mapping[int, Any]]) -> Any:
     ordered = [value for _, value in sorted(pairs, key=lambda pair: pair[0])]
     if statistic.over == "tiles":
         return [value for values in ordered for value in values]
-    return add(None, ordered)
+    return added(None, ordered)

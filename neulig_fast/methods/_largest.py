@@ -15,11 +15,12 @@ if TYPE_CHECKING:
 # Of a tile, piece by piece in order: rows (N, P) whose largest magnitudes are wanted, and what is
 # subtracted from each. What is computed for the purpose comes in small pieces, since it takes
 # memory beside the tile.
-Numbers: TypeAlias = "Callable[[Tile], Iterable[tuple[Tensor, Tensor | None]]]"
+Pieces: TypeAlias = "Iterable[tuple[Tensor, Tensor | None]]"
+Numbers: TypeAlias = "Callable[[Tile], Pieces]"
 Number = TypeVar("Number", int, float)
 
 
-def task_vectors(tile: Tile) -> Iterable[tuple[Tensor, Tensor | None]]:
+def task_vectors(tile: Tile) -> Pieces:
     """Those of a tile's experts."""
     return [(tile.rows[:-1], tile.rows[-1])]
 
@@ -140,9 +141,17 @@ class _Least:
 
         found = [
             torch.stack([magnitudes(row, base).nan_to_num(nan=torch.inf).min() for row in rows])
-            for rows, base in self.of(tile)
+            for rows, base in _in_blocks(self.of(tile))
         ]
         return torch.stack(found).amin(0).tolist()
+
+
+def _in_blocks(pieces: Pieces) -> Pieces:
+    """None larger than a block: formulas in PyTorch take memory beside it."""
+    for rows, base in pieces:
+        for at in range(0, rows.shape[1], BLOCK):
+            part = slice(at, at + BLOCK)
+            yield rows[:, part], None if base is None else base[part]
 
 
 @dataclass(frozen=True)
@@ -195,12 +204,10 @@ class _Place:
         from ..ops._magnitudes import magnitudes
 
         place = tile.start
-        for rows, base in self.of(tile):
-            for at in range(0, rows.shape[1], BLOCK):
-                part = slice(at, at + BLOCK)
-                row = magnitudes(rows[i, part], None if base is None else base[part])
-                found = (row == threshold).nonzero()
-                if rank <= len(found):
-                    return place + int(found[rank - 1]) + 1
-                rank, place = rank - len(found), place + len(row)
+        for rows, base in _in_blocks(self.of(tile)):
+            row = magnitudes(rows[i], base)
+            found = (row == threshold).nonzero()
+            if rank <= len(found):
+                return place + int(found[rank - 1]) + 1
+            rank, place = rank - len(found), place + len(row)
         raise RuntimeError("elements that were counted are not there: a model changed meanwhile")

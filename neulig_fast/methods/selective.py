@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 from ._largest import largest_of
-from ._method import BLOCK, Apply, Measure, Method, Parameter, Statistic, Task, Tile
+from ._method import BLOCK, Apply, Measure, Method, Parameter, Statistic, Task, Tile, weights_tensor
 from .linear import blended
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def _variances(tile: Tile) -> Iterator[tuple[Tensor, None]]:
 
 
 def _count_varied(tile: Tile) -> Iterator[Tensor]:
-    return ((variance != 0).sum().cpu() for _, _, variance in _blocks(tile))
+    return ((variance > 0).sum().cpu() for _, _, variance in _blocks(tile))
 
 
 def _squares(tile: Tile, threshold: float, cut: int) -> Iterator[Tensor]:
@@ -81,11 +81,9 @@ def _kept(d: Tensor, variance: Tensor, start: int, threshold: float, cut: int) -
 
 def _sce(task: Task, found: Selected) -> Apply:
     def apply(tile: Tile, out: Tensor) -> None:
-        import torch
-
         from ..ops import merge_task_vectors
 
-        weights = torch.tensor(found.weights, device=out.device)
+        weights = weights_tensor(found.weights, tile.rows)
         for start, d, variance in _blocks(tile):
             kept = _kept(d, variance, start, found.threshold, found.cut)
             place = slice(start - tile.start, start - tile.start + len(variance))
