@@ -259,6 +259,15 @@ def test_experts_of_other_structures_go_to_the_original() -> None:
     assert same(fast.function(hooked, x), original(hooked, x))
     assert fast.counts().passed["hooks"] == 1 and taken(fast) == 0
 
+    def tied() -> nn.Module:
+        layers = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
+        layers[1].weight = layers[0].weight
+        return layers
+
+    shared = experts_module(True, tied)
+    assert same(result(fast.function, shared, x), result(original, shared, x))
+    assert fast.counts().passed["tied parameters"] == 1 and taken(fast) == 0
+
 
 # -- TIES -----------------------------------------------------------------------------------------
 

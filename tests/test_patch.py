@@ -5,15 +5,17 @@ from __future__ import annotations
 import sys
 import threading
 import types
+import weakref
 from collections.abc import Iterator
 from importlib import metadata
 
 import pytest
+import torch
 from packaging.specifiers import SpecifierSet
 
 import neulig_fast as nf
 from neulig_fast.compat import _patch, pytest_plugin
-from neulig_fast.compat._seam import Counts, Host, Seam, Unsupported
+from neulig_fast.compat._seam import Counts, Host, Replacement, Seam, Unsupported
 
 SOURCE = """
 TABLE = {"old": lambda x: ("old", x)}
@@ -108,6 +110,30 @@ def test_calls_are_counted(host: types.ModuleType) -> None:
         thread.join()
     assert handle.stats()["toy_host:double"] == Counts(2001, {"negative": 1})
     assert handle.stats()["toy_host:Model.run"] == Counts(0, {})
+
+
+def test_what_goes_to_the_original_leaves_nothing_of_the_attempt() -> None:
+    held: list[weakref.ref[torch.Tensor]] = []
+
+    def fast() -> None:
+        large = torch.ones(3)
+        held.append(weakref.ref(large))
+        raise Unsupported("large")
+
+    def original() -> None:
+        assert held[0]() is None
+        raise ValueError("the host's own")
+
+    with pytest.raises(ValueError, match="the host's own") as error:
+        Replacement("toy:original", original, fast).function()
+    assert error.value.__context__ is None
+
+
+def test_undo_leaves_the_importers_of_an_added_entry_alone(host: types.ModuleType) -> None:
+    user = sys.modules["toy_user"]
+    with nf.patch("toy"):
+        user.added = host.TABLE["new"]
+    assert user.added(1) == ("new", 1)
 
 
 def test_exact_replaces_only_what_has_an_exact_twin(host: types.ModuleType) -> None:

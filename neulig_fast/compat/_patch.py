@@ -51,7 +51,8 @@ class Patch:
         if patch.active.get(self.name) is not self:
             return
         del patch.active[self.name]
-        ours = {id(found.function): found.original for found in self._replaced.values()}
+        swapped = [f for f in self._replaced.values() if f.original is not MISSING]
+        ours = {id(f.function): f.original for f in swapped}
         for place, found in self._replaced.items():
             if place.get() is found.function:
                 place.put(found.original)

@@ -87,12 +87,15 @@ class Replacement:
             try:
                 result = fast(*args, **kwargs)
             except Unsupported as why:
+                reason = str(why)
+            else:
                 with self._lock:
-                    self._passed[str(why)] += 1
-                return self.original(*args, **kwargs)
+                    self._taken += 1
+                return result
+            # Here the exception is gone, and with it what the frames of ``fast`` held in memory.
             with self._lock:
-                self._taken += 1
-            return result
+                self._passed[reason] += 1
+            return self.original(*args, **kwargs)
 
         call.__neulig_fast__ = self  # type: ignore[attr-defined]
         return call

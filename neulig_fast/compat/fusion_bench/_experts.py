@@ -29,6 +29,7 @@ _CLASSES = (
 )
 # What may be between linear layers: every element, or row, by itself.
 _POINTWISE = (nn.ReLU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.LeakyReLU, nn.ELU, nn.Identity)
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _CONTAINERS = (
     "torch.nn.modules.container.Sequential",
     "transformers.models.clip.modeling_clip.CLIPMLP",
@@ -111,6 +112,8 @@ class _Mixture(TorchFunctionMode):
             self._layers = {id(own.weight): MergedLinear(own, rest) for own, *rest in layers}
         except (TypeError, ValueError):
             raise Unsupported("task vectors of another structure than the base") from None
+        if len(self._layers) < len(layers):
+            raise Unsupported("tied parameters")
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -124,7 +127,7 @@ def _check_structure(base: nn.Module) -> None:
     """Unsupported unless the base is linear layers and functions of single elements or rows."""
     for module in base.modules():
         kind = type(module)
-        if module._forward_hooks or module._forward_pre_hooks:
+        if any(getattr(module, hooks) for hooks in _HOOKS):
             raise Unsupported("hooks")
         if isinstance(module, nn.Dropout):
             if module.training and module.p > 0:

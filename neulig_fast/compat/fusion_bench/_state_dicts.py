@@ -46,7 +46,7 @@ def state_dict_avg(exact: bool, state_dicts: _States) -> dict[str, Tensor]:
     count = len(state_dicts)
     if not exact:
         return _blended(exact, state_dicts, [1 / max(1, count)] * count, "state_dict_avg")
-    if any(not x.is_floating_point() for state in state_dicts for x in _values(state)):
+    if len(_floats(state_dicts)[0]) < len(state_dicts[0]):
         raise Unsupported("tensors that are no fp32, bf16, fp16 or fp64")
     total = _blended(exact, state_dicts, [1.0] * count, "state_dict_avg")
     for tensor in total.values():
@@ -85,7 +85,8 @@ def _blended(exact: bool, states: _States, weights: Sequence[float], name: str) 
     floats, lists = _floats(states)
     if exact:
         check_wide(lists.flat)
-    others = [{k: state[k] for k in names if k not in set(floats)} for state in states]
+    fast = set(floats)
+    others = [{k: state[k] for k in names if k not in fast} for state in states]
     rest: Mapping[str, Tensor] = {}
     if others[0]:
         args = () if name in ("state_dict_sum", "state_dict_avg") else (weights,)
@@ -103,8 +104,3 @@ def _floats(states: _States) -> tuple[list[str], TensorLists]:
     if not floats:
         raise Unsupported("tensors that are no fp32, bf16, fp16 or fp64")
     return floats, as_lists([[state[k] for k in floats] for state in states])
-
-
-def _values(state: Any) -> Sequence[Tensor]:
-    same_names([state])
-    return list(state.values())

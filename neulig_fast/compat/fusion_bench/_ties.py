@@ -113,11 +113,12 @@ def from_vector(vector: Tensor, state_dict: Any, remove_keys: Sequence[str] = ()
     copy of the state dict."""
     names = _names(state_dict, remove_keys)
     check_plain(vector)
-    if vector.ndim != 1 or len({id(state_dict[name]) for name in names}) < len(names):
+    used = [state_dict[name] for name in names]
+    if vector.ndim != 1 or len({*map(id, used)}) < len(used):
         raise Unsupported("a vector of another form, or tied parameters")
-    if sum(state_dict[name].numel() for name in names) > vector.numel():
+    if sum(x.numel() for x in used) > vector.numel():
         raise Unsupported("a vector that is too short")
-    if any((x.dtype, x.device) != (vector.dtype, vector.device) for x in state_dict.values()):
+    if any((x.dtype, x.device) != (vector.dtype, vector.device) for x in used):
         raise Unsupported("tensors of several dtypes, or on several devices")
     found, start = OrderedDict(), 0
     for name in names:

@@ -30,8 +30,8 @@ def slerp(
 ) -> Tensor:
     """``slerp:slerp``: a pair for each place along the first axis."""
     check_alike([v0, v1])
-    if t.numel() != len(v0):
-        raise Unsupported("t of another length")
+    if not isinstance(t, Tensor) or not v0.ndim or t.numel() != len(v0):
+        raise Unsupported("a t that is not one number for each place along the first axis")
     out = torch.empty_like(v0)
     for share, a, b, merged in zip(t.flatten().tolist(), v0, v1, out, strict=True):
         g = _gram([a, b])
