@@ -88,14 +88,13 @@ def answer(statistic: Statistic, tile: Tile) -> Any:
 
 def added(total: Tensor | None, blocks: Tensor | Iterable[Tensor]) -> Tensor | None:
     """With one tile's blocks, of which it may have none: each after the other, as no other order
-    has the same bits."""
-    each = blocks if isinstance(blocks, Tensor) else list(blocks)
-    if len(each) == 0:
-        return total
-    rows = (each if isinstance(each, Tensor) else torch.stack(each)).numpy()
-    if total is not None:
-        rows = np.append(total.numpy()[None], rows, axis=0)
-    return torch.as_tensor(np.add.accumulate(rows, axis=0)[-1])
+    has the same bits. What comes block by block is added as it comes, and takes no memory."""
+    if isinstance(blocks, Tensor):
+        rows = blocks if total is None else torch.cat([total[None], blocks])
+        return torch.as_tensor(np.add.accumulate(rows.numpy(), axis=0)[-1]) if len(rows) else total
+    for block in blocks:
+        total = block if total is None else total + block
+    return total
 
 
 class _Observed(Mapping[str, Any]):
