@@ -265,6 +265,10 @@ _OPS = (
     "merge_task_vectors",
     "magnitude_select",
     "magnitude_histogram",
+    "magnitude_sums",
+    "gram",
+    "lerp_lists",
+    "dropin",
     "neulig_loss",
     "neulig_fit",
 )

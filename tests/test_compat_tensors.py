@@ -18,7 +18,7 @@ UNFIT: dict[str, Callable[[], list[object]]] = {
     "sparse tensors": lambda: [X.to_sparse()],
     "tensors without memory, or on an unknown device": lambda: [X.to("meta")],
     "tensors that are no fp32, bf16, fp16 or fp64": lambda: [X.int()],
-    "negated views": lambda: [torch.view_as_real(torch.ones(2, dtype=torch.cfloat).conj())[..., 1]],
+    "negated views": lambda: [torch.ones(2, dtype=torch.cfloat).conj().imag],
     "tensors whose address is no multiple of their elements' size": lambda: [
         torch.frombuffer(bytearray(17), dtype=torch.float32, count=4, offset=1)
     ],

@@ -89,12 +89,9 @@ def _merged(name: str, settings: Mapping[str, Any], tensors: list[Tensor]) -> Te
     """The result of one of our methods; Unsupported for settings that it lacks."""
     check_alike(tensors, strided=True)
     method, elements = METHODS[name], tensors[0].numel()
-    known = {
-        key: parameter
-        for key, parameter in method.parameters.items()
-        if "mergekit" in method.only.get(key, ("mergekit",))
-    }
-    settings = {key: settings[key] for key in known}
+    known = method.parameters
+    # What other frameworks have besides stays as it is.
+    settings = {key: settings.get(key, parameter.default) for key, parameter in known.items()}
     if "density" in settings:
         settings["density"] = [min(density, 1.0) for density in settings["density"]]
     for key, parameter in known.items():
