@@ -19,24 +19,26 @@
 namespace neulig_fast {
 namespace {
 
-constexpr int64_t kColumns = 2048;  // of a tile, whose values stay in the first-level cache
+constexpr int64_t kColumns = 2048;  // of a tile, whose sums stay in the first-level cache
 
-// Whole steps of columns: values = origin + slope (b - a), origin one of the two.
-template <typename T>
+// Whole steps of columns: values = origin + slope (b - a), origin one of the two. Values are
+// results of type T, or sums that are still to be rounded. A step is read before it is written.
+template <typename T, typename Value>
 struct LerpCall {
   const T* a;
   const T* b;
-  Acc<T>* values;
+  Value* values;
   int64_t columns;  // a multiple of kStep
   Acc<T> slope;
   bool from_end;  // origin is b
 };
 
-template <typename T>
+template <typename T, typename Value>
 struct LerpColumns {
   template <int kBytes>
-  static NF_INLINE void run(const LerpCall<T>& args) {
-    const LerpCall<T> call = args;  // a local copy stays in registers: no store can change it
+  static NF_INLINE void run(const LerpCall<T, Value>& args) {
+    const LerpCall<T, Value> call =
+        args;  // a local copy stays in registers: no store can change it
     constexpr int kLanes = kBytes / sizeof(Acc<T>);
     for (int64_t p = 0; p < call.columns; p += kLanes) {
       const auto a = load<kLanes>(call.a + p), b = load<kLanes>(call.b + p);
@@ -55,26 +57,33 @@ struct LerpLists {
   int64_t base, step;
   bool random;
   TileStore store;  // of 2-byte types, where random
-  KernelFn<LerpCall<T>> lerp;
-  KernelFn<Tile<A, T>> narrow;
+  KernelFn<LerpCall<T, T>> to_nearest;
+  KernelFn<LerpCall<T, A>> to_sums;
 
-  // All of a tile is read before any of it is written, so that outputs may be inputs.
+  template <typename Value>
+  void lerp(KernelFn<LerpCall<T, Value>> kernel, const T* a, const T* b, Value* values,
+            int64_t columns) const {
+    const int64_t whole = columns / kStep * kStep;
+    if (whole > 0) kernel({a, b, values, whole, slope, from_end});
+    if (whole == columns) return;
+    alignas(64) T rest[2][kStep] = {};
+    alignas(64) Value last[kStep];
+    std::memcpy(rest[0], a + whole, (columns - whole) * sizeof(T));
+    std::memcpy(rest[1], b + whole, (columns - whole) * sizeof(T));
+    kernel({rest[0], rest[1], last, kStep, slope, from_end});
+    std::memcpy(values + whole, last, (columns - whole) * sizeof(Value));
+  }
+
   void tile(const ListChunk& chunk, int64_t begin, int64_t end) const {
-    alignas(64) A values[kColumns];
     const int64_t* addresses = lists.addresses + 2 * chunk.tensor;
     const T* a = reinterpret_cast<const T*>(addresses[0]) + begin;
     const T* b = reinterpret_cast<const T*>(addresses[1]) + begin;
-    const int64_t columns = end - begin, whole = columns / kStep * kStep;
-    if (whole > 0) lerp({a, b, values, whole, slope, from_end});
-    if (whole < columns) {
-      alignas(64) T rest[2][kStep] = {};
-      std::memcpy(rest[0], a + whole, (columns - whole) * sizeof(T));
-      std::memcpy(rest[1], b + whole, (columns - whole) * sizeof(T));
-      lerp({rest[0], rest[1], values + whole, kStep, slope, from_end});
-    }
     T* theta = reinterpret_cast<T*>(base + lists.others[chunk.tensor]) + begin;
-    if (!random) return narrow({values, theta, columns, false});
-    store.write(values, step, lists.rows[chunk.tensor], begin, columns,
+    const int64_t columns = end - begin;
+    if (!random) return lerp(to_nearest, a, b, theta, columns);
+    alignas(64) A sums[kColumns];
+    lerp(to_sums, a, b, sums, columns);
+    store.write(sums, step, lists.rows[chunk.tensor], begin, columns,
                 reinterpret_cast<char*>(theta));
   }
 
@@ -102,8 +111,8 @@ void run(const Tensor& weight, const ListTable& lists, int64_t base, std::option
                step,
                sizeof(T) == 2 && seed.has_value(),
                make_tile_store<T>(level, seed, false),
-               kernel_at<LerpColumns<T>, LerpCall<T>>(level),
-               kernel_at<NarrowTile<Acc<T>, T>, Tile<Acc<T>, T>>(level)}
+               kernel_at<LerpColumns<T, T>, LerpCall<T, T>>(level),
+               kernel_at<LerpColumns<T, Acc<T>>, LerpCall<T, Acc<T>>>(level)}
       .all();
 }
 
