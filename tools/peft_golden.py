@@ -37,7 +37,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
         "rank_pattern": {"q": 2},
         "alpha_pattern": {"he.d": 7},
     },
-    "root": {"r": 3, "lora_alpha": 6, "target_modules": ["q"], "use_rslora": True},
+    "rslora": {"r": 3, "lora_alpha": 6, "target_modules": ["q"], "use_rslora": True},
     "more": {
         "r": 2,
         "lora_alpha": 3,
