@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ._blocks import blocks
 from ._largest import largest, several
-from ._method import BLOCK, Measure, Statistic, Task, Tile, bounds
+from ._method import Measure, Statistic, Task, Tile, bounds
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -110,20 +111,10 @@ def _elected_signs(tile: Tile, rule: Mapping[str, Any]) -> Iterator[Tensor]:
     """() for each block: sum of the signs that elements' sums over experts have."""
     from ..ops import merge_task_vectors
 
-    for start, d in _blocks(tile):
+    for place, _, d in blocks(tile):
+        start = tile.start + place.start
         total = merge_task_vectors(d, d.new_ones(len(d)), start=start, **tensors(rule, d))
         yield ((total > 0).sum() - (total < 0).sum()).cpu()
-
-
-def _blocks(tile: Tile) -> Iterator[tuple[int, Tensor]]:
-    """Places, and the task vectors (N, P) there, in the type of sums."""
-    from .._checks import accumulation_dtype
-
-    start = tile.start
-    for rows in tile.rows.split(BLOCK, dim=1):
-        wide = rows.to(accumulation_dtype(rows.dtype))
-        yield start, wide[:-1] - wide[-1]
-        start += rows.shape[1]
 
 
 def tensors(rule: Mapping[str, Any], rows: Tensor) -> dict[str, Any]:

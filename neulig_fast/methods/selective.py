@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
+from ._blocks import blocks
 from ._largest import largest_of
 from ._method import BLOCK, Apply, Measure, Method, Parameter, Statistic, Task, Tile, weights_tensor
 from .linear import blended
@@ -63,12 +64,8 @@ def _squares(tile: Tile, threshold: float, cut: int) -> Iterator[Tensor]:
 
 def _blocks(tile: Tile) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Block by block: its place, task vectors (N, P) and their variance over experts (P,)."""
-    from .._checks import accumulation_dtype
-
-    for k, block in enumerate(tile.rows.split(BLOCK, dim=1)):
-        wide = block.to(accumulation_dtype(block.dtype))
-        d = wide[:-1] - wide[-1]
-        yield tile.start + k * BLOCK, d, (d - d.mean(0)).square().mean(0)
+    for place, _, d in blocks(tile):
+        yield tile.start + place.start, d, (d - d.mean(0)).square().mean(0)
 
 
 def _kept(d: Tensor, variance: Tensor, start: int, threshold: float, cut: int) -> Tensor:
