@@ -254,8 +254,8 @@ def test_a_second_run_replaces_the_file(tmp_path):
 
 
 def test_folder_names_are_plain(monkeypatch):
-    monkeypatch.setattr(machine, "name", lambda device: "AMD EPYC (TM) 9B14, 2 cores")
-    assert machine.slug("cpu") == "amd-epyc-tm-9b14-2-cores"
+    monkeypatch.setattr(machine, "name", lambda device: "AMD EPYC (TM) 9B14, 2 cores, AVX2")
+    assert machine.slug("cpu") == "amd-epyc-tm-9b14-2-cores-avx2"
 
 
 def test_scripts_start_over_with_warm_malloc(tmp_path):
