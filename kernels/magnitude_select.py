@@ -77,16 +77,19 @@ def magnitude_cut_kernel(
         block = first
         while (first < blocks) & (seen < rank):
             at = first + tl.arange(0, LANES)
-            ties = tl.load(ties_ptr + expert * blocks + at, mask=at < blocks, other=0).to(tl.int64)
-            short = (seen + tl.cumsum(ties, 0) < rank) & (at < blocks)
-            block += tl.sum(short.to(tl.int64))
+            ties = tl.load(ties_ptr + expert * blocks + at, mask=at < blocks, other=0)
+            # Counts within LANES blocks fit 32 bits, and spare registers.
+            wanted = tl.minimum(rank - seen, LANES * BLOCK + 1).to(tl.int32)
+            short = (tl.cumsum(ties, 0) < wanted) & (at < blocks)
+            block += tl.sum(short.to(tl.int32))
             before += tl.sum(tl.where(short, ties, 0))
             seen += tl.sum(ties)
             first += LANES
         columns = block * BLOCK + tl.arange(0, BLOCK)
-        keys = load_keys(params_ptr, base_ptr, expert, columns, P, row_stride).to(tl.int64)
-        passed = before + tl.cumsum((keys == key).to(tl.int64), 0)
-        cut = block * BLOCK + tl.sum((passed < rank).to(tl.int64)) + 1
+        keys = load_keys(params_ptr, base_ptr, expert, columns, P, row_stride)
+        passed = tl.cumsum((keys == key.to(keys.dtype)).to(tl.int32), 0)
+        wanted = (rank - before).to(tl.int32)
+        cut = block * BLOCK + tl.sum((passed < wanted).to(tl.int32)) + 1
         if thresholds_ptr.dtype.element_ty.is_fp64():
             tl.store(thresholds_ptr + expert, key.to(tl.float64, bitcast=True))
         else:
