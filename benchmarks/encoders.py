@@ -24,13 +24,10 @@ from neulig_fast.encoders import Replay
 from . import harness, machine, selection, timing
 from .harness import Case, Provider
 from .session import DTYPES
-from .towers import image_tower
+from .towers import TOY, TOY_RN, image_tower
 
 SHAPES, EXPERTS, BATCHES = ("ViT-B-32", "ViT-L-14", "RN50"), (2, 5, 8), (1, 8, 32, 128)
-_TOYS: dict[str, dict[str, Any]] = {
-    "toy ViT": {"image_size": 16, "patch_size": 8, "width": 32, "layers": 1, "head_width": 16},
-    "toy RN": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "head_width": 16},
-}
+_TOYS: dict[str, dict[str, Any]] = {"toy ViT": TOY, "toy RN": TOY_RN}
 _CHECKED = 2  # images, each through a model of its own in fp64
 _SPREAD = 0.02  # of the experts' values
 

@@ -55,3 +55,14 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The type sums are formed in: fp64 for fp64, else fp32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def device_fault(device: torch.device | str) -> str | None:
+    """Why sums cannot be kept on a device; None where they can."""
+    if torch.device(device).type == "meta":
+        return f"{device} tensors hold no values"
+    try:
+        torch.empty(0, dtype=torch.float64, device=device)
+    except TypeError:  # of MPS
+        return f"{device} has no float64, in which sums are kept: use another device"
+    return None

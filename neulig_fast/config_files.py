@@ -26,7 +26,7 @@ from pydantic import (
     field_validator,
 )
 
-from ._checks import did_you_mean, raise_all
+from ._checks import device_fault, did_you_mean, raise_all
 
 # Names end up in file names, in figures and as keys of reports.
 _NAME = re.compile(r"[A-Za-z0-9_][\w.+-]*")
@@ -103,6 +103,13 @@ def usable_device(value: str) -> str:
     return value
 
 
+def _summing(device: str) -> str:
+    fault = device_fault(device)
+    if fault is not None:
+        raise ValueError(fault)
+    return device
+
+
 def not_empty(value: Any) -> Any:
     """A validator of lists and mappings."""
     if not value:
@@ -115,7 +122,9 @@ Folder = Annotated[Path, AfterValidator(located), AfterValidator(_folder)]
 Output = Annotated[Path, AfterValidator(located), AfterValidator(_output)]
 Name = Annotated[str, BeforeValidator(as_name), AfterValidator(_usable)]
 ModelName = Annotated[str, AfterValidator(_name_or_json)]  # or the absolute path of a .json file
-Device = Annotated[str, AfterValidator(usable_device), Field(validate_default=True)]
+Device = Annotated[
+    str, AfterValidator(usable_device), AfterValidator(_summing), Field(validate_default=True)
+]
 Count = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Workers = Annotated[int, Field(ge=0)]

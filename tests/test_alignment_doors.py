@@ -11,6 +11,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 
 import neulig_fast as nf
 from neulig_fast import alignment
@@ -125,6 +127,58 @@ def test_the_mean_of_reordered_copies_is_the_network_to_the_bit(count, dtype):
     copies = [alignment.random_permutation(model, SPEC, seed)[0] for seed in range(1, count)]
     merged = nf.align([model, *copies], SPEC, balance=1).merge()
     assert all(torch.equal(merged[name], t) for name, t in model.state_dict().items())
+
+
+# -- devices --------------------------------------------------------------------------------------
+
+
+def elsewhere(model: nn.Module) -> dict[str, Tensor]:
+    """A state dict on a GPU that need not be there, of which nothing can be read."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        return {n: torch.empty(t.shape, device="cuda:1") for n, t in model.state_dict().items()}
+
+
+class NoFloat64(TorchFunctionMode):
+    """What MPS says."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.empty and (kwargs or {}).get("dtype") == torch.float64:
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+        return func(*args, **(kwargs or {}))
+
+
+def test_experts_on_different_devices_are_named_with_theirs():
+    split, model = mlp(2, torch.float32), mlp(0, torch.float32)
+    split[2].to("meta")
+    experts = [model, elsewhere(mlp(1, torch.float32)), split]
+    places = "expert0 on cpu, expert1 on cuda:1, expert2 on cpu and meta$"
+    with pytest.raises(ValueError, match=rf"^align: all must be on one device, got {places}"):
+        nf.align(experts, SPEC, balance=1, template=model)
+    data, state = batches(8, dtype=torch.float32), model.state_dict()
+    places = "state on cpu, experts.0. on cpu, experts.1. on cuda:1, experts.2. on cpu and meta$"
+    with pytest.raises(ValueError, match=rf"^rescale: all must be on one device, got {places}"):
+        rescale(state, experts, model, SPEC, data)
+    with pytest.raises(ValueError, match=r"^reestimate_batchnorm: all .* state on cpu and meta$"):
+        reestimate_batchnorm(split.state_dict(), model, data)
+
+
+def test_devices_without_values_or_float64_are_refused():
+    experts = [mlp(0), mlp(1)]
+    with NoFloat64(), pytest.raises(ValueError, match=r"^align: cpu has no float64, in which"):
+        nf.align(experts, SPEC, balance=1)
+    empty = [expert.to("meta") for expert in experts]
+    with pytest.raises(ValueError, match=r"^align: meta tensors hold no values$"):
+        nf.align(empty, SPEC, balance=1)
+    with pytest.raises(ValueError, match=r"^verify: 6 problems(.|\n)*4\.bias is on the meta"):
+        alignment.verify(empty[0], SPEC)
+
+
+def test_a_template_may_be_on_any_device():
+    states = [mlp(0).state_dict(), mlp(1).state_dict()]
+    found = nf.align(states, Spec(NODES, USES), batches(8), template=mlp(0))
+    empty = mlp(0).to("meta")
+    assert same(nf.align(states, Spec(NODES, USES), batches(8), template=empty), found)
+    assert nf.align(states, None, batches(8), template=empty).value == found.value
 
 
 # -- surroundings that do not matter --------------------------------------------------------------
@@ -655,6 +709,72 @@ def test_biases_that_are_added_apart_are_rescaled_too():
     repaired = rescale(shrunk, [net], net, spec, data)
     for name, tensor in net.state_dict().items():
         torch.testing.assert_close(repaired[name], tensor, msg=name)
+
+
+class Twice(nn.Module):
+    """One inner layer, or its weight or bias alone, in two places."""
+
+    def __init__(self, shared: str):
+        super().__init__()
+        self.one, self.two = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.down = nn.Linear(6, 2)
+        self.again = shared == "layer"
+        if shared == "weight":
+            self.two.weight = self.one.weight
+        elif shared == "bias":
+            self.two.bias = self.one.bias
+
+    def forward(self, x):
+        x = self.one(x).relu()
+        return self.down((self.one if self.again else self.two)(x).relu())
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+@pytest.mark.parametrize(
+    ("shared", "said"),
+    [
+        ("layer", ["one.weight runs 6 times in 3 batches, and every run would need its own scale"]),
+        ("weight", ["one.weight and two.weight are one tensor, which would need a scale for each"]),
+        ("bias", ["one.bias and two.bias are one tensor, which would need a scale for each layer"]),
+    ],
+)
+def test_a_weight_or_bias_of_two_layers_is_not_rescaled(shared, said, loaded):
+    net, data = Twice(shared).double(), batches(6)
+    uses = [("one.weight", 0, "out"), ("one.bias", 0, "vec"), ("two.weight", 0, "out")]
+    spec = Spec([Node("h", 6), Node("k", 6)], [Use(t, a, "hk"["two" in t], r) for t, a, r in uses])
+    expert = {n: t.clone() for n, t in net.state_dict().items()} if loaded else net
+    with pytest.raises(ValueError, match=r"^rescale: ") as caught:
+        rescale(net.state_dict(), [expert], net, spec, data)
+    for fault in said:
+        assert fault in str(caught.value)
+
+
+def test_tensors_in_one_memory_are_not_taken_for_two():
+    """Of experts whose module does not tie them."""
+    net, data = Twice("").double(), batches(6)
+    uses = [("one.weight", 0, "h"), ("two.weight", 0, "k")]
+    spec = Spec([Node("h", 6), Node("k", 6)], [Use(t, a, n) for t, a, n in uses])
+    for part, said in (
+        ("weight", "two.weight runs 6 times in 3 batches"),
+        ("bias", "one.bias is the bias of one.weight and two.weight, each of which would shift"),
+    ):
+        expert = dict(net.state_dict())
+        expert[f"two.{part}"] = expert[f"one.{part}"]
+        with pytest.raises(ValueError, match=said):
+            rescale(net.state_dict(), [expert], net, spec, data)
+
+
+def test_what_is_tied_but_not_rescaled_does_not_matter():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Embedding(6, 6), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6, bias=False))
+    net[3].weight = net[0].weight
+    uses = [("1.weight", 0, "out"), ("1.bias", 0, "vec")]
+    spec = Spec([Node("h", 6)], [Use(t, a, "h", r) for t, a, r in uses])
+    data = [torch.arange(6).repeat(4, 1)]
+    state = {n: t * 0.5 if n[0] == "1" else t for n, t in net.state_dict().items()}
+    repaired = rescale(state, [net], net, spec, data)
+    for name, tensor in net.state_dict().items():
+        torch.testing.assert_close(repaired[name], tensor)
 
 
 def test_repairs_refuse_images_that_are_not_finite():

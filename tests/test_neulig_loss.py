@@ -256,6 +256,16 @@ def test_one_class_has_no_boosting_loss():
     assert float(out.boosting) == 0.0
 
 
+def test_features_of_length_zero_have_no_direction():
+    given = {**arguments(), "features": torch.zeros(4, 3, 5), "portland_bias": torch.zeros(3)}
+    found = neulig_loss(**given)
+    apart = neulig_loss(**given, normalize=False)
+    assert found.loss.isnan() and found.boosting.isnan() and found.alignment.isfinite()
+    torch.testing.assert_close(found.coopvec, torch.full((4, 3), 1 / 3))
+    expected = -given["head_bias"].log_softmax(0)[given["targets"]].mean()
+    torch.testing.assert_close(apart.boosting, expected)
+
+
 # -- errors ----------------------------------------------------------------------------------------
 
 
@@ -289,6 +299,7 @@ def arguments():
         ({"targets": torch.zeros(3).long()}, r"targets must be \(B,\) = \(4,\)"),
         ({"targets": torch.tensor([0, 1, 2, 6])}, r"targets .* \[0, 6\), got \[6\]"),
         ({"targets": torch.tensor([0, 1, 2, -1])}, r"targets .* \[0, 6\), got \[-1\]"),
+        ({"targets": torch.tensor([0, 1, 2, -100])}, r"targets .* \[0, 6\), got \[-100\]"),
         ({"targets": torch.tensor([0, 6, -1, 9])}, r"targets .* \[0, 6\), got \[-1, 6, 9\]"),
         ({"alignment": torch.eye(2)}, r"alignment must be \(N, N\) = \(3, 3\)"),
         ({"boosting": "semi"}, "boosting must be one of supervised, entropy"),

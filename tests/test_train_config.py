@@ -3,7 +3,9 @@
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from torch.overrides import TorchFunctionMode
 
 from neulig_fast.neulig.modes import MODES
 from neulig_fast.train_config import FitConfig, TrainConfig, load_config
@@ -113,6 +115,19 @@ def test_a_fault_is_named_with_its_place(valid, load, change, message):
     with pytest.raises(ValueError) as error:
         load({**valid, **change})
     assert message in str(error.value)
+
+
+def test_a_device_without_float64_is_refused(valid, load):
+    class NoFloat64(TorchFunctionMode):
+        """What MPS says."""
+
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            if func is torch.empty and (kwargs or {}).get("dtype") == torch.float64:
+                raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+            return func(*args, **(kwargs or {}))
+
+    with NoFloat64(), pytest.raises(ValueError, match="device: cpu has no float64, in which"):
+        load({**valid, "device": "cpu"})
 
 
 @pytest.mark.parametrize(

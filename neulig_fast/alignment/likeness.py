@@ -54,7 +54,7 @@ class EnsembleLikeness:
 
     @torch.no_grad()
     def _outputs(self, state: Mapping[str, Tensor]) -> Iterator[Tensor]:
-        """(B, D) fp64, of unit length."""
+        """(B, D) fp64, of unit length, on the CPU, wherever the network is."""
         with evaluating(self._template):
             for images in images_in(self._data, state, "EnsembleLikeness"):
-                yield F.normalize(run(self._template, state, images).double(), eps=_TINY)
+                yield F.normalize(run(self._template, state, images).cpu().double(), eps=_TINY)

@@ -24,7 +24,7 @@ class Networks(Sequence[Mapping[str, Tensor]]):
 
     Raises:
         TypeError: an expert that is neither module nor mapping.
-        ValueError: experts that differ in keys, shapes or dtypes or hold NaN or inf. Every
+        ValueError: experts that differ in keys, shapes, dtypes or devices or hold NaN or inf. Every
             mismatch is listed.
     """
 
@@ -43,6 +43,7 @@ class Networks(Sequence[Mapping[str, Tensor]]):
             template = experts[0]
         self.template = template
         self.names = tuple(names or (f"expert{i}" for i in range(len(experts))))
+        check_devices("align", dict(zip(self.names, experts, strict=True)))
         dtype = _experts.arena_dtype(experts[0])
         _experts.check_tensors(experts, self.names, template, dtype, subject="align")
         self._tensors = [detached(expert) for expert in experts]
@@ -62,10 +63,27 @@ class Networks(Sequence[Mapping[str, Tensor]]):
 
     @property
     def device(self) -> torch.device:
-        """Of expert 0's first float tensor."""
+        """On which they all are."""
         return next(t.device for t in self._tensors[0].values() if t.is_floating_point())
 
 
 def detached(expert: Expert) -> dict[str, Tensor]:
     """The state dict of a module or mapping, without gradients; nothing is copied."""
     return {name: tensor.detach() for name, tensor in _experts.tensors_of(expert).items()}
+
+
+def check_devices(subject: str, networks: Mapping[str, Expert]) -> None:
+    """ValueError unless all networks, by name, are on one device, on which sums can be kept."""
+    places = {name: _devices(network) for name, network in networks.items()}
+    devices = dict.fromkeys(device for on in places.values() for device in on)
+    if len(devices) > 1:
+        told = ", ".join(f"{name} on {' and '.join(on)}" for name, on in places.items() if on)
+        raise ValueError(f"{subject}: all must be on one device, got {told}")
+    _checks.raise_all(subject, filter(None, map(_checks.device_fault, devices)))
+
+
+def _devices(network: Expert) -> list[str]:
+    """Of the float tensors, which are what is compared."""
+    tensors = _experts.tensors_of(network).values()
+    floats = (t for t in tensors if isinstance(t, Tensor) and t.is_floating_point())
+    return sorted({str(tensor.device) for tensor in floats})

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .. import _checks
+from .. import _checks, _experts
 from ..encoders.merged_rows import batchnorms
 from ..encoders.template import call, evaluating
 from ..neulig.batchnorm import re_estimate
 from .batches import exactly, images_in
-from .networks import detached
+from .networks import check_devices, detached
 from .spec import Spec, check_tensors
 from .taps import Layers, Part
 
@@ -36,8 +37,10 @@ def reestimate_batchnorm(
 
     Raises:
         TypeError: data that yields something else.
-        ValueError: no batches; statistics that come out NaN or infinite.
+        ValueError: no batches; statistics that come out NaN or infinite; tensors on several
+            devices.
     """
+    check_devices("reestimate_batchnorm", {"state": state})
     changed = {name: tensor.clone() for name, tensor in state.items()}
     with exactly(_device(changed)):
         re_estimate(template, changed, images_in(data, changed, "reestimate_batchnorm"))
@@ -62,7 +65,8 @@ def rescale(
     ``data``, are the experts' averages, layer after layer with the repaired input (Jordan et al.,
     arXiv 2211.08403). As in BatchNorm's training, a batch is repaired by its own moments, and their
     averages are what is written: large batches are better. Layers without bias are BatchNorm's
-    business: see :func:`reestimate_batchnorm`.
+    business: see :func:`reestimate_batchnorm`. One scale cannot serve two layers: a weight or bias
+    that is used twice is refused.
 
     Args:
         state: merged; not changed.
@@ -72,18 +76,22 @@ def rescale(
     Raises:
         TypeError: data that yields something else.
         ValueError: no batches; data that can be read only once; no layer with a bias; a spec that
-            does not fit; outputs of layers that are NaN or infinite.
+            does not fit; outputs of layers that are NaN or infinite; tied weights or biases, and
+            layers that run more than once; networks on several devices.
     """
     if isinstance(data, Iterator):
         raise ValueError("rescale: data is read once per network, got an iterator: give a list")
     check_tensors(spec, state, "rescale")
+    experts = list(experts)
+    _checks.raise_all("rescale", [] if experts else ["needs at least one expert, got none"])
+    named = {f"experts[{i}]": expert for i, expert in enumerate(experts)}
+    check_devices("rescale", {"state": state, **named})
     axes = {
         use.tensor: use.axis
         for use in spec.uses
         if use.role == "out" and state[use.tensor].ndim > 1
     }
     seen = [_run(template, detached(expert), axes, data, None) for expert in experts]
-    _checks.raise_all("rescale", [] if seen else ["needs at least one expert, got none"])
     targets = {name: _average([moments[name] for moments in seen]) for name in seen[0]}
     changed = {name: tensor.clone() for name, tensor in state.items()}
     own = _run(template, changed, axes, data, targets)
@@ -144,8 +152,31 @@ def _run(
         )
     found = {name: layers.moments(name) for name in layers.sums}
     broken = [name for name, own in found.items() if not own.deviation.isfinite().all()]
-    _checks.raise_all("rescale", (f"outputs of {name} are NaN or infinite" for name in broken))
+    faults = [f"outputs of {name} are NaN or infinite" for name in broken]
+    faults += _used_twice(template, found)
+    faults += [
+        f"{name} runs {runs} times in {batches} batches, and every run would need its own scale"
+        for name, runs in layers.runs.items()
+        if runs > batches
+    ]
+    _checks.raise_all("rescale", faults)
     return found
+
+
+def _used_twice(template: nn.Module, layers: Mapping[str, _Moments]) -> Iterator[str]:
+    """Of the weights that are rescaled and their biases, those that more than one layer has."""
+    weights_of: dict[str, list[str]] = {}
+    for name, own in layers.items():
+        weights_of.setdefault(own.bias, []).append(name)
+    for bias, weights in weights_of.items():
+        if len(weights) > 1:
+            yield f"{bias} is the bias of {' and '.join(weights)}, each of which would shift it"
+    names_of: dict[int, list[str]] = {}
+    for name, tensor in _experts.tensors_of(template).items():
+        names_of.setdefault(id(tensor), []).append(name)
+    for names in names_of.values():
+        if len(names) > 1 and (layers.keys() | weights_of.keys()) & set(names):
+            yield f"{' and '.join(names)} are one tensor, which would need a scale for each layer"
 
 
 class _Outputs(Layers):
@@ -166,6 +197,7 @@ class _Outputs(Layers):
         super().__init__(tensors)
         self._axes, self._targets = axes, targets
         self.sums: dict[str, tuple[int, Tensor, Tensor, str]] = {}
+        self.runs: Counter[str] = Counter()
 
     def moments(self, name: str) -> _Moments:
         count, mean, variance, bias = self.sums[name]
@@ -175,6 +207,7 @@ class _Outputs(Layers):
         name = self._bias_of(part, result) if bias is None else bias.name
         if part.name not in self._axes or name is None or not self._is_whole(part, result):
             return result
+        self.runs[part.name] += 1
         # torch adds the bias of a linear layer afterwards where its input is no rows in memory.
         later = self.tensors[name].double() if bias is None else 0.0
         flat = result.flatten(0, -2).double() + later

@@ -129,6 +129,7 @@ class Alignment:
     def merge(self, experts: Iterable[Expert] | None = None) -> dict[str, Tensor]:
         """The mean of the experts as matched: aligned, or zipped (MuDSC, section 3).
 
+        Computed and returned on expert 0's device.
         Tensors that no node uses are averaged as they are; integers are expert 0's. BatchNorm's
         running statistics are averaged too and seldom fit: see ``reestimate_batchnorm``.
 

@@ -39,9 +39,14 @@ def verify(model: nn.Module, spec: Spec, inputs: Any = None, seed: int = 0) -> N
     Raises:
         ValueError: the outputs change by more than 1e-9 of the largest: every node that is at
             fault, with the tensors left out of the spec that could have its units. Or the spec
-            has tensors that the model lacks; or ``inputs`` is None and none can be made up.
+            has tensors that the model lacks; or nothing can be told: ``inputs`` is None and none
+            can be made up, or tensors of the model are on the meta device.
     """
-    check_tensors(spec, model.state_dict(), "verify")
+    state = model.state_dict()
+    check_tensors(spec, state, "verify")
+    empty = [name for name, tensor in state.items() if tensor.is_meta]
+    faults = (f"{name} is on the meta device and has no values" for name in empty)
+    _checks.raise_all("verify", faults, InconclusiveError)
     trial = _Trial(model, spec, inputs, torch.Generator().manual_seed(seed))
     moves = _moves(spec)
     if all(trial.change(some, seed + k) <= TOLERANCE for k, some in enumerate(_subsets(moves))):
