@@ -151,15 +151,25 @@ def _runs(
     """
     runs, copies = [], []
     for average, model in zip(averages, models, strict=True):
-        a, m = (torch.view_as_real(x) if x.is_complex() else x for x in (average, model))
+        own = _resolved(average)
+        a, m = (torch.view_as_real(x) if x.is_complex() else x for x in (own, _resolved(model)))
         if not (a.is_contiguous() and m.is_contiguous()):
             if _is_one_run(a) and a.shape == m.shape and a.stride() == m.stride():
                 a, m = (x.as_strided((x.numel(),), (1,)) for x in (a, m))
             else:
                 view, a, m = a, a.clone(memory_format=torch.contiguous_format), m.contiguous()
                 copies.append((view, a))
+        if own is not average:
+            copies.append((average, own))
         runs.append((a, m))
     return runs, copies
+
+
+def _resolved(tensor: Tensor) -> Tensor:
+    """With its values in memory: not the negative, nor the conjugate, of what is there."""
+    if tensor.is_neg() or tensor.is_conj():
+        return tensor.resolve_conj().resolve_neg()
+    return tensor
 
 
 def _is_one_run(tensor: Tensor) -> bool:

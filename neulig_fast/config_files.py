@@ -28,6 +28,7 @@ from pydantic import (
 
 from ._checks import device_fault, did_you_mean, raise_all
 
+_MOST = 1_000_000  # values of a file: a few lines of aliases of aliases have billions
 # Names end up in file names, in figures and as keys of reports.
 _NAME = re.compile(r"[A-Za-z0-9_][\w.+-]*")
 
@@ -153,15 +154,33 @@ def read(path: str | Path) -> Any:
 
     Raises:
         OSError: no such file, or not readable.
-        ValueError: broken YAML, with line and column; a key that appears twice.
+        ValueError: broken YAML, with line and column; a key that appears twice; aliases that make
+            more of the file than anybody can read.
     """
     path = Path(path)
     try:
-        return yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        count = _count(content, {})
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not a text file in UTF-8 (byte {error.start})") from error
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: {_why_broken(error)}") from error
+    except (ValueError, RecursionError) as error:  # no number, no date; too deep
+        raise ValueError(f"{path}: {error}") from error
+    if count > _MOST:
+        raise ValueError(f"{path}: has more than {_MOST} values, as its aliases are written out")
+    return content
+
+
+def _count(content: Any, known: dict[int, int]) -> int:
+    """Values of YAML, with its aliases written out; what holds itself has more than any."""
+    if not isinstance(content, (dict, list, tuple, set)):
+        return 1
+    if id(content) not in known:
+        known[id(content)] = _MOST + 1
+        below = content.values() if isinstance(content, dict) else content
+        known[id(content)] = 1 + sum(_count(value, known) for value in below)
+    return known[id(content)]
 
 
 def load(path: str | Path, kind: type[Config]) -> Config:

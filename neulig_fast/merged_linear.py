@@ -77,6 +77,11 @@ def _faults(layers: Sequence[nn.Linear]) -> Iterator[str]:
     if len(layers) == 1:
         yield "task_vectors must be N >= 1 layers, got none"
     base = layers[0].weight
+    for i, layer in enumerate(layers):
+        own, bias = layer.weight, layer.bias
+        if bias is not None and (bias.dtype, bias.device) != (own.dtype, own.device):
+            who = f"task vector {i - 1}" if i else "the base"
+            yield f"{who} has a bias of {bias.dtype} on {bias.device}, its weight {own.dtype}"
     for i, layer in enumerate(layers[1:]):
         like = layer.weight
         if like.shape != base.shape:

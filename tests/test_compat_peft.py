@@ -156,6 +156,16 @@ def test_accurate_parity_is_at_least_as_exact_as_the_host(dtype, name, count):
         testing.assert_within_rule(got, one.to(got.dtype), one, count)
 
 
+@pytest.mark.parametrize("weights", [torch.ones(2).bfloat16(), torch.ones(2).long()], ids=str)
+@pytest.mark.parametrize("name", ["ties", "dare_ties", "dare_linear", "magnitude_prune"])
+def test_results_have_the_hosts_type(name, weights):
+    tensors = draw(2, (8, 5), torch.bfloat16, seed=6)
+    expected = getattr(merging, name)(tensors, weights, 0.5).dtype
+    with nf.patch("peft") as patch:
+        assert getattr(merging, name)(tensors, weights, 0.5).dtype == expected
+    assert patch.stats()[f"peft.utils.merge_utils:{name}"].taken == 1
+
+
 def test_random_masks_have_the_share_and_the_scale_and_torchs_seed():
     ones, weights, density = torch.ones(400, 500), torch.tensor([1.0, 1.0]), 0.3
     with nf.patch("peft") as patch:

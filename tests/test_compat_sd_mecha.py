@@ -147,3 +147,11 @@ def test_four_threads_at_once() -> None:
     with ThreadPoolExecutor(4) as pool:
         got = [*pool.map(lambda job: job[0](job[1]), jobs * 3)]
     assert all(torch.equal(a, b) for a, b in zip(got, expected * 3, strict=True))
+
+
+def test_our_ties_takes_what_the_seam_leaves_to_sd_mecha() -> None:
+    kept = ours.nf_ties_sum(torch.tensor([torch.nan, 1.0, -2]), torch.tensor([3.0, 1, 1]), k=0.7)
+    assert kept[0].isnan() and kept[1] == 1
+    assert ours.nf_ties_sum(torch.zeros(0, 3, dtype=torch.bfloat16)).shape == (0, 3)
+    with pytest.raises(ValueError, match="k must be from 0 to 1, got 2"):
+        ours.nf_ties_sum(torch.ones(3), k=2)

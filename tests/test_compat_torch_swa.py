@@ -72,6 +72,22 @@ def test_complex_numbers_and_integers():
     assert counts[0].tolist() == [12, 7, -6]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64], ids=str)
+def test_views_of_another_sign_than_their_memorys(dtype):
+    start, model = torch.randn(6, 4, dtype=dtype), torch.randn(6, 4, dtype=dtype)
+    function = nf.ema_multi_avg_fn(0.5)
+    for view in (torch._neg_view, torch.conj, lambda x: torch._neg_view(x.conj())):
+        for cut in (lambda x: x, lambda x: x[:, ::2], lambda x: x.T):
+            average = start.clone()
+            for number, models in enumerate((cut(model), view(cut(model)))):  # of one memory
+                expected = cut(average).lerp(models.resolve_neg(), 0.5)
+                function([cut(average)], [models], number)
+                assert torch.allclose(cut(average), expected)
+            moved = view(cut(start.clone()))
+            function([moved], [cut(model)], 1)
+            assert torch.allclose(moved, view(cut(start)).resolve_neg().lerp(cut(model), 0.5))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_an_average_in_two_bytes_moves_as_it_should(dtype):
     size, steps, decay = 4096, 400, 0.999

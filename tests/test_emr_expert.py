@@ -191,3 +191,28 @@ def test_what_cannot_be(tmp_path: Path) -> None:
     llamas.write(tmp_path / "out2", {"x": torch.ones(2)}, shards=1)
     save_file({"x": torch.ones(2)}, tmp_path / "out2" / FILE)
     assert "not of the format" in refusal(lambda: nf.emr_expert(tmp_path / "out2", 0))
+
+
+def test_masks_of_strangers_are_checked_before_they_are_read(tmp_path: Path) -> None:
+    *models, base = states(3)
+    write(tmp_path, *models, base)
+    nf.merge(emr(tmp_path, 2), tmp_path / "out")
+    path = tmp_path / "out" / FILE
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    good = load_file(path)
+    wrong = {
+        "0/a": good["0/a"][:1],
+        "1/v": good["1/v"].char(),
+        "means/one": torch.zeros(1, 3, dtype=torch.float64),
+        "0/other": torch.zeros(1, dtype=torch.uint8),
+    }
+    save_file(good | wrong, path, metadata)
+    found = refusal(lambda: nf.emr_expert(tmp_path / "out", 0))
+    assert all(repr(name) in found for name in wrong), found
+    for experts in ("", "3", "[3]", "[" * 9999):
+        save_file(good, path, {**metadata, "experts": experts})
+        assert "does not say which experts" in refusal(lambda: nf.emr_expert(tmp_path / "out", 0))
+    del metadata["experts"]
+    save_file(good, path, metadata)
+    assert "does not say which experts" in refusal(lambda: nf.emr_expert(tmp_path / "out", 0))

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 import neulig_fast as nf
 from neulig_fast import testing
@@ -122,6 +123,9 @@ def test_everything_that_does_not_fit_is_listed():
         "step must be an integer from 0 to 2**32 - 1, got -1",
     ):
         assert text in str(info.value)
+    for wrong in (float("inf"), 10**400):
+        with pytest.raises(ValueError, match="weight must be a finite number"):
+            nf.lerp_lists([torch.ones(1)], [torch.ones(1)], wrong)
     for wrong in (torch.ones(2), torch.ones((), dtype=torch.int64)):
         with pytest.raises(ValueError, match="weight must be a floating-point number"):
             nf.lerp_lists([torch.ones(1)], [torch.ones(1)], wrong)
@@ -141,6 +145,16 @@ def test_in_place_refuses_what_overlaps_or_would_lose_a_gradient():
     with pytest.raises(ValueError, match="starts, position 0: requires grad and would be"):
         nf.lerp_lists_([whole.requires_grad_()], [torch.randn(100)], 0.5)
     assert torch.equal(whole, kept)
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_forward_mode_is_refused_and_not_dropped(place):
+    with forward_ad.dual_level():
+        given = [torch.ones(3), torch.zeros(3), torch.tensor(0.5)]
+        given[place] = forward_ad.make_dual(given[place], torch.ones_like(given[place]))
+        for function in (nf.lerp_lists, nf.lerp_lists_):
+            with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+                function([given[0]], [given[1]], given[2])
 
 
 def test_no_tensors_and_meta_tensors():

@@ -206,6 +206,22 @@ def test_model_stock_against_its_formula(tmp_path: Path, models: Any) -> None:
         assert_rounded(got.flatten(), wanted, slack=1e-5)
 
 
+def test_model_stock_of_what_has_no_ratio_is_the_base(tmp_path: Path) -> None:
+    """Task vectors that cancel, as those of a scalar may; and tiny ones, as mergekit has it."""
+    x, y = torch.eye(40)[0], torch.eye(40)[1]
+    third = [x, -0.5 * x + 0.75**0.5 * y, -0.5 * x - 0.75**0.5 * y]
+    cases = [[torch.tensor(1.0), torch.tensor(-0.5)], [x + y, -2 * (x + y)], third]
+    for number, rows in enumerate([*cases, [1e-4 * x, 1e-4 * x]]):
+        base = torch.zeros_like(rows[0])
+        for name, row in [("base", base), *((f"m{i}", row) for i, row in enumerate(rows))]:
+            samples.write(tmp_path / name, {"x": row}, torch.float32, shards=1)
+        names = [f"m{i}" for i in range(len(rows))]
+        got = merged(recipe(tmp_path, "model_stock", names, base_model="base"), tmp_path / "out")
+        c = 1e-8 / 1e-6
+        wanted = base if number < len(cases) else 2 * c / (1 + c) * rows[0]
+        torch.testing.assert_close(got["x"], wanted, rtol=1e-5, atol=1e-9)
+
+
 def test_wise_ft_lies_between(tmp_path: Path, models: Any) -> None:
     config = recipe(tmp_path, "wise_ft", ["m0"], base_model="base", parameters={"alpha": 0.3})
     for name, got in merged(config, tmp_path / "out").items():

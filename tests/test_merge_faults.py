@@ -16,6 +16,7 @@ import torch
 
 import neulig_fast as nf
 from neulig_fast.checkpoints.manifest import MANIFEST, verify
+from neulig_fast.checkpoints.merging import foresee
 from neulig_fast.checkpoints.write import STAGING
 from neulig_fast.demo import llamas
 
@@ -250,8 +251,68 @@ def test_a_folder_with_other_files_is_refused(tmp_path: Path, config: dict[str, 
 
 
 def test_a_model_is_not_merged_into_its_own_folder(tmp_path: Path, config: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="no merge wrote"):
+    with pytest.raises(ValueError, match="which the merge reads and would replace"):
         nf.merge(config, tmp_path / "m0")
+
+
+@pytest.mark.parametrize("way", ["itself", "folder", "files"])
+def test_a_merge_is_not_replaced_by_what_is_made_from_it(
+    tmp_path: Path, config: dict[str, Any], way: str
+) -> None:
+    """A crash between two renames would leave neither."""
+    out = tmp_path / "out"
+    nf.merge(config, out)
+    before, link = llamas.contents(out), tmp_path / "link"
+    if way == "folder":
+        link.symlink_to(out)
+    elif way == "files":
+        link.mkdir()
+        for path in out.iterdir():
+            (link / path.name).symlink_to(path)
+    config["models"][0]["model"] = str(out if way == "itself" else link)
+    for act in (nf.merge, foresee):
+        with pytest.raises(ValueError, match="which the merge reads and would replace"):
+            act(config, out)
+    assert llamas.contents(out) == before
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (b"[]", "must be a JSON object, got list"),
+        (b"{", "is no JSON"),
+        (b'{"a": "\xff"}', "is no JSON"),
+        (b"[" * 100_000, "is no JSON"),
+    ],
+)
+def test_a_broken_configuration_is_found_before_the_work(
+    tmp_path: Path, config: dict[str, Any], text: bytes, said: str
+) -> None:
+    (tmp_path / "m0/config.json").write_bytes(text)
+    with pytest.raises(ValueError, match=rf"m0/config.json: {said}"):
+        nf.merge(config, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("max_ram", "9" * 400),
+        ("shard_size", "9" * 30),
+        ("threads", "2"),
+        ("threads", 1.5),
+        ("threads", True),
+        ("device", None),
+        ("seed", 2**63),
+        ("seed", "x"),
+    ],
+)
+def test_what_no_option_can_be_is_refused_by_name(
+    tmp_path: Path, config: dict[str, Any], option: str, value: Any
+) -> None:
+    with pytest.raises(ValueError, match=f"{option} must be .*, got"):
+        nf.merge(config, tmp_path / "out", **{option: value})
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_input_that_shrinks_is_an_error(

@@ -50,6 +50,10 @@ def test_gradients() -> None:
 
 def test_everything_that_does_not_fit_is_named() -> None:
     base, other = layers(2)
+    base, tau = layers(2)
+    tau.bias = nn.Parameter(tau.bias.float())
+    with pytest.raises(ValueError, match=r"task vector 0 has a bias of torch.float32 on cpu"):
+        nf.MergedLinear(base, [tau])
     with pytest.raises(TypeError, match=r"must be nn.Linear layers, got Conv1d"):
         nf.MergedLinear(base, [other, nn.Conv1d(1, 1, 1)])
     with pytest.raises(ValueError, match="must be N >= 1 layers, got none"):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import threading
+import time
 import types
+import warnings
 import weakref
 from collections.abc import Iterator
 from importlib import metadata
@@ -95,6 +98,40 @@ def test_every_name_of_a_function_is_replaced_and_put_back(host: types.ModuleTyp
     assert {"old": old} == host.TABLE
     assert nf.patch.status() == ()
     handle.undo()  # again: nothing happens
+
+
+def test_threads_that_patch_at_once_patch_once(
+    host: types.ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    double, handles, found = host.double, [], _patch._replacements
+    # Long enough for all to have looked at what is there.
+    monkeypatch.setattr(_patch, "_replacements", lambda *args: (found(*args), time.sleep(0.05))[0])
+
+    def work() -> None:
+        with contextlib.suppress(ValueError):
+            handles.append(nf.patch("toy"))
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    (handle,) = handles
+    handle.undo()
+    assert host.double is sys.modules["toy_user"].twice is double
+
+
+def test_a_warning_that_is_an_error_leaves_nothing_half_undone(host: types.ModuleType) -> None:
+    run, handle = host.Model.run, nf.patch("toy")
+    host.double = print  # somebody else's, in the first place
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(nf.NeuligFastWarning, match="toy_host:double was replaced since"):
+            handle.undo()
+    assert host.double is print
+    assert host.Model.run is run
+    assert sys.modules["toy_user"].twice.__qualname__ == "double"
+    assert not hasattr(sys.modules["toy_user"].twice, "__neulig_fast__")
 
 
 def test_calls_are_counted(host: types.ModuleType) -> None:

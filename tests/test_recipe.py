@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import yaml
 
+from neulig_fast import config_files
 from neulig_fast.checkpoints.recipe import ModelRef, Recipe
 from neulig_fast.checkpoints.recipe_file import parse
 from neulig_fast.methods import METHODS
@@ -154,6 +157,25 @@ def test_foreign_keys_are_warned_of_and_our_own_are_errors() -> None:
 def test_what_is_no_recipe(text: str, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         read(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[" * 20_000, "recursion"),
+        ("a: " + "9" * 5000, "digits"),
+        ("a: 2020-13-45", "month must be"),
+        ("a: &a [*a]", "more than 1000000 values"),
+        (
+            "k0: &k0 x\n" + "".join(f"k{i}: &k{i} [*k{i - 1}, *k{i - 1}]\n" for i in range(1, 60)),
+            "more than 1000000 values",
+        ),
+    ],
+)
+def test_hostile_files_are_refused_by_name(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "r.yml").write_text(text)
+    with pytest.raises(ValueError, match=rf"r.yml: .*{said}"):
+        config_files.read(tmp_path / "r.yml")
 
 
 def test_all_faults_come_at_once() -> None:

@@ -56,6 +56,8 @@ def read(content: Any) -> None:
 @example({"merge_method": ["linear"], "models": {"model": {}}})
 @example({"merge_method": "linear", "models": [{"model": "a", "parameters": [{"weight": {}}]}]})
 @example({("a",): 1})
+@example({"merge_method": "linear", "models": [{"model": "a", "parameters": {"weight": 10**400}}]})
+@example({"merge_method": "ema", "models": [{"model": "a"}], "parameters": {"decay": [0, 10**400]}})
 @example({"merge_method": "linear", "slices": [{"sources": [{"layer_range": [1e400, True]}]}]})
 def test_any_content_is_read_or_refused(content: Any) -> None:
     read(content)

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from .._checks import raise_all
 from .dtypes import TO_FORMAT
+from .headers import INDEX
 from .plan import Plan
 from .recipe import ModelRef, Recipe
 from .tokens import FILE
 from .vocabularies import Vocabulary
 
+if TYPE_CHECKING:
+    from .prepared import Prepared
+
 RECIPE = "mergekit_config.yml"  # the name that mergekit gives it, and others look for
 _CARD = "README.md"
-CACHED = "models--"  # what folders of models in Hugging Face's cache begin with
+_CACHED = "models--"  # what folders of models in Hugging Face's cache begin with
 _TOKENIZER = (
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"),
     *("added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "spiece.model"),
@@ -27,13 +33,41 @@ _WORDS = frozenset(
         *("spiece.model", "sentencepiece.bpe.model"),
     )
 )
+_CONFIG = "config.json"
 _MODEL = (
-    *("config.json", "generation_config.json", "preprocessor_config.json", "open_clip_config.json"),
+    *(_CONFIG, "generation_config.json", "preprocessor_config.json", "open_clip_config.json"),
     "processor_config.json",
 )
 
 
-def companions(
+def all_companions(every: Sequence[Prepared], out_dir: Path) -> dict[str, dict[str, bytes]]:
+    """By name of a result: the small files beside its weights, made before there is work to lose.
+
+    Raises:
+        ValueError: a result would take the place of what it is made from; a broken configuration.
+    """
+    read = [file for checkpoint in every[0].models.values() for file in checkpoint.files]
+    homes = {file.resolve().parent: file for file in read}
+    raise_all(
+        "merge",
+        [
+            f"{out_dir / one.name}: {homes[home]} is there, which the merge reads and would "
+            "replace: name another folder"
+            for one in every
+            if (home := (out_dir / one.name).resolve()) in homes
+        ],
+    )
+    fetched = {part for file in read for part in file.parts if part.startswith(_CACHED)}
+    found: dict[str, dict[str, bytes]] = {}
+    for one in every:
+        paths = {model: checkpoint.path for model, checkpoint in one.models.items()}
+        texts = _companions(one.recipe, one.source, one.plan, paths, one.vocabulary, fetched)
+        index = one.plan.layout.index_text()
+        found[one.name] = texts if index is None else {**texts, INDEX: index.encode()}
+    return found
+
+
+def _companions(
     recipe: Recipe,
     source: bytes,
     plan: Plan,
@@ -48,6 +82,9 @@ def companions(
         folders: of the models.
         vocabulary: whose tokenizer the result has; by default the donor's.
         fetched: folders of Hugging Face's cache that models came from: these have pages there.
+
+    Raises:
+        ValueError: the donor's configuration is not one.
     """
     vocabulary = vocabulary or Vocabulary(plan.donor)
     folders = {model: path if path.is_dir() else path.parent for model, path in folders.items()}
@@ -55,8 +92,8 @@ def companions(
     found: dict[str, bytes] = {}
     for folder, names in ((donor, _MODEL), (tokens, _TOKENIZER)):
         found |= {name: (folder / name).read_bytes() for name in names if (folder / name).is_file()}
-    if "config.json" in found:
-        found["config.json"] = _config(found["config.json"], plan, vocabulary.size)
+    if _CONFIG in found:
+        found[_CONFIG] = _config(donor / _CONFIG, found[_CONFIG], plan, vocabulary.size)
     if vocabulary.text is not None:
         found = {name: text for name, text in found.items() if name not in _WORDS}
         found[FILE] = vocabulary.text
@@ -65,9 +102,14 @@ def companions(
     return found
 
 
-def _config(text: bytes, plan: Plan, words: int | None) -> bytes:
+def _config(path: Path, text: bytes, plan: Plan, words: int | None) -> bytes:
     """The donor's, with what the merge changes: types of weights, numbers of layers and words."""
-    content = json.loads(text)
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: is no JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: must be a JSON object, got {type(content).__name__}")
     stored = {formatted: name for name, formatted in TO_FORMAT.items()}
     kinds = {tensor.output.dtype for tensor in plan.tensors if tensor.output.dtype in stored}
     if len(kinds) == 1:
@@ -116,4 +158,4 @@ def _linked(model: ModelRef, fetched: Set[str]) -> str:
 
 
 def _has_page(model: ModelRef, fetched: Set[str]) -> bool:
-    return CACHED + model.path.replace("/", "--") in fetched
+    return _CACHED + model.path.replace("/", "--") in fetched

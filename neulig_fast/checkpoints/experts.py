@@ -55,17 +55,29 @@ def emr_expert(
     header = read_header(path)
     if header.metadata.get("format") != Masks.format:
         raise ValueError(f"{path}: is not of the format {Masks.format}")
-    number = _number(path, expert, json.loads(header.metadata["experts"]))
+    experts = _names(path, header.metadata.get("experts"))
+    number = _number(path, expert, experts)
     kept = {entry.name: entry for entry in header.entries}
     merged = open_checkpoint(folder).entries
     origin = open_checkpoint(_base(folder, base)).entries
-    raise_all("emr_expert", _faults(merged, origin))
+    raise_all("emr_expert", [*_faults(merged, origin), *_mask_faults(merged, kept, len(experts))])
     with Reader() as reader:
         scale, lam = _scale(reader, kept, number)
         return {
             name: _expert(reader, entry, origin[name], kept.get(f"{number}/{name}"), scale / lam)
             for name, entry in merged.items()
         }
+
+
+def _names(path: Path, text: str | None) -> list[str]:
+    """The recipe's models, as the masks' metadata have them."""
+    try:
+        names = json.loads(text or "")
+    except (ValueError, RecursionError):
+        names = None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{path}: does not say which experts it is of")
+    return names
 
 
 def _number(path: Path, expert: str | int, experts: Sequence[str]) -> int:
@@ -98,6 +110,20 @@ def _faults(merged: Mapping[str, Entry], base: Mapping[str, Entry]) -> Iterator[
         elif base[name].shape != entry.shape:
             got, wanted = list(base[name].shape), list(entry.shape)
             yield f"the base has {name!r} of shape {got}, the merge {wanted}"
+
+
+def _mask_faults(
+    merged: Mapping[str, Entry], kept: Mapping[str, Entry], experts: int
+) -> Iterator[str]:
+    for name, entry in kept.items():
+        owner, _, tensor = name.partition("/")
+        if tensor not in merged:
+            yield f"the masks have {name!r}, the merge no {tensor!r}"
+            continue
+        packed = (-(-merged[tensor].elements // 8),)
+        wanted = ("F64", (experts, 3)) if owner == MEANS else ("U8", packed)
+        if (entry.dtype, entry.shape) != wanted:
+            yield f"the masks have {name!r} of {entry.dtype} {list(entry.shape)}, wanted {wanted}"
 
 
 def _scale(reader: Reader, kept: Mapping[str, Entry], number: int) -> tuple[float, float]:

@@ -8,10 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .companions import CACHED, companions
+from .companions import all_companions
 from .folders import Folders, State, check_space
 from .forecast import Forecast, forecast, passes
-from .headers import INDEX
 from .manifest import Manifest, checksum
 from .pipeline import Job, Pipeline
 from .prepared import Prepared, prepare
@@ -75,6 +74,7 @@ def merge(
     out_dir = Path(out_dir)
     with torchrun() if distributed else contextlib.nullcontext(Ranks()) as ranks:
         prepared = ranks.here(lambda: prepare(config, shard_size=shard_size, seed=seed))
+        texts = ranks.here(lambda: all_companions(prepared, out_dir))
         _agree(prepared, ranks)
         limits = (max_ram, ranks.device(device), threads, max_vram)
         resources = ranks.here(lambda: _resources(prepared, *limits))
@@ -89,7 +89,7 @@ def merge(
             outputs = {one.name: _output(one, stagings[one.name], folders) for one in prepared}
             todo = [one for one in prepared if one.name not in folders.complete]
             moved = _run(todo, folders, resources, progress, ranks)
-            ranks.all(lambda: _finish(todo, folders) if ranks.first else None)
+            ranks.all(lambda: _finish(todo, texts, folders) if ranks.first else None)
     warned = [*(text for one in prepared for text in one.plan.warnings), *folders.warnings]
     return _report(out_dir, started, moved, outputs, warned)
 
@@ -146,6 +146,7 @@ def foresee(
 ) -> Forecast:
     """What :func:`merge` would do with these arguments: all its checks, and how long it takes."""
     prepared = prepare(config, shard_size=shard_size)
+    all_companions(prepared, Path(out_dir))
     check_space(Path(out_dir), {one.name: one.plan.layout for one in prepared})
     resources = _resources(prepared, max_ram, device, threads, max_vram)
     found = forecast([one.plan for one in prepared], Path(out_dir), resources)
@@ -248,24 +249,18 @@ def _surveyed(
     return known(pipeline.method, wholes, jobs, survey.look), survey.bytes
 
 
-def _finish(todo: Sequence[Prepared], folders: Folders) -> None:
+def _finish(
+    todo: Sequence[Prepared], texts: Mapping[str, Mapping[str, bytes]], folders: Folders
+) -> None:
     for one in todo:
-        _commit(one, folders)
+        _commit(one, texts[one.name], folders)
     folders.finish()
 
 
-def _commit(prepared: Prepared, folders: Folders) -> None:
+def _commit(prepared: Prepared, texts: Mapping[str, bytes], folders: Folders) -> None:
     from .. import __version__  # late: the package imports this module
 
     plan, staging = prepared.plan, folders.stagings[prepared.name]
-    paths = {model: checkpoint.path for model, checkpoint in prepared.models.items()}
-    read = [file for checkpoint in prepared.models.values() for file in checkpoint.files]
-    fetched = {part for file in read for part in file.parts if part.startswith(CACHED)}
-    recipe, source, words = prepared.recipe, prepared.source, prepared.vocabulary
-    texts = companions(recipe, source, plan, paths, words, fetched)
-    index = plan.layout.index_text()
-    if index is not None:
-        texts[INDEX] = index.encode()
     files = {n: {"bytes": len(text), "xxh3": checksum(text)} for n, text in texts.items()}
     for shard in plan.layout.shards:
         files[shard.name] = {"bytes": shard.bytes, "xxh3": checksum(shard.header)}

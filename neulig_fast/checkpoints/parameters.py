@@ -18,8 +18,8 @@ final norm, the head) have depth 0. Gradients are linear between their points.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from math import isfinite
 from typing import Any, TypeAlias
 
 Scalar: TypeAlias = "float | bool | str"
@@ -107,11 +107,16 @@ def _entry_faults(entry: Any) -> Iterator[str]:
 
 
 def _point_faults(point: Any) -> Iterator[str]:
-    if isinstance(point, bool) or not isinstance(point, int | float) or not isfinite(point):
+    if isinstance(point, bool) or not isinstance(point, int | float) or not _is_finite(point):
         yield f"a list over the depth must be of finite numbers, got {point!r}"
 
 
 def _scalar_faults(value: Any) -> Iterator[str]:
-    finite = not isinstance(value, float) or isfinite(value)
-    if not isinstance(value, bool | int | float | str) or not finite:
+    number = isinstance(value, int | float)
+    if not (_is_finite(value) if number else isinstance(value, str)):
         yield f"must be a finite number, a flag or a word, got {value!r}"
+
+
+def _is_finite(number: float) -> bool:
+    """Also as a float: an int may be beyond all of them."""
+    return abs(number) <= sys.float_info.max

@@ -67,6 +67,8 @@ def prepare(
         ValueError: everything that is wrong.
         OSError: no such recipe.
     """
+    if type(seed) is not int or not -(2**63) <= seed < 2**63:
+        raise ValueError(f"merge: seed must be a signed 64-bit integer, got {seed!r}")
     content, source, base = _read(config)
     recipe = with_coefficients(recipe_file.parse(content, METHODS), base)
     method = METHODS[recipe.method]

@@ -50,11 +50,11 @@ class Ranks:
         it lists, or of all."""
         import torch
 
+        if self.count == 1:
+            return name
         names = name.split(",")
         if name in ("auto", "cuda") and torch.cuda.is_available():
             names = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
-        if self.count == 1:
-            return name
         return names[int(os.environ.get("LOCAL_RANK", self.rank)) % len(names)].strip()
 
     def here(self, work: Callable[[], T]) -> T:

@@ -64,8 +64,10 @@ def asked_for(
     faults = []
     if memory < 2 * OVERHEAD:
         faults.append(f"max_ram must be at least {sizes.text(2 * OVERHEAD)}, got {max_ram!r}")
-    if threads is not None and threads < 1:
-        faults.append(f"threads must be 1 or more, got {threads}")
+    if threads is not None and (type(threads) is not int or threads < 1):
+        faults.append(f"threads must be 1 or more, got {threads!r}")
+    if not isinstance(device, str):
+        faults.append(f"device must be text such as auto, cpu or cuda:0, got {device!r}")
     raise_all("merge", faults)
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     names = [_usable(name) for name in device_names(device, gpus, threads)]

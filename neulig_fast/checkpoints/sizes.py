@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 _FACTORS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+_END = 1 << 63
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?\s*", re.IGNORECASE)
 
 
@@ -15,9 +16,9 @@ def parse(name: str, size: int | str) -> int:
         ValueError: no number of bytes, or none at all.
     """
     found = _SIZE.fullmatch(size) if isinstance(size, str) else None
-    if found:
-        size = int(float(found[1]) * _FACTORS[found[2].lower()])
-    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+    if found and (number := float(found[1]) * _FACTORS[found[2].lower()]) < _END:
+        size = int(number)
+    if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size < _END:
         raise ValueError(f"{name} must be bytes, or such as 512M or 5G, got {size!r}")
     return size
 

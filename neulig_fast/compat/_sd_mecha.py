@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from packaging.specifiers import SpecifierSet
 from torch import Tensor
@@ -22,6 +24,13 @@ def ties_sum(*models: Tensor, k: float = 1.0, vote_sgn: bool = False) -> Tensor:
     """
     check_alike(models)
     check_finite(*models, below=_FAR)
+    if not 0 <= k <= 1:
+        raise Unsupported("a share k beyond 0 and 1")
+    return elected_sum(models, k, vote_sgn)
+
+
+def elected_sum(models: Sequence[Tensor], k: float, vote_sgn: bool) -> Tensor:
+    """The same of any tensors of one form, contiguous; NaN has no rank."""
     rows = torch.stack([model.view(-1) for model in models])
     merged = merge_task_vectors(
         rows,
@@ -51,6 +60,8 @@ def filter_top_k(a: Tensor, k: float) -> Tensor:
     if a.dtype == torch.float64:
         raise Unsupported("fp64, which sd-mecha ranks in fp32")
     check_finite(a, below=_FAR)
+    if not 0 <= k <= 1:
+        raise Unsupported("a share k beyond 0 and 1")
     threshold = _thresholds(a.view(1, -1), k)
     return a * (a.abs() >= threshold).float()
 
@@ -58,8 +69,6 @@ def filter_top_k(a: Tensor, k: float) -> Tensor:
 def _thresholds(rows: Tensor, k: float) -> Tensor:
     """(N,): of each row the least magnitude that is kept."""
     n = rows.shape[1]
-    if not 0 <= k <= 1:
-        raise Unsupported("a share k beyond 0 and 1")
     wanted = n + 1 - max(int((1 - k) * n), 1)
     counts = torch.full((len(rows),), wanted, device=rows.device)
     return magnitude_select(rows, counts).thresholds

@@ -145,6 +145,7 @@ def _ties(exactly: bool) -> Callable[..., Tensor]:
         _take_density(density)
         if exactly:
             _take_exactly(task_tensors, dtype)
+        dtype = torch.promote_types(dtype, torch.float32)  # of the counts that it divides by
         rows = _rows(task_tensors)
         bounds = _largest(rows, density, exactly)
         return _merged(rows, weights, task_tensors[0], dtype, **rules, **bounds)
@@ -170,6 +171,7 @@ def dare_ties(
     dtype = _take_list(task_tensors, weights)
     rules = {"elect": _election(majority_sign_method), "divide": "count"}
     _take_density(density, random=True)
+    dtype = torch.promote_types(dtype, torch.float32)  # of the counts that it divides by
     rows = _rows(task_tensors)
     return _merged(rows, weights, task_tensors[0], dtype, **rules, **_draws(density, rows))
 

@@ -49,7 +49,11 @@ def nf_add_difference(a: Tensor, b: Tensor, alpha: float = 1.0) -> Tensor:
 
 
 def nf_ties_sum(*deltas: Tensor, k: float = 0.2, vote_sgn: bool = False) -> Tensor:
-    return _sd_mecha.ties_sum(*(delta.contiguous() for delta in deltas), k=k, vote_sgn=vote_sgn)
+    if not 0 <= k <= 1:
+        raise ValueError(f"nf_ties_sum: k must be from 0 to 1, got {k!r}")
+    if not deltas[0].numel():
+        return deltas[0].to(torch.promote_types(deltas[0].dtype, torch.float32))
+    return _sd_mecha.elected_sum([delta.contiguous() for delta in deltas], k, vote_sgn)
 
 
 def nf_dare_sum(

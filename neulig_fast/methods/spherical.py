@@ -15,7 +15,8 @@ Each reads inner products first and is a weighted sum of rows then:
 
 Where an angle is too small for its sine (cosine above 0.9995, for nuslerp sine below 1e-8), slerp
 is linear, as mergekit's. Unit vectors whose mean is shorter than 1e-3 have no direction in common:
-that mean itself is taken.
+that mean itself is taken. Task vectors whose directions cancel have no ratio r, and leave the base;
+norms whose product is below 1e-6 are divided by that, as in mergekit.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 _PARALLEL = 0.9995  # cosine
 _SMALL = 1e-8
+_LEAST = 1e-6  # by which Model Stock divides
 _CANCELLED = 1e-6  # a mean's square, which products in fp32 know to 1e-7 of those of its parts
 
 
@@ -132,9 +134,10 @@ def _model_stock(task: Task, total: Any) -> Apply:
 
     g, n = total.numpy(), task.models
     norms = np.sqrt(np.diagonal(g))
-    cosines = g / np.maximum(np.outer(norms, norms), 1e-300)
+    cosines = np.clip(g / np.maximum(np.outer(norms, norms), _LEAST), -1, 1)
     mean = (cosines.sum() - np.trace(cosines)) / (n * (n - 1))
-    ratio = n * mean / (1 + (n - 1) * mean)
+    ends = 1 + (n - 1) * mean
+    ratio = n * mean / ends if abs(ends) >= _LEAST else 0.0
     return _on_rows(task, [ratio / n] * n)
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .. import _checks
+from .._autograd import has_tangent
 from .._list_checks import address_faults, are_lists, as_list, has_memory, list_faults
 from .._registry import OPS
 from ..tensor_lists import Group, TensorLists, held, host, on_device
@@ -159,12 +161,14 @@ def opened(
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], Tensor]:
     """The lists as tuples and the weight as a tensor; ValueError if anything does not fit."""
     first, second = as_list(starts), as_list(ends)
-    if isinstance(weight, (int, float)) and math.isfinite(weight):
+    if isinstance(weight, (int, float)) and abs(weight) <= sys.float_info.max:
         device = next((x.device for x in first if isinstance(x, Tensor)), "cpu")
         weight = torch.full((), weight, dtype=torch.float64, device=device)
     _checks.raise_all(name, faults(first, second, weight, seed, step))
     from .blend_lists import refuse_transforms
 
+    if forward_ad._current_level >= 0 and any(map(has_tangent, (*first, *second))):
+        raise NotImplementedError(f"{name}: no forward-mode derivative")
     refuse_transforms(name, weight, (first, second))
     return first, second, weight
 
