@@ -37,7 +37,7 @@ PARAMETERS = (
     *("weight", "density", "gamma", "epsilon", "lambda", "normalize", "rescale", "int8_mask", "t"),
     *("scale", "select_topk", "filter_wise", "nuslerp_flatten", "nuslerp_row_wise", "alpha", "r"),
     *("normalize_weights", "eps", "max_iter", "tol", "decay", "schedule", "tall_mask_lambda", "k"),
-    *("fisher", "floor", "majority_sign_method", "merge_func"),
+    *("fisher", "floor", "majority_sign_method", "merge_func", "threshold"),
 )
 _MODELS = ("fisher",)  # parameters that name a model
 
