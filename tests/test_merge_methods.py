@@ -18,7 +18,8 @@ from xxhash import xxh3_64_intdigest
 import neulig_fast as nf
 from neulig_fast.checkpoints import pipeline
 from neulig_fast.demo import llamas as samples
-from neulig_fast.methods import BLOCK
+from neulig_fast.methods import BLOCK, Task, Tile, fusion
+from neulig_fast.methods._bands import Band
 from neulig_fast.methods.trajectory import ema_weights, wsm_weights
 
 State = Mapping[str, Tensor]
@@ -448,6 +449,16 @@ def test_arcee_fusion_ranks_what_is_no_number_above_all(tmp_path: Path) -> None:
     taken = torch.from_numpy(scores >= middle + 1.5 * (high - low))
     wanted = torch.where(taken, x, base)
     assert torch.equal(got.nan_to_num(nan=99), wanted.nan_to_num(nan=99))
+
+
+def test_arcee_fusion_compares_with_thresholds_between_numbers_of_fp32() -> None:
+    rows = normal(2, 6)
+    task = Task("x", (1, 6), 1, True, {})
+    score = fusion._importance(Band(0, rows[:, None], slice(6), slice(6)))[2].item()
+    for threshold, taken in ((score, True), (score * (1 + 1e-12), False)):
+        out = torch.empty(6)
+        fusion._fusion(task, fusion.Fused({}, threshold))(Tile(rows, 0), out)
+        assert out[2] == rows[0 if taken else 1, 2]
 
 
 def test_arcee_fusion_is_of_one_model(tmp_path: Path) -> None:

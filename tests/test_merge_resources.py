@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -171,3 +172,29 @@ def test_least_bytes_are_just_enough_for_a_tile(elements: int) -> None:
     assert workspace.tile_elements(one, least) == max(min(elements, BLOCK), 1)
     with pytest.raises(ValueError, match=f"'a' needs {least}"):
         workspace.tile_elements(one, least - 8)
+
+
+def test_an_interrupt_leaves_torchs_number_of_threads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llamas.family(tmp_path, 1)
+
+    def interrupted(working: Any, **_: Any) -> None:
+        for future in working:
+            future.exception()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "wait", interrupted)
+    before = torch.get_num_threads()
+    seen: list[int] = []
+    torch.set_num_threads(3)
+    try:
+        config = {"merge_method": "passthrough", "models": [{"model": str(tmp_path / "m0")}]}
+        with pytest.raises(KeyboardInterrupt):
+            nf.merge(config, tmp_path / "out", threads=2)
+        fresh = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+        fresh.start()
+        fresh.join()
+        assert (torch.get_num_threads(), seen) == (3, [3])
+    finally:
+        torch.set_num_threads(before)

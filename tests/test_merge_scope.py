@@ -204,6 +204,10 @@ METHODS = {
     "ties": ([{"weight": 0.7, "density": 0.3}, {"weight": 0.4, "density": 0.6}], {}),
     "breadcrumbs": ([{"weight": 0.7, "density": 0.3, "gamma": 0.1}] * 2, {"rescale": True}),
     "ramplus_tl": ([{}] * 2, {"epsilon": 1.0, "r": 0.7, "alpha": 3.0}),
+    "dare_ties": (
+        [{"weight": 1, "density": 0.6}, {"weight": 1, "density": 0.9}],
+        {"threshold": 0.3, "merge_func": "mean", "ours": {"parity": "fusionbench"}},
+    ),
 }
 
 

@@ -124,3 +124,12 @@ def test_pcb_asks_for_two(tmp_path: Path) -> None:
     write(tmp_path, {"x": torch.ones(3)}, {"x": torch.zeros(3)})
     text = refusal(lambda: merged(tmp_path, recipe(tmp_path, "pcb", [{"density": 2}])))
     assert "pcb merges 2 to 80 models besides the base, got 1" in text
+
+
+def test_nan_is_not_among_those_that_ranks_are_of(tmp_path: Path) -> None:
+    d = normal(2, 5000)
+    holes = torch.cat([d, torch.full((2, 3000), NAN)], dim=1)
+    own = [{"density": 0.3}, {"density": 0.7}]
+    got = of_one(tmp_path, "pcb", holes, own)
+    assert got[5000:].isnan().all()
+    close(got[:5000], oracle(d.double().numpy(), [0.3, 0.7]), 2e-5)

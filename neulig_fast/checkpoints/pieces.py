@@ -45,8 +45,10 @@ def pieces_of(recipe: Recipe, method: Method) -> list[Piece]:
     """
     if set(recipe.parts) != {""}:
         raise ValueError(
-            "merge: modules is not supported; models merges all modules at once, and filters, "
-            "parts of tensors' names, give each its parameters"
+            f"merge: modules must be default alone, the whole of a model, got "
+            f"{', '.join(recipe.parts)}: which tensors others have is in mergekit's table of "
+            "architectures. models merges the tensors of all modules at once, and filters, parts "
+            "of tensors' names, give each its parameters (a weight of 0 leaves a model out)"
         )
     part = recipe.parts[""]
     pieces = []

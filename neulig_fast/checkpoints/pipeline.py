@@ -80,13 +80,16 @@ class Pipeline:
         count = self.resources.threads
         before = torch.get_num_threads()
         self._stopped.clear()
-        with ThreadPoolExecutor(count, thread_name_prefix="merge") as pool:
-            working = [pool.submit(self._work, todo, act, number) for number in range(count)]
-            try:
-                wait(working, return_when=FIRST_EXCEPTION)
-            finally:
-                self._stopped.set()
-        torch.set_num_threads(before)  # the last thread's number is what new threads begin with
+        try:
+            with ThreadPoolExecutor(count, thread_name_prefix="merge") as pool:
+                working = [pool.submit(self._work, todo, act, number) for number in range(count)]
+                try:
+                    wait(working, return_when=FIRST_EXCEPTION)
+                finally:
+                    self._stopped.set()
+        finally:
+            # The last thread's number is what new threads begin with.
+            torch.set_num_threads(before)
         errors = [error for error in (future.exception() for future in working) if error]
         for error in sorted(errors, key=lambda error: isinstance(error, Stopped)):
             raise error

@@ -1,9 +1,10 @@
 """mergekit's YAML, taken verbatim: from the content of a file to a recipe.
 
 Exactly one of ``models``, ``slices`` and ``modules`` says what is merged; ``models`` is one slice
-of all layers. Keys that are neither mergekit's nor ours are warned of, since files of other
-versions have some; keys below ``neulig_fast``, our own, are errors, and in a file that has that
-section so are parameters that are almost one there is. Every fault of a file is found at once.
+of all layers, the module ``default`` all of a model. Keys that are neither mergekit's nor ours are
+warned of, since files of other versions have some; keys below ``neulig_fast``, our own, are errors,
+and in a file that has that section so are parameters that are almost one there is. Every fault of a
+file is found at once.
 """
 
 from __future__ import annotations
@@ -37,8 +38,9 @@ PARAMETERS = (
     *("weight", "density", "gamma", "epsilon", "lambda", "normalize", "rescale", "int8_mask", "t"),
     *("scale", "select_topk", "filter_wise", "nuslerp_flatten", "nuslerp_row_wise", "alpha", "r"),
     *("normalize_weights", "eps", "max_iter", "tol", "decay", "schedule", "tall_mask_lambda", "k"),
-    *("fisher", "floor", "majority_sign_method", "merge_func"),
+    *("fisher", "floor", "majority_sign_method", "merge_func", "threshold"),
 )
+_WHOLE = "default"  # mergekit's only module of most models
 _MODELS = ("fisher",)  # parameters that name a model
 
 
@@ -146,7 +148,8 @@ class _Reader:
         if not isinstance(modules, Mapping) or not modules:
             self.faults.append(f"modules: must be a mapping of modules, got {modules!r}")
             return {}
-        return {str(n): self.module(f"modules.{n}", part) for n, part in modules.items()}
+        found = {str(n): self.module(f"modules.{n}", part) for n, part in modules.items()}
+        return {"": found[_WHOLE]} if set(found) == {_WHOLE} else found
 
     def module(self, place: str, value: Any) -> Part:
         section = self.mapping(place, value, _PART)

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ._blocks import blocks
-from ._largest import largest, several
-from ._method import Measure, Statistic, Task, Tile, bounds
+from ._largest import largest, largest_of, several
+from ._method import Measure, Statistic, Task, Tile, bounds, weights_tensor
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,6 +23,18 @@ class Kept(NamedTuple):
     scales: Sequence[float] | None = None
     zero_sign: int = 1
 
+    def vectors(self, tile: Tile) -> Iterator[tuple[Tensor, None]]:
+        """Block by block: task vectors (N, P), 0 where they are dropped."""
+        from ..ops import merge_task_vectors
+
+        for place, _, d in blocks(tile):
+            start, rule = tile.start + place.start, tensors(self.rule, d)
+            seed = {"seed": rule.pop("seed")} if "seed" in rule else {}
+            for i, row in enumerate(d):
+                own = {name: values[i : i + 1] for name, values in rule.items()}
+                row.copy_(merge_task_vectors(row[None], d.new_ones(1), start=start, **own, **seed))
+            yield d, None
+
 
 def everything(task: Task) -> Measure:
     """Of every task vector."""
@@ -33,21 +45,23 @@ def everything(task: Task) -> Measure:
 def largest_elements(task: Task) -> Measure:
     """The density * n largest: TIES."""
     if task.parity == "fusionbench":
-        return (yield from _with_all_ties(task))
+        return (yield from _with_all_ties(task, Kept({}), task.each("density")))
     n = task.elements
     kept = yield from _between(task, [0] * task.models, [int(d * n) for d in task.each("density")])
     return kept
 
 
-def _with_all_ties(task: Task) -> Measure:
-    """As FusionBench trims, and the sign that it gives to sums of zero."""
-    counts = [int(density * task.elements) + 1 for density in task.each("density")]
-    rule: dict[str, Any] = {}
+def _with_all_ties(task: Task, kept: Kept, shares: Sequence[float]) -> Measure:
+    """As FusionBench trims what is kept, and the sign that it gives to sums of zero."""
+    counts = [int(share * task.elements) + 1 for share in shares]
+    bound: dict[str, Sequence[float]] = {}
     if any(count < task.elements for count in counts):
-        rule["lower"], _ = yield from largest(task, counts)
-    signs = int((yield Statistic(lambda tile: _elected_signs(tile, rule))))
+        trimmed = largest_of(task, counts, kept.vectors) if kept.rule else largest(task, counts)
+        bound["lower"], _ = yield from trimmed
+    kept = kept._replace(rule={**kept.rule, **bound})
+    signs = int((yield Statistic(lambda tile: _elected_signs(tile, kept))))
     nobody = 0 if task.value("merge_func") == "max" else -1
-    return Kept(rule, zero_sign=(signs > 0) - (signs < 0) or nobody)
+    return kept._replace(zero_sign=(signs > 0) - (signs < 0) or nobody)
 
 
 def without_outliers(task: Task) -> Measure:
@@ -83,6 +97,14 @@ def drawn(task: Task) -> Measure:
     return (yield from _rescaled(task, rule))
 
 
+def drawn_and_trimmed(task: Task) -> Measure:
+    """Of what was drawn, FusionBench keeps the largest: DARE with TIES."""
+    kept = yield from drawn(task)
+    if task.parity != "fusionbench":
+        return kept
+    return (yield from _with_all_ties(task, kept, [task.value("threshold")] * task.models))
+
+
 def _rescaled(task: Task, rule: Mapping[str, Any]) -> Measure:
     if not rule or not task.value("rescale"):
         return Kept(rule)
@@ -107,13 +129,14 @@ def _magnitude_sums(tile: Tile, rule: Mapping[str, Any]) -> Tensor:
     return magnitude_sums(rows[:-1], rows[-1], bounds(tile), start=tile.start, **kept).cpu()
 
 
-def _elected_signs(tile: Tile, rule: Mapping[str, Any]) -> Iterator[Tensor]:
+def _elected_signs(tile: Tile, kept: Kept) -> Iterator[Tensor]:
     """() for each block: sum of the signs that elements' sums over experts have."""
     from ..ops import merge_task_vectors
 
     for place, _, d in blocks(tile):
         start = tile.start + place.start
-        total = merge_task_vectors(d, d.new_ones(len(d)), start=start, **tensors(rule, d))
+        scales = weights_tensor(kept.scales or [1.0] * len(d), d)
+        total = merge_task_vectors(d, scales, start=start, **tensors(kept.rule, d))
         yield ((total > 0).sum() - (total < 0).sum()).cpu()
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 from ._method import BLOCK, Measure, Statistic, Task, Tile
-from ._selection import TiledSelect
+from ._selection import Count, TiledSelect
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -74,7 +74,7 @@ def _in_tiles(task: Task, counts: tuple[tuple[int, ...], ...], of: Numbers) -> M
     return list(zip(*parts, strict=True))
 
 
-def magnitudes_of_rank(task: Task, ranks: Sequence[Sequence[int]], of: Numbers) -> Measure:
+def magnitudes_of_rank(task: Task, ranks: Sequence[Sequence[Count]], of: Numbers) -> Measure:
     """Of the numbers of each row that are not NaN the magnitudes with these ranks, 1 the largest;
     one beyond the last is the smallest. A list for every list of ranks."""
     search, _ = yield from _searched(task, tuple(map(tuple, ranks)), of)
@@ -86,7 +86,7 @@ def magnitudes_of_rank(task: Task, ranks: Sequence[Sequence[int]], of: Numbers) 
     return _split(found, len(ranks))
 
 
-def _searched(task: Task, counts: tuple[tuple[int, ...], ...], of: Numbers) -> Measure:
+def _searched(task: Task, counts: tuple[tuple[Count, ...], ...], of: Numbers) -> Measure:
     """Digit by digit: the search, and of every tile its start and the counts of the last digit."""
     search = TiledSelect(sum(counts, ()), bits=64 if task.dtype == "F64" else 32)
     placed: list[tuple[int, Tensor]] = []

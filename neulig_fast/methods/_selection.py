@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeAlias
 
 from ..ops._digits import DIGITS
+
+# How many are wanted; or what says it of how many there are that are not NaN.
+Count: TypeAlias = "int | Callable[[int], int]"
 
 
 class LastTie(NamedTuple):
@@ -34,12 +37,13 @@ class TiledSelect:
     where all elements or none are wanted, so that nothing is left to count.
     """
 
-    def __init__(self, counts: Sequence[int], bits: int = 32) -> None:
+    def __init__(self, counts: Sequence[Count], bits: int = 32) -> None:
         self.bits = bits
         self.digit = 0
-        self.prefixes = [0 if count > 0 else -1 for count in counts]
+        self._counts = counts
+        self.prefixes = [0 if callable(count) or count > 0 else -1 for count in counts]
         self._all = [False] * len(counts)
-        self._ranks = list(counts)  # among the magnitudes with the prefix
+        self._ranks = [0] * len(counts)  # among the magnitudes with the prefix
         self._ties = [0] * len(counts)  # how many have it
 
     @property
@@ -58,9 +62,12 @@ class TiledSelect:
         for i, prefix in enumerate(self.prefixes):
             if prefix < 0:
                 continue
-            if self.digit == 0 and self._ranks[i] >= sum(counts[i]):
-                self.prefixes[i], self._all[i] = -1, True
-                continue
+            if self.digit == 0:
+                known, wanted = sum(counts[i]), self._counts[i]
+                self._ranks[i] = wanted(known) if callable(wanted) else wanted
+                if self._ranks[i] >= known:
+                    self.prefixes[i], self._all[i] = -1, True
+                    continue
             value, self._ranks[i] = _find(counts[i], self._ranks[i])
             self.prefixes[i], self._ties[i] = prefix << width | value, counts[i][value]
         self.digit += 1

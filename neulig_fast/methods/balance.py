@@ -9,15 +9,15 @@ m(x) = (x - min x) / (max x - min x); magnitudes in the first m are clipped to t
 and 1 - 1e-4. Quantiles are elements, not between two: of n elements the lower one is the
 floor(1e-4 n) + 1-th smallest, the upper one the floor(1e-4 n) + 1-th largest, and q_i the
 n - floor((1 - density) n)-th largest. Where all elements are equal, m is 0: scores that are alike
-leave the base. NaN has no rank, and makes an element NaN. As in the authors' code, n is of the
-whole model; with the scope ``tensor`` it is of each tensor.
+leave the base. NaN has no rank, is not among the n, and makes an element NaN. As in the authors'
+code, n is of the whole model; with the scope ``tensor`` it is of each tensor.
 
 Source: Du et al., "Parameter Competition Balancing for Model Merging", NeurIPS 2024.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -68,18 +68,26 @@ class Balanced(NamedTuple):
 
 
 def _measure(task: Task) -> Measure:
-    n, models = task.elements, task.models
-    clipped = int(_CLIPPED * n) + 1
-    ranks = [[clipped] * models, [n - clipped + 1] * models]
+    models = task.models
+    ranks = [[lambda n: int(_CLIPPED * n) + 1] * models, [lambda n: n - int(_CLIPPED * n)] * models]
     high, low = yield from magnitudes_of_rank(task, ranks, task_vectors)
     scores = Scores(low, high)
-    kept = [max(n - int((1 - share) * n), 1) for share in task.each("density")]
-    ranks = [[*kept, *(n - rank + 1 for rank in kept)], [1] * (2 * models)]
-    least, most = yield from magnitudes_of_rank(task, ranks, scores)
+    kept = [_kept(share) for share in task.each("density")]
+    least, most = yield from magnitudes_of_rank(
+        task, [[*kept, *map(_from_below, kept)], [1] * (2 * models)], scores
+    )
     if 0 in most[:models]:  # of an expert no score is positive
-        (last,) = yield from magnitudes_of_rank(task, [[n] * (2 * models)], scores)
+        (last,) = yield from magnitudes_of_rank(task, [[lambda n: n] * (2 * models)], scores)
         most = (*most[:models], *last[models:])
     return Balanced(scores, _signed(least), _signed(most))
+
+
+def _kept(share: float) -> Callable[[int], int]:
+    return lambda n: max(n - int((1 - share) * n), 1)
+
+
+def _from_below(rank: Callable[[int], int]) -> Callable[[int], int]:
+    return lambda n: n - rank(n) + 1
 
 
 def _signed(found: Sequence[float]) -> list[float]:

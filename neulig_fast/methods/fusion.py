@@ -71,7 +71,8 @@ def _fusion(task: Task, fused: Fused) -> Apply:
         import torch
 
         for band in bands(task, tile, fused.cut):
-            taken = ~(_importance(band)[band.of_band] < fused.threshold)
+            # In fp64: a threshold is between numbers of fp32.
+            taken = ~(_importance(band)[band.of_band].double() < fused.threshold)
             expert, base = tile.rows[:, band.of_tile]
             out[band.of_tile] = torch.where(taken, expert, base).to(out.dtype)
 

@@ -13,19 +13,31 @@ Each reads inner products first and is a weighted sum of rows then:
     model_stock  theta_0 + r (mean - theta_0), r = N c / (1 + (N - 1) c), c the mean cosine between
                  task vectors (Jang, Yun, Han, "Model Stock", ECCV 2024)
 
+``nuslerp_flatten: false`` and ``filter_wise`` do so with every row of a tensor, along the last
+dimension; with ``nuslerp_row_wise`` too nuslerp does with every column, along the first.
+
 Where an angle is too small for its sine (cosine above 0.9995, for nuslerp sine below 1e-8), slerp
-is linear, as mergekit's. Unit vectors whose mean is shorter than 1e-3 have no direction in common:
-that mean itself is taken. Task vectors whose directions cancel have no ratio r, and leave the base;
-norms whose product is below 1e-6 are divided by that, as in mergekit.
+is linear, as mergekit's; a vector of zeros is at right angles to all. Unit vectors whose mean is
+shorter than 1e-3 have no direction in common: that mean itself is taken. Task vectors whose
+directions cancel have no ratio r, and leave the base; norms whose product is below 1e-6 are
+divided by that, as in mergekit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ._gram import gram
 from ._method import Apply, Measure, Method, Parameter, Task
+from ._vectors import (
+    MOST_COLUMNS,
+    columns,
+    columns_on_sphere,
+    measure_columns,
+    measure_rows,
+    rows_on_sphere,
+)
 from .linear import blended
 
 if TYPE_CHECKING:
@@ -33,6 +45,7 @@ if TYPE_CHECKING:
 
 _PARALLEL = 0.9995  # cosine
 _SMALL = 1e-8
+_TINY = 1e-300
 _LEAST = 1e-6  # by which Model Stock divides
 _CANCELLED = 1e-6  # a mean's square, which products in fp32 know to 1e-7 of those of its parts
 
@@ -51,27 +64,57 @@ def _on_rows(task: Task, coefficients: Sequence[float]) -> Apply:
     return blended([*weights, 1.0 - sum(weights)] if task.base else weights)
 
 
-def _between(g: np.ndarray, t: float, parallel: float) -> tuple[float, float]:
-    """Coefficients of two vectors at ``t`` on the arc between them."""
+def _between(g: np.ndarray, t: float, parallel: float) -> np.ndarray:
+    """Coefficients (..., 2) of two vectors at ``t`` on the arc between them."""
     import numpy as np
 
-    norms = np.sqrt(np.diagonal(g))
-    cosine = float(np.clip(g[0, 1] / max(norms[0] * norms[1], 1e-300), -1, 1))
+    cosine = np.clip(_cosines(g)[..., 0, 1], -1, 1)
     angle = np.arccos(cosine)
-    if abs(cosine) > parallel or np.sin(angle) < _SMALL or 0 in norms:
-        return 1 - t, t
-    return float(np.sin((1 - t) * angle) / np.sin(angle)), float(np.sin(t * angle) / np.sin(angle))
+    sine = np.sin(angle)
+    linear = (np.abs(cosine) > parallel) | (sine < _SMALL)
+    sine = np.where(linear, 1, sine)
+    first = np.where(linear, 1 - t, np.sin((1 - t) * angle) / sine)
+    return np.stack([first, np.where(linear, t, np.sin(t * angle) / sine)], axis=-1)
+
+
+def _cosines(g: np.ndarray, least: float = _TINY) -> np.ndarray:
+    """(..., N, N); 0 with vectors of zeros. Products of norms are at least ``least``."""
+    import numpy as np
+
+    norms = np.sqrt(np.diagonal(g, axis1=-2, axis2=-1))
+    return g / np.maximum(norms[..., :, None] * norms[..., None, :], least)
 
 
 def _slerp(task: Task, total: Any) -> Apply:
     g = total.numpy()[::-1, ::-1]  # the base, in the last row, is where t = 0
-    own, other = _between(g, task.value("t"), _PARALLEL)
+    own, other = _between(g, task.value("t"), _PARALLEL).tolist()
     return blended([other, own])
 
 
-def _nuslerp(task: Task, total: Any) -> Apply:
+def _measure_nuslerp(task: Task) -> Measure:
+    if task.value("nuslerp_flatten"):
+        return (yield from gram(base=task.base))
+    by_column = task.value("nuslerp_row_wise")
+    return (yield from (measure_columns if by_column else measure_rows)(task))
+
+
+def _nuslerp(task: Task, found: Any) -> Apply:
     first, second = task.each("weight")
-    return _on_rows(task, _between(total.numpy(), second / (first + second), 1.0))
+
+    def between(g: np.ndarray) -> np.ndarray:
+        return _between(g, second / (first + second), 1.0)
+
+    if task.value("nuslerp_flatten"):
+        return _on_rows(task, between(found.numpy()).tolist())
+    by_column = task.value("nuslerp_row_wise")
+    return (columns_on_sphere if by_column else rows_on_sphere)(task, found, between)
+
+
+def _nuslerp_faults(task: Task) -> Iterator[str]:
+    yield from _sums_to_zero(task)
+    by_column = task.value("nuslerp_row_wise") and not task.value("nuslerp_flatten")
+    if by_column and columns(task) > MOST_COLUMNS:
+        yield f"nuslerp_row_wise: must have at most {MOST_COLUMNS} columns, got {columns(task)}"
 
 
 def _mean_on_sphere(
@@ -129,16 +172,29 @@ def _karcher(task: Task, total: Any) -> Apply:
     return _on_rows(task, mean * (weights @ norms))
 
 
-def _model_stock(task: Task, total: Any) -> Apply:
+def _measure_model_stock(task: Task) -> Measure:
+    by_row = task.value("filter_wise")
+    return (yield from (measure_rows(task) if by_row else gram(base=True)))
+
+
+def _model_stock(task: Task, found: Any) -> Apply:
+    if task.value("filter_wise"):
+        return rows_on_sphere(task, found, _in_stock)
+    return _on_rows(task, _in_stock(found.numpy()).tolist())
+
+
+def _in_stock(g: np.ndarray) -> np.ndarray:
+    """Coefficients (..., N) of task vectors: r / N each, 0 where r has no bounds."""
     import numpy as np
 
-    g, n = total.numpy(), task.models
-    norms = np.sqrt(np.diagonal(g))
-    cosines = np.clip(g / np.maximum(np.outer(norms, norms), _LEAST), -1, 1)
-    mean = (cosines.sum() - np.trace(cosines)) / (n * (n - 1))
+    n = g.shape[-1]
+    cosines = np.clip(_cosines(g, _LEAST), -1, 1)
+    own = np.trace(cosines, axis1=-2, axis2=-1)
+    mean = (cosines.sum(axis=(-2, -1)) - own) / (n * (n - 1))
     ends = 1 + (n - 1) * mean
-    ratio = n * mean / ends if abs(ends) >= _LEAST else 0.0
-    return _on_rows(task, [ratio / n] * n)
+    unbounded = np.abs(ends) < _LEAST
+    ratio = np.where(unbounded, 0, mean / np.where(unbounded, 1, ends))
+    return np.repeat(ratio[..., None], n, axis=-1)
 
 
 def _sums_to_zero(task: Task) -> list[str]:
@@ -164,12 +220,16 @@ METHODS = (
         "NuSLERP",
         "Shoemake, SIGGRAPH 1985",
         _nuslerp,
-        _WEIGHT,
-        _measure_deltas,
+        {
+            **_WEIGHT,
+            "nuslerp_flatten": Parameter(True, kind=bool),
+            "nuslerp_row_wise": Parameter(False, kind=bool),
+        },
+        _measure_nuslerp,
         base="subtracted",
         fewest=2,
         most=2,
-        faults=_sums_to_zero,
+        faults=_nuslerp_faults,
     ),
     Method(
         "multislerp",
@@ -200,8 +260,8 @@ METHODS = (
         "Model Stock",
         "Jang, Yun, Han, ECCV 2024",
         _model_stock,
-        {},
-        _measure_deltas,
+        {"filter_wise": Parameter(False, kind=bool)},
+        _measure_model_stock,
         base="needed",
         fewest=2,
     ),

@@ -22,7 +22,8 @@ What frameworks mean differs, and ``parity`` chooses:
                  by density
     paper        as mergekit's, but ``rescale`` divides by density
     fusionbench  DARE as the paper's. TIES sees the model as one tensor and keeps all that is at
-                 least the (density * n + 1)-th largest magnitude. Signs are elected by unweighted
+                 least the (density * n + 1)-th largest magnitude; dare_ties does so, with
+                 ``threshold`` for density, with what was drawn. Signs are elected by unweighted
                  task vectors, those of zero sums by the sum of all signs (where that is zero too
                  minus; nobody's for max). ``merge_func``: sum, mean over those that agree, or max
 
@@ -35,7 +36,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from ._kept import Kept, drawn, everything, largest_elements, tensors, without_outliers
+from ._kept import (
+    Kept,
+    drawn,
+    drawn_and_trimmed,
+    everything,
+    largest_elements,
+    tensors,
+    without_outliers,
+)
 from ._method import Apply, Method, Parameter, Task, Tile, weights_tensor
 
 if TYPE_CHECKING:
@@ -88,6 +97,7 @@ def merged(elected: bool) -> Callable[[Task, Any], Apply]:
 # -- the table ------------------------------------------------------------------------------------
 
 _PARITIES = ("mergekit", "peft", "paper")
+_ALL_PARITIES = (*_PARITIES, "fusionbench")
 
 
 def parameters(normalize: bool, **more: Parameter) -> dict[str, Parameter]:
@@ -140,7 +150,7 @@ METHODS = (
         scopes={"fusionbench": "model"},
         apply=merged(elected=True),
         base="needed",
-        parities=(*_PARITIES, "fusionbench"),
+        parities=_ALL_PARITIES,
         faults=_majority_of_another,
         only={
             "merge_func": ("fusionbench",),
@@ -155,18 +165,30 @@ METHODS = (
         measure=drawn,
         apply=merged(elected=False),
         base="needed",
-        parities=(*_PARITIES, "fusionbench"),
+        parities=_ALL_PARITIES,
     ),
     Method(
         name="dare_ties",
         title="DARE with TIES",
         source="Yu et al., ICML 2024; Yadav et al., NeurIPS 2023",
-        parameters=dropping(normalize=False, rescale=True, **_MAJORITY),
-        measure=drawn,
+        parameters=dropping(
+            normalize=False,
+            rescale=True,
+            merge_func=_MERGE_FUNC,
+            threshold=Parameter(1.0, low=0, high=1),
+            **_MAJORITY,
+        ),
+        measure=drawn_and_trimmed,
+        of_model=("density", "rescale", "merge_func", "threshold"),
+        scopes={"fusionbench": "model"},
         apply=merged(elected=True),
         base="needed",
-        parities=_PARITIES,
+        parities=_ALL_PARITIES,
         faults=_majority_of_another,
+        only={
+            **dict.fromkeys(("merge_func", "threshold"), ("fusionbench",)),
+            "normalize": _PARITIES,
+        },
     ),
     Method(
         name="breadcrumbs",
