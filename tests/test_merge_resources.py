@@ -198,3 +198,12 @@ def test_an_interrupt_leaves_torchs_number_of_threads(
         assert (torch.get_num_threads(), seen) == (3, [3])
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("backend", "most"), [("torch", BLOCK), ("cpu", 1 << 19)])
+def test_formulas_in_pytorch_see_a_block_at_a_time(backend: str, most: int) -> None:
+    try:
+        with nf.use_backend(merge_task_vectors=backend):
+            assert pipeline._streamed(torch.device("cpu")) == most
+    except RuntimeError as error:
+        pytest.skip(str(error))

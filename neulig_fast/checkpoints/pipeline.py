@@ -18,7 +18,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from ..methods import Method, Statistic, Tile
+from ..methods import BLOCK, Method, Statistic, Tile
 from .measured import added, answer, applied
 from .planned import Planned
 from .read import Reader
@@ -31,6 +31,14 @@ from .write import Staging
 _STREAMED = 1 << 19
 
 Job: TypeAlias = Sequence[Planned]  # a tensor of every output, from the same sources
+
+
+def _streamed(device: torch.device) -> int:
+    """Elements of a tile; a block where formulas in PyTorch take a multiple of it besides."""
+    from ..ops.merge_task_vectors import OP
+
+    native = OP.forced() != "torch" and OP.why_not("cpu", "cpu") is None
+    return _STREAMED if native or device.type != "cpu" else BLOCK
 
 
 class Stopped(Exception):
@@ -216,7 +224,7 @@ class _Tiles:
         self._rows = self._views.rows
         if device.type != "cpu":
             self._rows = torch.empty_like(self._rows, device=device)
-        self._step = min(self._fits, _STREAMED)
+        self._step = min(self._fits, _streamed(device))
         self._stays, self._known = False, 0  # how many elements were read to stay
 
     def merged(self) -> Iterator[Tile]:
