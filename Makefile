@@ -16,7 +16,10 @@ GPU_PYTHON ?= $(shell $(PYTHON) -c 'import torch' 2>/dev/null && echo $(PYTHON) 
 # Where pytest-xdist is installed, tests of a GPU machine share its many cores.
 GPU_WORKERS ?= $(shell $(GPU_PYTHON) -c 'import xdist' 2>/dev/null && echo -n 12 -p no:benchmark)
 
-HOSTS ?= peft mergekit
+# Its arrow and pandas are large, and its merge methods need neither.
+MERGEKIT := mergekit==0.1.5
+
+HOSTS ?= peft mergekit fusion_bench sd_mecha
 
 .PHONY: demo test check fmt build aot test-gpu test-sanitize test-hosts bench tables clean
 
@@ -77,6 +80,7 @@ $(VENV)/torch-ready: constraints.txt tools/make_venv.py
 $(INSTALLED): $(VENV)/torch-ready $(SOURCES)
 	rm -f neulig_fast/_C*.so neulig_fast/_build_info.json $(VENV)/installed-*
 	$(PY) -m pip install --quiet --constraint $(VENV)/constraints.txt --no-build-isolation -e '.[dev]'
+	$(PY) -m pip install --quiet --no-deps $(MERGEKIT)
 	touch $@
 
 clean:
