@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from importlib import import_module
@@ -48,9 +49,12 @@ class Patch:
     def undo(self) -> None:
         """Put the originals back, everywhere; what somebody else put there since is left alone,
         with a warning. A second call does nothing."""
-        if patch.active.get(self.name) is not self:
-            return
-        del patch.active[self.name]
+        with patch.lock:
+            if patch.active.get(self.name) is self:
+                del patch.active[self.name]
+                self._restore()
+
+    def _restore(self) -> None:
         swapped = [f for f in self._replaced.values() if f.original is not MISSING]
         ours = {id(f.function): f.original for f in swapped}
         for place, found in self._replaced.items():
@@ -58,7 +62,7 @@ class Patch:
                 place.put(found.original)
             else:
                 text = f"patch: {place.where} was replaced since by something else, which stays"
-                warnings.warn(text, NeuligFastWarning, stacklevel=2)
+                warnings.warn(text, NeuligFastWarning, stacklevel=3)
         _swap(ours)
 
     def __enter__(self) -> Patch:
@@ -81,6 +85,9 @@ class _Patcher:
 
     def __init__(self) -> None:
         self.active: dict[str, Patch] = {}
+        self.lock = (
+            threading.RLock()
+        )  # what is replaced is seen, checked and replaced by one thread
 
     def __call__(self, name: str, parity: str = "accurate") -> Patch:
         """Replace slow functions of another project by fused ones.
@@ -108,19 +115,22 @@ class _Patcher:
             NeuligFastWarning: of a version that this was not tested with; nothing is replaced.
         """
         host = _host(name, parity)
-        if name in self.active:
-            raise ValueError(f"patch: {name} is patched already: undo {self.active[name]!r} first")
-        seams = host.seams() if _tested(host) else ()
-        replaced = _replacements(seams, parity)
-        for place, found in replaced.items():
-            place.put(found.function)
-        _swap({id(f.original): f.function for p, f in replaced.items() if p.shared})
-        self.active[name] = Patch(name, parity, replaced)
-        return self.active[name]
+        with self.lock:
+            if name in self.active:
+                active = self.active[name]
+                raise ValueError(f"patch: {name} is patched already: undo {active!r} first")
+            seams = host.seams() if _tested(host) else ()
+            replaced = _replacements(seams, parity)
+            for place, found in replaced.items():
+                place.put(found.function)
+            _swap({id(f.original): f.function for p, f in replaced.items() if p.shared})
+            self.active[name] = Patch(name, parity, replaced)
+            return self.active[name]
 
     def status(self) -> tuple[Patch, ...]:
         """What is active."""
-        return tuple(self.active.values())
+        with self.lock:
+            return tuple(self.active.values())
 
 
 patch = _Patcher()
