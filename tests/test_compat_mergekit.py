@@ -41,7 +41,6 @@ METHODS: dict[str, tuple[dict[str, Any], int, str]] = {
     "sce": ({"select_topk": 0.4}, 3, "sce_merge.implementation"),
     "ram": ({"epsilon": 0.3}, 3, "ram_merge.implementation"),
     "nearswap": ({"t": 0.3}, 1, "nearswap_merge.implementation"),
-    "arcee_fusion": ({}, 1, "arcee_fusion_merge_method.implementation"),
 }
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -86,8 +85,8 @@ def test_accurate_is_no_further_from_the_truth(
         ours = merge(name, tensors, **parameters)
     taken, passed = counts(patch, seam)
     assert taken + sum(passed.values()) == 1 and (taken or len(shape) < 2), passed
-    if name in ("sce", "arcee_fusion") and dtype == torch.bfloat16:
-        return  # which elements are selected is another question once they are rounded
+    if name == "sce" and dtype == torch.bfloat16:
+        return  # which elements vary most is another question once task vectors are rounded
     testing.assert_within_rule(ours, theirs, truth, terms=4 * max(1, ours.numel()))
 
 
@@ -149,32 +148,6 @@ def test_nearswap_by_hand() -> None:
     with nf.patch("mergekit"):
         got = merge("nearswap", [torch.tensor([0.0, 0, 8, 1]), torch.tensor([1.0, 4, 0, 1])], t=2)
     assert got.tolist() == [1, 2, 6, 1]  # no further than t, or all the way
-
-
-@each_dtype
-@pytest.mark.parametrize("shape", [(7,), (5, 3), (1200, 97), (3, 4, 50_000), (3_000_000,)], ids=str)
-def test_arcee_fusion_has_mergekits_bits_and_draws(
-    shape: tuple[int, ...], dtype: torch.dtype
-) -> None:
-    tensors = family(*shape, experts=1, dtype=dtype)
-    torch.manual_seed(1)
-    expected = merge("arcee_fusion", tensors)
-    state = torch.get_rng_state()
-    torch.manual_seed(1)
-    with nf.patch("mergekit", "exact") as patch:
-        got = merge("arcee_fusion", tensors)
-    assert torch.equal(torch.get_rng_state(), state)
-    assert same(got, expected)
-    assert counts(patch, "arcee_fusion_merge_method.implementation") == (1, {})
-
-
-def test_arcee_fusion_in_bf16_selects_by_fp32() -> None:
-    tensors = family(120, 64, experts=1, dtype=torch.bfloat16)
-    expected = merge("arcee_fusion", [tensor.float() for tensor in tensors])
-    with nf.patch("mergekit"):
-        got = merge("arcee_fusion", tensors)
-    assert torch.equal(got, expected)
-    assert 0 < (got == tensors[1]).float().mean() < 0.5
 
 
 def test_ties_by_hand() -> None:

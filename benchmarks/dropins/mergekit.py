@@ -35,9 +35,6 @@ _CALLS: dict[str, tuple[str, dict[str, Any], int]] = {
     "sce": (f"{_METHODS}.sce:sce_merge.implementation", {"select_topk": 0.5}, 3),
     "ram": (f"{_METHODS}.ram:ram_merge.implementation", {"epsilon": 1e-3}, 3),
     "nearswap": (f"{_METHODS}.nearswap:nearswap_merge.implementation", {"t": 0.3}, 1),
-    "arcee_fusion": (
-        f"{_METHODS}.arcee_fusion:arcee_fusion_merge_method.implementation", {}, 1,
-    ),
 }  # fmt: skip
 
 

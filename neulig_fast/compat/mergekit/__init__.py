@@ -7,7 +7,7 @@ import importlib
 from packaging.specifiers import SpecifierSet
 
 from .._seam import Host, Seam
-from . import _elements, _fusion, _means, _mudsc, _neulig, _sparsify, _task_vectors
+from . import _elements, _means, _mudsc, _neulig, _sparsify, _task_vectors
 
 _METHODS = "mergekit.merge_methods"
 
@@ -17,7 +17,6 @@ def _seams() -> list[Seam]:
     neulig, mudsc = _neulig.method(), _mudsc.method()
     ram = importlib.import_module(f"{_METHODS}.ram").ram_merge.implementation
     nearswap = importlib.import_module(f"{_METHODS}.nearswap").nearswap_merge.implementation
-    arcee = importlib.import_module(f"{_METHODS}.arcee_fusion")
     return [
         Seam(
             f"{arithmetic}.merge_group", _task_vectors.merge_group_exact, _task_vectors.merge_group
@@ -34,8 +33,6 @@ def _seams() -> list[Seam]:
         Seam(f"{_METHODS}.ram:ram_merge.implementation", _elements.in_blocks(ram), _elements.ram),
         Seam(f"{_METHODS}.nearswap:nearswap_merge.implementation",
              _elements.in_blocks(nearswap), _elements.in_blocks(nearswap, wide=True)),
-        Seam(f"{_METHODS}.arcee_fusion:arcee_fusion_merge_method.implementation",
-             _fusion.fusion(arcee, wide=False), _fusion.fusion(arcee, wide=True)),
         Seam(f"{_METHODS}.registry:_METHODS[neulig]", neulig, neulig),
         Seam(f"{_METHODS}.registry:_METHODS[mudsc]", mudsc, mudsc),
     ]  # fmt: skip

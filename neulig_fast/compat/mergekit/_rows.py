@@ -25,9 +25,9 @@ def steps(elements: int) -> Iterator[slice]:
 
 
 def blocks(count: int, size: int) -> Iterator[slice]:
-    """All of ``count``, ``size`` at a time, the last ones up to twice as many: a sum sees whole
-    vectors of the instruction set, and several results where there are several, wherever it did in
-    the whole, and adds up in the same order."""
+    """All of ``count``, ``size`` at a time, the last time up to twice as many: so a sum over models
+    sees whole vectors of the instruction set wherever it did in the whole tensor, and adds up in
+    the same order."""
     last = max(1, count // size) - 1
     for k in range(last + 1):
         yield slice(k * size, (k + 1) * size if k < last else count)
