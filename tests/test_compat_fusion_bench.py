@@ -484,7 +484,7 @@ def test_dare_keeps_its_share_and_follows_the_generator() -> None:
     assert fast.counts().passed == {"a share to drop that is not in [0, 1)": 1}
 
 
-# -- RegMean, entropy, copies ---------------------------------------------------------------------
+# -- RegMean, copies ------------------------------------------------------------------------------
 
 REGMEAN = (f"{METHOD}.regmean.regmean", f"{METHOD}.regmean_plusplus.regmean_plusplus")
 
@@ -568,30 +568,6 @@ def test_what_regmean_does_not_take() -> None:
     broken = [{"a": g["a"].clone().fill_(torch.nan)} for g in grams]
     assert same(result(fast.function, params, broken), result(original, params, broken))
     assert len(fast.counts().passed) >= 3 and taken(fast) == 0
-
-
-ENTROPIES = [seam.where for seam in HOST.seams() if seam.where.endswith(":entropy_loss")]
-
-
-@pytest.mark.parametrize("where", ENTROPIES)
-def test_entropies_and_gradients_to_the_bit(where: str) -> None:
-    original, exact = pair(where, "exact")
-    torch.manual_seed(10)
-    for dtype in DTYPES:
-        for shape in ((1, 1), (16, 37), (3, 1000), (2, 3, 5), (7,), (0, 4), ()):
-            logits = (5 * torch.randn(shape)).to(dtype)
-            if logits.numel() > 40:
-                logits.view(-1)[:4] = torch.tensor([1e4, -1e4, -torch.inf, 0.0])
-            given = [logits.clone().requires_grad_() for _ in range(2)]
-            losses = [result(f, x) for f, x in zip((original, exact.function), given, strict=True)]
-            assert same(losses[1], losses[0])
-            if isinstance(losses[0], Tensor):
-                for loss in losses:
-                    (3 * loss).backward()
-                assert same(given[1].grad, given[0].grad)
-            with torch.no_grad():
-                assert same(result(exact.function, logits), result(original, logits))
-    assert taken(exact) >= 12 and "16-bit logits, or autocast" in exact.counts().passed
 
 
 def test_copies_are_the_same_functions() -> None:

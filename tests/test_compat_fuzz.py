@@ -115,10 +115,9 @@ def test_state_dicts(rows: Tensor, weights: list[float]) -> None:
 @fuzzed
 @given(stacks(2, 2), st.sampled_from([1.0, 0.9, 0, 1 / 3]))
 @pytest.mark.usefixtures("fusion_bench")
-def test_regmean_and_entropy(rows: Tensor, ratio: float) -> None:
+def test_regmean(rows: Tensor, ratio: float) -> None:
     where = "fusion_bench.method.regmean.regmean:reduce_non_diagonal_elements"
     check("fusion_bench", where, rows[0], ratio)
-    check("fusion_bench", "fusion_bench.method.adamerging.entropy_loss:entropy_loss", rows[0])
 
 
 @fuzzed

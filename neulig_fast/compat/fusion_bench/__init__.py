@@ -20,7 +20,6 @@ from .._patch import patch
 from .._seam import Host, Seam
 from . import (
     _copies,
-    _entropy,
     _experts,
     _masks,
     _merged_models,
@@ -31,7 +30,7 @@ from . import (
 )
 
 _PARTS = (
-    _merged_models, _entropy, _ties, _copies, _experts, _state_dicts, _regmean, _wudi, _masks,
+    _merged_models, _ties, _copies, _experts, _state_dicts, _regmean, _wudi, _masks,
 )  # fmt: skip
 _PATCHED = {
     "TiesMerging": "ties_merging.ties_merging:TiesMergingAlgorithm",
