@@ -55,7 +55,7 @@ def result(function: Callable[..., Any], *args: Any) -> Any:
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         try:
             return function(*args)
-        except (RuntimeError, TypeError, ValueError, AssertionError, IndexError) as error:
+        except (RuntimeError, TypeError, ValueError, AssertionError, LookupError) as error:
             return repr(error)
 
 
@@ -482,6 +482,131 @@ def test_dare_keeps_its_share_and_follows_the_generator() -> None:
     result(fast.function, everything, 1, True)
     assert everything.isnan().all()  # 0 / 0, the original's
     assert fast.counts().passed == {"a share to drop that is not in [0, 1)": 1}
+
+
+# -- RegMean, copies ------------------------------------------------------------------------------
+
+REGMEAN = (f"{METHOD}.regmean.regmean", f"{METHOD}.regmean_plusplus.regmean_plusplus")
+
+
+def statistics(dtype: torch.dtype, features: int, models: int, rows: int = 50) -> list[Tensor]:
+    torch.manual_seed(7)
+    inputs = [torch.randn(rows, features, dtype=torch.float64) for _ in range(models)]
+    return [(x.T @ x / rows).to(dtype) for x in inputs]
+
+
+@pytest.mark.parametrize("module", REGMEAN)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_regmean_shrinks_to_the_bit(module: str, dtype: torch.dtype) -> None:
+    original, fast = pair(f"{module}:reduce_non_diagonal_elements", "exact")
+    special = torch.tensor([[torch.nan, -0.0], [torch.inf, -torch.inf]])
+    for gram in (*statistics(dtype, 7, 2), special.to(dtype), torch.ones(0, 0, dtype=dtype)):
+        for ratio in (1.0, 0.9, 1 / 3, 0, 1, -2.5):
+            assert same(fast.function(gram, ratio), original(gram, ratio))
+    assert fast.counts() == (24, {})
+    strided = statistics(dtype, 7, 1)[0].T[::2]
+    assert same(result(fast.function, strided, 0.9), result(original, strided, 0.9))
+    assert fast.counts().passed == {"strided tensors": 1}
+
+
+def regmean_case(dtype: torch.dtype, rows: int = 50) -> tuple[dict[str, Any], list[Any]]:
+    grams = statistics(dtype, 12, 3, rows)
+    torch.manual_seed(8)
+    params = {
+        "a.weight": [torch.randn(5, 12).to(dtype) for _ in grams],
+        "a.bias": [torch.randn(5).to(dtype) for _ in grams],
+        "norm.weight": [torch.randn(12).to(dtype) for _ in grams],
+    }
+    return params, [{"a": gram} for gram in grams]
+
+
+@pytest.mark.parametrize("module", REGMEAN)
+@pytest.mark.parametrize("transposed", [True, False])
+def test_regmean_is_no_further_from_the_truth(module: str, transposed: bool) -> None:
+    original, fast = pair(f"{module}:merging_with_regmean_weights", "accurate")
+
+    def given(dtype: torch.dtype) -> tuple[Any, ...]:
+        params, grams = regmean_case(torch.float32)
+        if not transposed:  # GPT-2's layers
+            params["a.weight"] = [w.T.contiguous() for w in params["a.weight"]]
+        cast = {k: [x.to(dtype) for x in xs] for k, xs in params.items()}
+        return cast, [{"a": g["a"].to(dtype)} for g in grams], 0.9, transposed
+
+    oracle = original(*given(torch.float64))
+    working, got = original(*given(torch.float32)), fast.function(*given(torch.float32))
+    assert list(got) == list(working)
+    for key in oracle:
+        assert got[key].shape == working[key].shape
+        testing.assert_within_rule(got[key], working[key], oracle[key], terms=3 * 12)
+    assert fast.counts() == (1, {})
+
+
+def test_regmean_finds_the_least_squares() -> None:
+    """Of layers that are one but for inputs that a model has not seen, that one."""
+    _, fast = pair(f"{REGMEAN[0]}:merging_with_regmean_weights", "accurate")
+    torch.manual_seed(9)
+    truth = torch.randn(4, 6, dtype=torch.float64)
+    halves = [
+        torch.diag(torch.tensor(d, dtype=torch.float64))
+        for d in ([1, 1, 1, 0, 0, 0.5], [0, 0, 0, 2, 2, 0.5])
+    ]
+    weights = [truth + torch.randn(4, 6).double() @ torch.diag((h.diag() == 0).double())
+               for h in halves]  # fmt: skip
+    got = fast.function({"a.weight": weights}, [{"a": h} for h in halves])["a.weight"]
+    torch.testing.assert_close(got, truth)
+
+
+def test_what_regmean_does_not_take() -> None:
+    original, fast = pair(f"{REGMEAN[0]}:merging_with_regmean_weights", "accurate")
+    params, grams = regmean_case(torch.float32)
+    missing = [grams[0], {}, grams[2]]
+    assert result(fast.function, params, missing) == result(original, params, missing)
+    singular = [{"a": torch.zeros(12, 12)}] * 3
+    assert result(fast.function, params, singular) == result(original, params, singular)
+    half = regmean_case(torch.bfloat16)
+    assert result(fast.function, *half) == result(original, *half)
+    broken = [{"a": g["a"].clone().fill_(torch.nan)} for g in grams]
+    assert same(result(fast.function, params, broken), result(original, params, broken))
+    assert len(fast.counts().passed) >= 3 and taken(fast) == 0
+
+
+def test_copies_are_the_same_functions() -> None:
+    from neulig_fast.compat.fusion_bench import _copies
+
+    torch.manual_seed(11)
+    state = {"b": torch.randn(3, 4), "a": torch.randn(5), "n": torch.randn(())}
+    rows = task_vectors("ties", 3, torch.float32)
+    for seam in _copies.seams():
+        original, fast = pair(seam.where, "exact")
+        name = seam.where.split(":")[1]
+        calls = {
+            "state_dict_to_vector": [(state,), (state, ["a"])],
+            "vector_to_state_dict": [(torch.randn(18), state), (torch.randn(13), state, ["a"])],
+            "topk_values_mask": [(rows, 0.2), (rows, 20, True)],
+            "ties_merging": [(rows, 20, "sum"), (rows, 0.3, "max")],
+        }[name]
+        for args in calls:
+            assert same(result(fast.function, *args), result(original, *args))
+        assert fast.counts() == (len(calls), {})
+
+
+def test_a_gate_runs_once_whoever_takes_the_call() -> None:
+    original, fast = pair(f"{EXPERTS}.forward", "accurate")
+    x, runs = torch.randn(4, 5, 6), []
+    for gate in ("one weight short", "of another kind"):
+        model = experts_module(True, mlp)
+        if gate == "one weight short":
+            model.gate.fc2 = nn.Linear(6, 2)
+        else:
+            model.gate = nn.Sequential(nn.Linear(6, 3))
+            model.gate.num_hidden_layers = 1
+        model.gate.register_forward_hook(lambda *_: runs.append(1))
+        runs.clear()
+        got = fast.function(model, x)
+        assert len(runs) == 1
+        assert same(got, original(model, x))
+    reason = "a gate of another kind, or not of one weight per expert"
+    assert fast.counts() == (0, {reason: 2})
 
 
 # -- the patch ------------------------------------------------------------------------------------

@@ -6,11 +6,12 @@ import importlib
 import sys
 import types
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import neulig_fast as nf
 from neulig_fast import testing
@@ -39,6 +40,7 @@ METHODS: dict[str, tuple[dict[str, Any], int, str]] = {
     "model_stock": ({}, 3, "model_stock_merge_method.implementation"),
     "sce": ({"select_topk": 0.4}, 3, "sce_merge.implementation"),
     "ram": ({"epsilon": 0.3}, 3, "ram_merge.implementation"),
+    "nearswap": ({"t": 0.3}, 1, "nearswap_merge.implementation"),
 }
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -128,6 +130,24 @@ def test_ram_is_exact_in_blocks(models: int, dtype: torch.dtype) -> None:
     with nf.patch("mergekit", "exact") as patch:
         assert same(merge("ram", tensors, epsilon=0.5), expected)
     assert counts(patch, "ram_merge.implementation") == (1, {})
+
+
+@pytest.mark.parametrize("t", [0.3, 0.0, -1.0, 1e9])
+@each_dtype
+def test_nearswap_is_exact_in_blocks(t: float, dtype: torch.dtype) -> None:
+    tensors = family(150_007, experts=1, dtype=dtype)
+    tensors[1][:9] = tensors[0][:9]
+    tensors[1][9:13] = torch.tensor([torch.inf, torch.nan, -torch.inf, -0.0])
+    expected = merge("nearswap", tensors, t=t)
+    with nf.patch("mergekit", "exact") as patch:
+        assert same(merge("nearswap", tensors, t=t), expected)
+    assert counts(patch, "nearswap_merge.implementation") == (1, {})
+
+
+def test_nearswap_by_hand() -> None:
+    with nf.patch("mergekit"):
+        got = merge("nearswap", [torch.tensor([0.0, 0, 8, 1]), torch.tensor([1.0, 4, 0, 1])], t=2)
+    assert got.tolist() == [1, 2, 6, 1]  # no further than t, or all the way
 
 
 def test_ties_by_hand() -> None:
@@ -355,6 +375,66 @@ def test_neulig_merges_by_merge_vectors(portland: str) -> None:
         got = methods.merge_tensors(tensors, "neulig", parameters={"weight": [1.0, 0.0, 2.0]})
         assert torch.allclose(got, tensors[0] + 2 * tensors[2], atol=1e-6)
     assert "neulig" not in registry._METHODS
+
+
+@pytest.fixture(scope="module")
+def matched(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[nn.Module], nf.Alignment]:
+    """A file of an alignment of three networks, and what it is of."""
+    torch.manual_seed(0)
+    networks = [nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3)) for _ in range(3)]
+    found = nf.align(networks, balance=1.0)
+    path = tmp_path_factory.mktemp("alignment") / "alignment.safetensors"
+    found.save(path)
+    return str(path), networks, found
+
+
+def test_mudsc_merges_as_the_alignment_does(
+    matched: tuple[str, list[nn.Module], nf.Alignment],
+) -> None:
+    path, networks, found = matched
+    expected = found.merge()
+    plain = networks[0].state_dict()["0.weight"] / 3 + sum(n[0].weight / 3 for n in networks[1:])
+    assert not torch.allclose(expected["0.weight"], plain)
+    states = {f"m{i}": n.state_dict() for i, n in enumerate(networks)}
+    towers = {
+        m: {**{f"visual.{k}": x for k, x in state.items()}, "0.weight": state["0.bias"]}
+        for m, state in states.items()
+    }
+    with nf.patch("mergekit", "exact"):
+        got = methods.merge_state_dicts(states, "mudsc", parameters={"alignment": path})
+        assert got.keys() == expected.keys()
+        assert all(torch.equal(got[k], expected[k]) for k in expected)
+        parameters = {"alignment": path, "prefix": "visual."}
+        got = methods.merge_state_dicts(towers, "mudsc", parameters=parameters)
+        assert all(torch.equal(got[f"visual.{k}"], expected[k]) for k in expected)
+        mean = sum(n[0].bias.double() for n in networks) / 3
+        testing.assert_within_rule(got["0.weight"], mean.float(), mean)  # the name of another part
+    assert "mudsc" not in registry._METHODS
+
+
+def test_mudsc_says_what_is_wrong(
+    matched: tuple[str, list[nn.Module], nf.Alignment], tmp_path: Path
+) -> None:
+    path, networks, _ = matched
+    tensors = [n[0].weight.detach() for n in networks]
+
+    def tried(tensors: list[Tensor], name: str | None, alignment: str = path) -> None:
+        with nf.patch("mergekit"):
+            methods.merge_tensors(tensors, "mudsc", parameters={"alignment": alignment}, name=name)
+
+    with pytest.raises(ValueError, match="the name of the tensor must be given"):
+        tried(tensors, None)
+    with pytest.raises(ValueError, match=r"got visual\.0\.weight: prefix must be 'visual\.'"):
+        tried(tensors, "visual.0.weight")
+    with pytest.raises(ValueError, match=r"needs 3 tensors of 0\.weight, got 2"):
+        tried(tensors[:2], "0.weight")
+    with pytest.raises(ValueError, match=r"node 0 uses 0\.weight, axis 0, entries 0 to 8, but"):
+        tried([tensor[:7] for tensor in tensors], "0.weight")
+    with pytest.raises(FileNotFoundError):
+        tried(tensors, "0.weight", str(tmp_path / "none"))
+    (tmp_path / "other").write_text("{}")
+    with pytest.raises(ValueError, match="not a complete safetensors file"):
+        tried(tensors, "0.weight", str(tmp_path / "other"))
 
 
 @pytest.mark.parametrize(

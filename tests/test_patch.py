@@ -11,6 +11,7 @@ import warnings
 import weakref
 from collections.abc import Iterator
 from importlib import metadata
+from typing import Any
 
 import pytest
 import torch
@@ -147,6 +148,37 @@ def test_calls_are_counted(host: types.ModuleType) -> None:
         thread.join()
     assert handle.stats()["toy_host:double"] == Counts(2001, {"negative": 1})
     assert handle.stats()["toy_host:Model.run"] == Counts(0, {})
+
+
+def test_threads_may_patch_and_undo(host: types.ModuleType, monkeypatch: Any) -> None:
+    """One of them at a time gets the patch; when all are done, nothing of it is left."""
+    double, run, user = host.double, host.Model.run, sys.modules["toy_user"]
+    swap, errors, gained = _patch._swap, [], []
+
+    def slow_swap(functions: Any) -> None:
+        time.sleep(0.001)  # others have their turn in the middle
+        swap(functions)
+
+    monkeypatch.setattr(_patch, "_swap", slow_swap)
+
+    def work() -> None:
+        for _ in range(10):
+            try:
+                with nf.patch("toy") as handle:
+                    gained.append(user.twice(1) == ("fast double", 1) and host.double is user.twice)
+                    handle.undo()
+            except ValueError as error:
+                errors.append(str(error))
+
+    threads = [threading.Thread(target=work) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(gained) and len(gained) + len(errors) == 60
+    assert all("toy is patched already: undo" in error for error in errors)
+    assert host.double is user.twice is double and host.Model.run is run
+    assert nf.patch.status() == () and list(host.TABLE) == ["old"]
 
 
 def test_what_goes_to_the_original_leaves_nothing_of_the_attempt() -> None:

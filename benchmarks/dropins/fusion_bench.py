@@ -160,6 +160,24 @@ def drop(width: int) -> Callable[[], Any]:
     return call
 
 
+def regmean(width: int) -> Callable[[], Any]:
+    """An MLP's two layers, of five models, by statistics of twice as many rows as columns."""
+    found = importlib.import_module(f"{_METHOD}.regmean.regmean")
+    g = torch.Generator().manual_seed(5)
+    sizes = {"in": (4 * width, width), "out": (width, 4 * width)}
+    params = {
+        f"{name}.weight": [torch.randn(size, generator=g) for _ in range(_EXPERTS)]
+        for name, size in sizes.items()
+    }
+    statistics = []
+    for _ in range(_EXPERTS):
+        inputs = {
+            name: torch.randn(2 * size[1], size[1], generator=g) for name, size in sizes.items()
+        }
+        statistics.append({name: x.T @ x / len(x) for name, x in inputs.items()})
+    return lambda: found.merging_with_regmean_weights(params, statistics, 0.9)
+
+
 # -- what is compared -----------------------------------------------------------------------------
 
 
@@ -174,6 +192,12 @@ def check_bits(result: Any, expected: list[Tensor]) -> None:
     found = [result] if isinstance(result, Tensor) else list(result)
     if not all(map(torch.equal, found, expected)):
         raise AssertionError("other bits than FusionBench's")
+
+
+def check_close(result: Any, expected: list[Tensor]) -> None:
+    """As far as the original's inverse in fp32 is right."""
+    for got, wanted in zip(result.values(), expected, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-3)
 
 
 def check_share(result: Any, expected: list[Tensor]) -> None:
@@ -207,6 +231,8 @@ def cases() -> Iterator[Case]:
         yield made(where, make=partial(emr, shape), check=check_bits)
         where = f"{_METHOD}.wudi.wudi:wudi_merging"
         yield made(where, make=partial(wudi, samples[2]), terms=4 * samples[2])
+        where = f"{_METHOD}.regmean.regmean:merging_with_regmean_weights"
+        yield made(where, make=partial(regmean, samples[2]), check=check_close)
         where = f"{_METHOD}.tall_mask.utils:generate_task_masks"
         yield made(where, make=partial(masks, width), check=check_bits)
         where = f"{_METHOD}.dare.utils:param_random_drop_"

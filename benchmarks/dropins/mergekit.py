@@ -34,6 +34,7 @@ _CALLS: dict[str, tuple[str, dict[str, Any], int]] = {
     "model_stock": (f"{_METHODS}.model_stock:model_stock_merge_method.implementation", {}, 3),
     "sce": (f"{_METHODS}.sce:sce_merge.implementation", {"select_topk": 0.5}, 3),
     "ram": (f"{_METHODS}.ram:ram_merge.implementation", {"epsilon": 1e-3}, 3),
+    "nearswap": (f"{_METHODS}.nearswap:nearswap_merge.implementation", {"t": 0.3}, 1),
 }  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,14 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from .. import _experts
-from .._checks import accumulation_dtype
+from .._checks import accumulation_dtype, raise_all
 from ..offsets import OffsetStats
 from ..ops.offset_gram import offset_gram
 from ..pool import ExpertPool
 from . import files
 from .matchings import Matchings, Orders, Zips
 from .networks import detached
-from .spec import Match, Spec, check_tensors, reorder
+from .spec import Match, Spec, check_tensors, reorder, use_faults
 
 if TYPE_CHECKING:
     from .._experts import Expert
@@ -147,10 +148,36 @@ class Alignment:
             _experts.check_tensors(given, self.names, None, dtype, subject="Alignment")
         networks = [detached(expert) for expert in given]
         check_tensors(self.spec, networks[0], "Alignment")
+        matchings = self._matchings()
+        return {name: merged_tensor(matchings, networks, name) for name in networks[0]}
+
+    def merge_tensor(self, name: str, tensors: Sequence[Tensor]) -> Tensor:
+        """One tensor of :meth:`merge`.
+
+        Args:
+            name: as the networks have it; one that no node uses is averaged as it is.
+            tensors: of all N, of one shape.
+
+        Raises:
+            ValueError: another number of tensors; tensors that differ or do not fit the spec.
+        """
+        faults = []
+        if len(tensors) != self.num_networks:
+            faults.append(f"needs {self.num_networks} tensors of {name}, got {len(tensors)}")
+        shapes = sorted({tuple(tensor.shape) for tensor in tensors})
+        if len(shapes) > 1:
+            faults.append(f"{name} must have one shape, got {', '.join(map(str, shapes))}")
+        for tensor, use in itertools.product(tensors[:1], self.spec.uses_in(name)):
+            faults += use_faults(self.spec, use, tensor)
+        raise_all("Alignment", faults)
+        networks = [{name: tensor.detach()} for tensor in tensors]
+        return merged_tensor(self._matchings(), networks, name)
+
+    def _matchings(self) -> Matchings:
         kind = Orders if self.match == "align" else Zips
         matchings = kind(self.spec, self.num_networks)
         matchings.current = dict(self.matchings)
-        return {name: merged_tensor(matchings, networks, name) for name in networks[0]}
+        return matchings
 
     def save(self, path: str | Path) -> None:
         """Write the matchings, not the experts, as one safetensors file, atomically."""

@@ -7,7 +7,7 @@ take the same order; a :class:`Use` is one of them. Orders are index vectors, ne
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Literal, NamedTuple, TypeAlias
@@ -193,13 +193,19 @@ def check_tensors(spec: Spec, tensors: Mapping[str, Tensor], subject: str) -> No
         if tensor is None:
             advice = _checks.did_you_mean(use.tensor, tensors)
             found.append(f"node {use.node} uses {use.tensor}, which is not there{advice}")
-        elif use.axis >= tensor.ndim or spec.span(use).stop > tensor.shape[use.axis]:
-            start, stop = spec.span(use)
-            found.append(
-                f"node {use.node} uses {use.tensor}, axis {use.axis}, entries {start} to "
-                f"{stop}, but it has shape {_checks.shape(tensor)}"
-            )
+        else:
+            found += use_faults(spec, use, tensor)
     _checks.raise_all(subject, found)
+
+
+def use_faults(spec: Spec, use: Use, tensor: Tensor) -> Iterator[str]:
+    """That a tensor has no room for a use of it."""
+    start, stop = spec.span(use)
+    if use.axis >= tensor.ndim or stop > tensor.shape[use.axis]:
+        yield (
+            f"node {use.node} uses {use.tensor}, axis {use.axis}, entries {start} to "
+            f"{stop}, but it has shape {_checks.shape(tensor)}"
+        )
 
 
 def check_match(spec: Spec, match: Mapping[str, Tensor], subject: str) -> None:

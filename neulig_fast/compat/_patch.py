@@ -85,7 +85,9 @@ class _Patcher:
 
     def __init__(self) -> None:
         self.active: dict[str, Patch] = {}
-        self.lock = threading.Lock()
+        # What is replaced is seen, checked and replaced by one thread; modules imported meanwhile may
+        # ask for patch themselves.
+        self.lock = threading.RLock()
 
     def __call__(self, name: str, parity: str = "accurate") -> Patch:
         """Replace slow functions of another project by fused ones.
@@ -127,7 +129,8 @@ class _Patcher:
 
     def status(self) -> tuple[Patch, ...]:
         """What is active."""
-        return tuple(self.active.values())
+        with self.lock:
+            return tuple(self.active.values())
 
 
 patch = _Patcher()

@@ -18,9 +18,20 @@ from packaging.specifiers import SpecifierSet
 
 from .._patch import patch
 from .._seam import Host, Seam
-from . import _experts, _masks, _merged_models, _state_dicts, _ties, _wudi
+from . import (
+    _copies,
+    _experts,
+    _masks,
+    _merged_models,
+    _regmean,
+    _state_dicts,
+    _ties,
+    _wudi,
+)
 
-_PARTS = (_merged_models, _ties, _experts, _state_dicts, _wudi, _masks)
+_PARTS = (
+    _merged_models, _ties, _copies, _experts, _state_dicts, _regmean, _wudi, _masks,
+)  # fmt: skip
 _PATCHED = {
     "TiesMerging": "ties_merging.ties_merging:TiesMergingAlgorithm",
     "SimpleAverage": "simple_average:SimpleAverageAlgorithm",

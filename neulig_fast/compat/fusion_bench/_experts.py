@@ -29,6 +29,7 @@ _CLASSES = (
 )
 # What may be between linear layers: every element, or row, by itself.
 _POINTWISE = (nn.ReLU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.LeakyReLU, nn.ELU, nn.Identity)
+_LAST = {"Depth_1_Gate": "fc", "Depth_2_Gate": "fc2"}  # layers of gates, by their type
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _CONTAINERS = (
     "torch.nn.modules.container.Sequential",
@@ -70,16 +71,22 @@ def forward(self: Any, hidden_states: Tensor) -> Tensor:
         raise Unsupported("hidden states that are not (B, T, D), or empty")
     if torch.is_autocast_enabled(hidden_states.device.type):
         raise Unsupported("autocast")
+    _check_gate(self.gate, len(self.task_vectors))
     mixture = _Mixture(self.base_model, self.task_vectors, hidden_states)
-    weights = self.gate(_gate_input(self, hidden_states)).mean(dim=1 if self.batch_first else 0)
-    if weights.shape[-1] != len(self.task_vectors):
-        raise Unsupported("weights of another shape than (samples, experts)")
-    mixture.coef = weights
+    weights = self.gate(_gate_input(self, hidden_states))
+    mixture.coef = weights.mean(dim=1 if self.batch_first else 0)
     rows = hidden_states if self.batch_first else hidden_states.transpose(0, 1)
     with mixture:
         result = self.base_model(rows)
     self._merged_state_dict = None
     return result if self.batch_first else result.transpose(0, 1)
+
+
+def _check_gate(gate: nn.Module, experts: int) -> None:
+    """Unsupported unless it makes one weight per expert, which is known before it runs."""
+    last = getattr(gate, _LAST.get(type(gate).__name__, ""), None)
+    if not isinstance(last, nn.Linear) or last.out_features != experts:
+        raise Unsupported("a gate of another kind, or not of one weight per expert")
 
 
 def _gate_input(model: Any, hidden_states: Tensor) -> Tensor:

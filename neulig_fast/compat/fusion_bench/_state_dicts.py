@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,15 +26,10 @@ _States = Sequence[Mapping[str, Tensor]]
 def seams() -> list[Seam]:
     """Of the functions that read several models. Those of one or two read and write no more than
     they must."""
-    functions = (state_dict_sum, state_dict_avg, state_dict_interpolation, state_dict_weighted_sum)
-    return [Seam(f"{_MODULE}:{f.__name__}", _bound(f, True), _bound(f, False)) for f in functions]
-
-
-def _bound(function: Callable[..., Any], exact: bool) -> Callable[..., Any]:
-    def call(*args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        return function(exact, *args, **kwargs)
-
-    return call
+    functions: tuple[Callable[..., Any], ...] = (
+        state_dict_sum, state_dict_avg, state_dict_interpolation, state_dict_weighted_sum,
+    )  # fmt: skip
+    return [Seam(f"{_MODULE}:{f.__name__}", partial(f, True), partial(f, False)) for f in functions]
 
 
 def state_dict_sum(exact: bool, state_dicts: _States) -> dict[str, Tensor]:

@@ -7,15 +7,16 @@ import importlib
 from packaging.specifiers import SpecifierSet
 
 from .._seam import Host, Seam
-from . import _elements, _means, _neulig, _sparsify, _task_vectors
+from . import _elements, _means, _mudsc, _neulig, _sparsify, _task_vectors
 
 _METHODS = "mergekit.merge_methods"
 
 
 def _seams() -> list[Seam]:
     arithmetic = f"{_METHODS}.generalized_task_arithmetic:GeneralizedTaskArithmeticMerge"
-    neulig = _neulig.method()
+    neulig, mudsc = _neulig.method(), _mudsc.method()
     ram = importlib.import_module(f"{_METHODS}.ram").ram_merge.implementation
+    nearswap = importlib.import_module(f"{_METHODS}.nearswap").nearswap_merge.implementation
     return [
         Seam(
             f"{arithmetic}.merge_group", _task_vectors.merge_group_exact, _task_vectors.merge_group
@@ -29,8 +30,11 @@ def _seams() -> list[Seam]:
         Seam(f"{_METHODS}.model_stock:model_stock_merge_method.implementation", None,
              _means.model_stock),
         Seam(f"{_METHODS}.sce:sce_merge.implementation", None, _elements.sce),
-        Seam(f"{_METHODS}.ram:ram_merge.implementation", _elements.ram_exact(ram), _elements.ram),
+        Seam(f"{_METHODS}.ram:ram_merge.implementation", _elements.in_blocks(ram), _elements.ram),
+        Seam(f"{_METHODS}.nearswap:nearswap_merge.implementation",
+             _elements.in_blocks(nearswap), _elements.in_blocks(nearswap, wide=True)),
         Seam(f"{_METHODS}.registry:_METHODS[neulig]", neulig, neulig),
+        Seam(f"{_METHODS}.registry:_METHODS[mudsc]", mudsc, mudsc),
     ]  # fmt: skip
 
 

@@ -1,7 +1,8 @@
-"""mergekit's methods that weigh every element of its own: linear, SCE, RAM."""
+"""mergekit's methods that weigh every element of its own: linear, SCE, RAM, NearSwap."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -14,7 +15,7 @@ from ...methods import BLOCK, METHODS, Task
 from ...ops import blend_lists_, magnitude_select, merge_task_vectors
 from .._seam import Unsupported
 from .._tensors import check_alike
-from ._rows import merged
+from ._rows import blocks, merged
 
 _LEAST = 1e-6  # of weights: below it mergekit's SCE divides by this, and weighs all alike
 
@@ -32,33 +33,31 @@ def linear(batch: Any, weight: Tensor, normalize: bool = True) -> Tensor:
     return out
 
 
-# -- RAM ------------------------------------------------------------------------------------------
+# -- in blocks ------------------------------------------------------------------------------------
 
 
-def ram_exact(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """``ram``: mergekit's own arithmetic, on blocks that the caches hold."""
+def in_blocks(original: Callable[..., Tensor], wide: bool = False) -> Callable[..., Tensor]:
+    """mergekit's own arithmetic, on blocks that the caches hold. ``wide``: in the type of sums,
+    rounded once."""
 
-    def ram(group: Any, epsilon: float = 1e-5) -> Tensor:
+    @functools.wraps(original)
+    def merge(group: Any, *args: Any, **kwargs: Any) -> Tensor:
         check_alike(group.tensors)
-        flat = [tensor.view(-1) for tensor in group.tensors]
         out = torch.empty_like(group.tensors[0])
-        for block in _blocks(out.numel()):
+        flat = [tensor.view(-1) for tensor in group.tensors]
+        kind = _sums(out) if wide else out.dtype
+        for block in blocks(out.numel(), BLOCK):
             entries = tuple(
-                replace(entry, tensor=tensor[block])
+                replace(entry, tensor=tensor[block].to(kind))
                 for entry, tensor in zip(group.entries, flat, strict=True)
             )
-            out.view(-1)[block] = original(replace(group, entries=entries), epsilon)
+            out.view(-1)[block] = original(replace(group, entries=entries), *args, **kwargs)
         return out
 
-    return ram
+    return merge
 
 
-def _blocks(elements: int) -> Iterator[slice]:
-    """The last one may have twice as many: so a sum over models sees whole vectors of the
-    instruction set wherever it did in the whole tensor, and adds up in the same order."""
-    count = max(1, elements // BLOCK)
-    for k in range(count):
-        yield slice(k * BLOCK, (k + 1) * BLOCK if k + 1 < count else elements)
+# -- RAM ------------------------------------------------------------------------------------------
 
 
 def ram(group: Any, epsilon: float = 1e-5) -> Tensor:

@@ -24,6 +24,15 @@ def steps(elements: int) -> Iterator[slice]:
         yield slice(start, min(start + _STEP, elements))
 
 
+def blocks(count: int, size: int) -> Iterator[slice]:
+    """All of ``count``, ``size`` at a time, the last time up to twice as many: so a sum over models
+    sees whole vectors of the instruction set wherever it did in the whole tensor, and adds up in
+    the same order."""
+    last = max(1, count // size) - 1
+    for k in range(last + 1):
+        yield slice(k * size, (k + 1) * size if k < last else count)
+
+
 def tiles(tensors: Sequence[Tensor], elements: int = _STEP) -> Iterator[Tile]:
     """Tensors of one shape, as rows of tiles; each tile lies where the last one did."""
     flat = [tensor.reshape(-1) for tensor in tensors]

@@ -1,0 +1,132 @@
+"""``exact`` on any tensors at all: FusionBench's and mergekit's own bits, or their own errors.
+
+Values tie, cancel and are not finite, zeros have both signs, shapes are empty, of one element or of
+no dimension, and memory is strided.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from neulig_fast.compat import _patch
+from neulig_fast.compat._seam import Place, Replacement
+
+VALUES = [0.0, -0.0, 1.0, -1.0, 0.5, -0.5, 2.0, 3.3, -3.3, 1e-30, 6e4, torch.nan, torch.inf]
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64)
+SHARES = st.sampled_from([0, 0.2, 20, 0.5, 1.0, 1 / 3])
+fuzzed = settings(max_examples=60, deadline=None, derandomize=True, database=None)
+
+
+@st.composite
+def stacks(draw: st.DrawFn, least: int = 0, most: int = 3) -> Tensor:
+    """Models' tensors as rows, (N, ...)."""
+    shape = draw(st.lists(st.integers(0, 5), min_size=least, max_size=most))
+    count = draw(st.integers(1, 5))
+    n = count * torch.Size(shape).numel()
+    finite = VALUES[:-2] if draw(st.booleans()) else VALUES
+    values = draw(st.lists(st.sampled_from(finite), min_size=n, max_size=n))
+    found = torch.tensor(values, dtype=torch.float64).nan_to_num(nan=torch.nan, posinf=torch.inf)
+    dtype = draw(st.sampled_from(DTYPES))
+    tensor = (found if dtype.is_floating_point else found.nan_to_num(1, 1)).to(dtype)
+    tensor = tensor.reshape(count, *shape)
+    if draw(st.booleans()):  # every other element of memory that is twice as long
+        tensor = torch.stack([tensor, tensor], -1)[..., 0]
+    return tensor
+
+
+def outcome(function: Callable[..., Any], *args: Any) -> Any:
+    with contextlib.redirect_stdout(io.StringIO()):
+        try:
+            return function(*args)
+        except (RuntimeError, TypeError, ValueError, AssertionError, LookupError) as error:
+            return type(error)
+
+
+def same(a: Any, b: Any) -> bool:
+    """The same bits, but that any NaN is one; or the same error."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        if a.dtype != b.dtype or a.shape != b.shape:
+            return False
+        if not a.is_floating_point():
+            return torch.equal(a, b)
+        signs = torch.equal(a.signbit() | a.isnan(), b.signbit() | b.isnan())
+        return signs and torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0))
+    if isinstance(a, dict):
+        return list(a) == list(b) and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return bool(a == b)
+
+
+def check(host: str, where: str, *args: Any) -> None:
+    """Ours against the original."""
+    compat = importlib.import_module(_patch.HOSTS[host])
+    (seam,) = (seam for seam in compat.HOST.seams() if seam.where == where)
+    original, fast = Place(where).get(), seam.exact
+    assert fast is not None
+    expected = outcome(original, *args)
+    assert same(outcome(Replacement(where, original, fast).function, *args), expected)
+
+
+@pytest.fixture
+def fusion_bench() -> None:
+    pytest.importorskip("fusion_bench", reason="FusionBench is not installed")
+
+
+@pytest.fixture
+def mergekit() -> None:
+    pytest.importorskip("mergekit", reason="mergekit is not installed")
+
+
+TIES = "fusion_bench.method.ties_merging.ties_merging_utils"
+
+
+@fuzzed
+@given(stacks(1, 1), SHARES, st.sampled_from(["sum", "mean", "max"]))
+@pytest.mark.usefixtures("fusion_bench")
+def test_ties(rows: Tensor, share: float, how: str) -> None:
+    check("fusion_bench", f"{TIES}:ties_merging", rows, share, how)
+    check("fusion_bench", f"{TIES}:topk_values_mask", rows, share, True)
+
+
+@fuzzed
+@given(stacks(), st.lists(st.sampled_from([0, 0.5, -1.5, 1]), min_size=5, max_size=5))
+@pytest.mark.usefixtures("fusion_bench")
+def test_state_dicts(rows: Tensor, weights: list[float]) -> None:
+    states, weights = [{"a": row, "b": row.clone()} for row in rows], weights[: len(rows)]
+    where = "fusion_bench.utils.state_dict_arithmetic"
+    check("fusion_bench", f"{where}:state_dict_sum", states)
+    check("fusion_bench", f"{where}:state_dict_avg", states)
+    check("fusion_bench", f"{where}:state_dict_interpolation", states, weights)
+    check("fusion_bench", f"{where}:state_dict_weighted_sum", states, weights)
+    check("fusion_bench", f"{TIES}:state_dict_to_vector", states[0])
+
+
+@fuzzed
+@given(stacks(2, 2), st.sampled_from([1.0, 0.9, 0, 1 / 3]))
+@pytest.mark.usefixtures("fusion_bench")
+def test_regmean(rows: Tensor, ratio: float) -> None:
+    where = "fusion_bench.method.regmean.regmean:reduce_non_diagonal_elements"
+    check("fusion_bench", where, rows[0], ratio)
+
+
+@fuzzed
+@given(stacks(), st.sampled_from([0.0, 0.5, -1.0, 1e9]))
+@pytest.mark.usefixtures("mergekit")
+def test_elements_of_mergekit(rows: Tensor, number: float) -> None:
+    group = importlib.import_module("mergekit.merge_methods").TensorGroup
+    where = "mergekit.merge_methods"
+    tensors = group.from_tensors([*rows], base_index=0)
+    check("mergekit", f"{where}.ram:ram_merge.implementation", tensors, abs(number))
+    pair = group.from_tensors([rows[0], rows[-1]], base_index=0)
+    check("mergekit", f"{where}.nearswap:nearswap_merge.implementation", pair, number)
