@@ -18,12 +18,6 @@ from ...methods import BLOCK, Method, Statistic, Task, Tile
 _STEP = 4 * BLOCK  # elements: of a few models, what a core's cache holds
 
 
-def steps(elements: int) -> Iterator[slice]:
-    """All elements, some at a time."""
-    for start in range(0, elements, _STEP):
-        yield slice(start, min(start + _STEP, elements))
-
-
 def tiles(tensors: Sequence[Tensor], elements: int = _STEP) -> Iterator[Tile]:
     """Tensors of one shape, as rows of tiles; each tile lies where the last one did."""
     flat = [tensor.reshape(-1) for tensor in tensors]
