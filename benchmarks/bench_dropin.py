@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -51,10 +51,10 @@ def replaces(case: dropins.Case, parity: str) -> bool:
 class Patched:
     """A call under the patch, which is entered around each repetition."""
 
-    def __init__(self, case: dropins.Case, parity: str) -> None:
+    def __init__(self, case: dropins.Case, parity: str, call: Callable[[], Any] | None) -> None:
         self.case, self.parity = case, parity
         with self.within():
-            self.call = case.make()
+            self.call = call or case.make()
 
     def within(self) -> Patch:
         return nf.patch(self.case.host, self.parity)
@@ -73,11 +73,17 @@ class Patched:
 
 
 def make_case(case: dropins.Case) -> Case | None:
-    """The host and its replacements; None where no parity has one."""
-    ours = [Patched(case, p) for p in ("exact", "accurate") if replaces(case, p)]
-    if not ours:
+    """The host and its replacements; None where no parity has one, or the host is not there."""
+    try:
+        parities = [p for p in ("exact", "accurate") if replaces(case, p)]
+    except ImportError as error:
+        harness.say(f"{case.seam} left out: {error}")
         return None
-    expected = copied(case.make()())  # of inputs of its own, into which it may have written
+    if not parities:
+        return None
+    shared = None if case.in_place else case.make()
+    ours = [Patched(case, parity, shared) for parity in parities]
+    expected = copied((shared or case.make())())
 
     def check(result: Any) -> None:
         if case.check is not None:
@@ -94,25 +100,18 @@ def make_case(case: dropins.Case) -> Case | None:
         threads=machine.cores(),
         providers=[
             *(Provider(f"neulig_fast/{p.parity}", p, "ours", within=p.within) for p in ours),
-            Provider(case.host, case.make()),
+            Provider(case.host, shared or case.make()),
         ],
         check=check,
     )
 
 
 def cases(device: str, quick: bool, host: str | None = None) -> Iterator[Case]:
+    """Each made when it is asked for, and kept by nobody here: the next one needs its memory."""
     for name in dropins.hosts() if host is None else [host]:
         module = importlib.import_module(f"{dropins.__name__}.{name}")
-        for case in module.CASES if device == "cpu" else ():
-            if (case.size == dropins.TOY) != quick:
-                continue
-            try:
-                made = make_case(case)
-            except ImportError as error:
-                harness.say(f"{case.seam} left out: {error}")
-                continue
-            if made is not None:
-                yield made
+        wanted = [case for case in module.CASES if (case.size == dropins.TOY) == quick]
+        yield from filter(None, map(make_case, wanted if device == "cpu" else ()))
 
 
 if __name__ == "__main__":

@@ -23,14 +23,15 @@ class Case(NamedTuple):
         seam: what is replaced, as a :class:`neulig_fast.compat._seam.Seam` says where.
         size: how large it is, in a word or two; :data:`TOY` for what tests run. Each seam has one.
         host: as given to ``nf.patch``.
-        make: builds the inputs, the same ones in every call, and returns the call to be timed. It
-            is called once without the patch and once under each parity, and so is what it returns:
-            the replaced function must be looked up in either, not before. The call returns a
-            tensor, or a list, tuple or dictionary of tensors. Its first result is checked; one
-            that works in place may go on from there.
+        make: builds the inputs and returns the call to be timed, which looks the replaced function
+            up: the same call is made without the patch and under each parity. It returns a
+            tensor, or a list, tuple or dictionary of tensors.
         check: ``check(result, expected)`` raises AssertionError for a result that does not agree
             with the host's. None: the tolerance rule on every tensor, with the host's as oracle.
         terms: of the sums in a result, for the tolerance rule.
+        in_place: whether a call writes into its inputs. ``make`` is then called for the host and
+            under each parity, the same inputs in every call, and may look the function up itself;
+            the first result is checked, later calls go on from there.
     """
 
     seam: str
@@ -39,6 +40,7 @@ class Case(NamedTuple):
     make: Callable[[], Callable[[], Any]]
     check: Callable[[Any, Any], None] | None = None
     terms: int = 1
+    in_place: bool = False
 
 
 def hosts() -> list[str]:

@@ -23,6 +23,17 @@ _SPREAD = 0.01  # of task vectors; a base's values are standard normal
 _STEPS = 10  # of WUDI's 300
 _METHOD = "fusion_bench.method"
 _TIES = f"{_METHOD}.ties_merging.ties_merging_utils"
+_EMR = f"{_METHOD}.emr_merging.utils:emr_merge"
+_TALL = f"{_METHOD}.tall_mask.utils:generate_task_masks"
+_DARE = f"{_METHOD}.dare.utils:param_random_drop_"
+_WUDI = f"{_METHOD}.wudi.wudi:wudi_merging"
+_REGMEAN = f"{_METHOD}.regmean.regmean:merging_with_regmean_weights"
+
+
+def looked_up(seam: str) -> Callable[..., Any]:
+    """A function where it is now."""
+    where, name = seam.split(":")
+    return getattr(importlib.import_module(where), name)
 
 
 def states(shape: Shape) -> list[dict[str, Tensor]]:
@@ -108,53 +119,48 @@ def experts(samples: int, tokens: int, width: int) -> Callable[[], Any]:
 
 
 def on_rows(function: str, args: tuple[Any, ...], width: int) -> Callable[[], Any]:
-    name, where = function.split(":")[::-1]
-    found, given = getattr(importlib.import_module(where), name), rows(width)
-    return silent(lambda: found(given, *args))
+    given = rows(width)
+    return silent(lambda: looked_up(function)(given, *args))
 
 
 def on_states(function: str, args: tuple[Any, ...], shape: Shape) -> Callable[[], Any]:
-    name, where = function.split(":")[::-1]
-    found, given = getattr(importlib.import_module(where), name), states(shape)[1:]
-    return lambda: found(given, *args)
+    given = states(shape)[1:]
+    return lambda: looked_up(function)(given, *args)
 
 
 def wudi(width: int) -> Callable[[], Any]:
-    found = importlib.import_module(f"{_METHOD}.wudi.wudi").wudi_merging
     g = torch.Generator().manual_seed(3)
     sizes = {"in": (4 * width, width), "out": (width, 4 * width), "qkv": (3 * width, width)}
     vectors = [
         {name: _SPREAD * torch.randn(size, generator=g) for name, size in sizes.items()}
         for _ in range(_EXPERTS)
     ]
-    return silent(lambda: found(vectors, "cpu", _STEPS))
+    return silent(lambda: looked_up(_WUDI)(vectors, "cpu", _STEPS))
 
 
 def emr(shape: Shape) -> Callable[[], Any]:
-    found, given = importlib.import_module(f"{_METHOD}.emr_merging.utils").emr_merge, states(shape)
+    given = states(shape)[1:]
 
     def call() -> list[Tensor]:
-        unified, masks, rescalers = found(given[1:])
+        unified, masks, rescalers = looked_up(_EMR)(given)
         return [*unified.values(), *(mask for some in masks.values() for mask in some), rescalers]
 
     return call
 
 
 def masks(width: int) -> Callable[[], Any]:
-    found = importlib.import_module(f"{_METHOD}.tall_mask.utils").generate_task_masks
     vectors = rows(width)
     base = torch.randn(width, generator=torch.Generator().manual_seed(4))
     args = (vectors, base + vectors, base, vectors.sum(0))
-    return silent(lambda: found(*args, 0.4))
+    return silent(lambda: looked_up(_TALL)(*args, 0.4))
 
 
 def drop(width: int) -> Callable[[], Any]:
-    found = importlib.import_module(f"{_METHOD}.dare.utils").param_random_drop_
     start = 1 + rows(width)[0]
 
     def call() -> Tensor:
         param = nn.Parameter(start)  # new memory takes its place
-        found(param, 0.8, True)
+        looked_up(_DARE)(param, 0.8, True)
         return param.data
 
     return call
@@ -227,16 +233,11 @@ def cases() -> Iterator[Case]:
         for name, args in (("avg", ()), ("weighted_sum", ([0.3] * _EXPERTS,))):
             where = f"fusion_bench.utils.state_dict_arithmetic:state_dict_{name}"
             yield made(where, make=partial(on_states, where, args, shape))
-        where = f"{_METHOD}.emr_merging.utils:emr_merge"
-        yield made(where, make=partial(emr, shape), check=check_bits)
-        where = f"{_METHOD}.wudi.wudi:wudi_merging"
-        yield made(where, make=partial(wudi, samples[2]), terms=4 * samples[2])
-        where = f"{_METHOD}.regmean.regmean:merging_with_regmean_weights"
-        yield made(where, make=partial(regmean, samples[2]), check=check_close)
-        where = f"{_METHOD}.tall_mask.utils:generate_task_masks"
-        yield made(where, make=partial(masks, width), check=check_bits)
-        where = f"{_METHOD}.dare.utils:param_random_drop_"
-        yield made(where, make=partial(drop, width), check=check_share)
+        yield made(_EMR, make=partial(emr, shape), check=check_bits)
+        yield made(_WUDI, make=partial(wudi, samples[2]), terms=4 * samples[2])
+        yield made(_REGMEAN, make=partial(regmean, samples[2]), check=check_close)
+        yield made(_TALL, make=partial(masks, width), check=check_bits)
+        yield made(_DARE, make=partial(drop, width), check=check_share)
 
 
 CASES = tuple(cases())

@@ -62,9 +62,10 @@ def cases() -> Iterator[Case]:
         for dtype in (torch.float32, torch.bfloat16):
             for name in ("get_ema_multi_avg_fn", "get_swa_multi_avg_fn"):
                 make = functools.partial(move, name, shape, dtype)
-                yield Case(_SEAM + name, size, "torch_swa", make)
+                yield Case(_SEAM + name, size, "torch_swa", make, in_place=True)
         make = functools.partial(update, shape)
-        yield Case(f"{_SEAM}AveragedModel.update_parameters", size, "torch_swa", make)
+        where = f"{_SEAM}AveragedModel.update_parameters"
+        yield Case(where, size, "torch_swa", make, in_place=True)
 
 
 CASES = tuple(cases())

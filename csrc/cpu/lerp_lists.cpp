@@ -10,9 +10,11 @@
 #include <torch/csrc/stable/library.h>
 
 #include <optional>
+#include <type_traits>
 
 #include "common/list_checks.h"
 #include "common/parallel.h"
+#include "cpu/bf16_pairs.h"
 #include "cpu/list_chunks.h"
 #include "cpu/store_tile.h"
 
@@ -35,15 +37,31 @@ struct LerpCall {
 
 template <typename T, typename Value>
 struct LerpColumns {
+  static constexpr bool kPairs = std::is_same_v<Value, BFloat16> && kHasPairs;
+
   template <int kBytes>
   static NF_INLINE void run(const LerpCall<T, Value>& args) {
     const LerpCall<T, Value> call =
         args;  // a local copy stays in registers: no store can change it
     constexpr int kLanes = kBytes / sizeof(Acc<T>);
-    for (int64_t p = 0; p < call.columns; p += kLanes) {
-      const auto a = load<kLanes>(call.a + p), b = load<kLanes>(call.b + p);
-      store<kLanes>(call.values + p, (call.from_end ? b : a) + call.slope * (b - a));
+    using V = Vec<Acc<T>, kLanes>;
+    int64_t p = 0;
+    if constexpr (kPairs) {
+      for (; p + 2 * kLanes <= call.columns; p += 2 * kLanes) {
+        V a[2], b[2];
+        load_pair<kLanes>(call.a + p, a[0], a[1]);
+        load_pair<kLanes>(call.b + p, b[0], b[1]);
+        store_pair<kLanes>(call.values + p, moved(call, a[0], b[0]), moved(call, a[1], b[1]));
+      }
     }
+    for (; p < call.columns; p += kLanes)
+      store<kLanes>(call.values + p,
+                    moved(call, load<kLanes>(call.a + p), load<kLanes>(call.b + p)));
+  }
+
+  template <typename V>
+  static NF_INLINE V moved(const LerpCall<T, Value>& call, V a, V b) {
+    return (call.from_end ? b : a) + call.slope * (b - a);
   }
 };
 

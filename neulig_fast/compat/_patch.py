@@ -85,8 +85,8 @@ class _Patcher:
 
     def __init__(self) -> None:
         self.active: dict[str, Patch] = {}
-        # What is replaced is seen, checked and replaced by one thread; modules imported meanwhile may
-        # ask for patch themselves.
+        # What is replaced is seen, checked and replaced by one thread; modules that are imported
+        # meanwhile may ask for patch themselves.
         self.lock = threading.RLock()
 
     def __call__(self, name: str, parity: str = "accurate") -> Patch:

@@ -18,12 +18,6 @@ from ...methods import BLOCK, Method, Statistic, Task, Tile
 _STEP = 4 * BLOCK  # elements: of a few models, what a core's cache holds
 
 
-def steps(elements: int) -> Iterator[slice]:
-    """All elements, some at a time."""
-    for start in range(0, elements, _STEP):
-        yield slice(start, min(start + _STEP, elements))
-
-
 def blocks(count: int, size: int) -> Iterator[slice]:
     """All of ``count``, ``size`` at a time, the last time up to twice as many: so a sum over models
     sees whole vectors of the instruction set wherever it did in the whole tensor, and adds up in
