@@ -194,6 +194,11 @@ def test_nothing_to_select_from(device, backend):
 # -- samples that mislead -------------------------------------------------------------------------
 
 
+def sample_size(P):
+    """How many places csrc/cpu/magnitude_select.cpp looks at first."""
+    return int((P / 5) ** (2 / 3))
+
+
 def sample_places(P, size):
     """Where csrc/cpu/magnitude_select.cpp looks first."""
     part = np.arange(size + 1)
@@ -213,7 +218,7 @@ def sample_places(P, size):
 def test_a_sample_that_misleads_costs_time_only(seen, dtype):
     P = 70_001
     row = (normal(P, dtype=torch.float64) + 4).to(dtype)
-    row[sample_places(P, P // 8)] = seen
+    row[sample_places(P, sample_size(P))] = seen
     counts = [1, P // 5, P // 2, 4 * P // 5, P - 1]
     params = row.expand(len(counts), -1)
     assert_exact(run("cpu", params, counts), params, counts)
@@ -224,9 +229,10 @@ def test_a_sample_that_misleads_costs_time_only(seen, dtype):
 def test_more_candidates_than_are_kept(dtype):
     P = 300_007
     row = 1 + 0.001 * normal(P, dtype=dtype)
-    places = sample_places(P, 16384)
-    row[places] = torch.where(torch.arange(16384) % 2 == 0, 0.1, 5.0).to(dtype)
-    counts = [P // 2, P // 2 + 1, 8192, 8193]
+    places = sample_places(P, sample_size(P))
+    row[places] = torch.where(torch.arange(len(places)) % 2 == 0, 0.1, 5.0).to(dtype)
+    half = len(places) // 2
+    counts = [P // 2, P // 2 + 1, half, half + 1]
     params = row.expand(len(counts), -1)
     assert_exact(run("cpu", params, counts), params, counts)
 
@@ -235,11 +241,15 @@ def test_more_candidates_than_are_kept(dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_the_wanted_magnitude_is_a_bound_by_chance(dtype):
     """Around both ends of what a sample leaves, one that it has once and other places twice."""
-    P, size = 70_001, 70_001 // 8
+    P, size = 70_001, sample_size(70_001)
     places, count = sample_places(P, size), P // 2
+    margin = 1 + 3.5 * size**0.5 / 2
+    first, last = int(size / 2 - margin), int(size / 2 + margin)
     others = torch.ones(P, dtype=torch.bool).index_fill_(0, places, False).nonzero().flatten()
     sample, rows = torch.linspace(2, 1, size, dtype=dtype), []
-    for j, tie in itertools.product((*range(4205, 4215), *range(4534, 4545)), range(3)):
+    for j, tie in itertools.product(
+        (*range(first - 5, first + 5), *range(last - 5, last + 6)), range(3)
+    ):
         row = torch.zeros(P, dtype=dtype)
         row[places] = sample
         row[others[1 : count - j - tie]] = 3
@@ -252,7 +262,7 @@ def test_the_wanted_magnitude_is_a_bound_by_chance(dtype):
 @needs_cpu
 def test_the_sample_is_where_it_is_thought_to_be():
     source = (ROOT / "csrc/cpu/magnitude_select.cpp").read_text()
-    for line in ("kWhole = 16384;", "kSample = 16384;", "rows.columns / 8", "0xBF58476D1CE4E5B9u"):
+    for line in ("kWhole = 16384;", "(columns) / 5, 2.0 / 3)", "0xBF58476D1CE4E5B9u"):
         assert line in source
     places = sample_places(1000, 125)
     assert torch.equal(places // 8, torch.arange(125)) and len(set((places % 8).tolist())) == 8

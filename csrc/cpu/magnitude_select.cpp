@@ -30,9 +30,14 @@
 namespace neulig_fast {
 namespace {
 
-constexpr int64_t kWhole = 16384;  // up to so many columns all keys are kept
-constexpr int64_t kSample = 16384;
+constexpr int64_t kWhole = 16384;    // up to so many columns all keys are kept
 constexpr double kDeviations = 3.5;  // of the wanted key's rank in the sample, to either side
+
+// What a larger sample costs grows with its size, what it saves, keys that are kept for nothing,
+// with the square root of its inverse: together they are least at a power of 2/3.
+int64_t sample_size(int64_t columns) {
+  return static_cast<int64_t>(std::pow(static_cast<double>(columns) / 5, 2.0 / 3));
+}
 
 // A place in each of `count` equal parts of [0, columns): no period of the data is that of places.
 std::vector<int64_t> sample_places(int64_t count, int64_t columns) {
@@ -48,10 +53,11 @@ std::vector<int64_t> sample_places(int64_t count, int64_t columns) {
   return places;
 }
 
-// The rank-th largest, 1 <= rank <= how many there are.
+// The rank-th largest, 1 <= rank <= how many there are; it is known to be among the first `among`.
 template <typename V>
-V nth_largest(std::vector<V>& keys, int64_t rank) {
-  std::nth_element(keys.begin(), keys.begin() + (rank - 1), keys.end(), std::greater<V>());
+V nth_largest(std::vector<V>& keys, int64_t rank, int64_t among) {
+  const auto begin = keys.begin();
+  std::nth_element(begin, begin + (rank - 1), begin + among, std::greater<V>());
   return keys[rank - 1];
 }
 
@@ -98,7 +104,7 @@ struct Select {
     }
     const int64_t experts = searched.size(), elements = experts * rows.columns;
     if (experts > 0 && rows.columns > kWhole)
-      places = sample_places(std::min(kSample, rows.columns / 8), rows.columns);
+      places = sample_places(sample_size(rows.columns), rows.columns);
     bounds.resize(experts);
     found.resize(experts * chunks);
     for_each_item(experts, elements, [&](int64_t e) { bounds[e] = bracket(searched[e]); });
@@ -106,13 +112,14 @@ struct Select {
     std::atomic<int64_t> kept{0};
     // All experts of a chunk before the next one: they find base in cache.
     for_each_item(experts * chunks, elements, [&](int64_t item) {
-      Found<K>& at = found[item];
-      at.tally = rows.sift(searched[item % experts], item / experts, bounds[item % experts],
-                           [&](const K* keys, int64_t count) {
-                             if (at.keys.empty()) at.keys.reserve(kChunk / 16);
-                             if (kept.fetch_add(count, std::memory_order_relaxed) < room)
-                               at.keys.insert(at.keys.end(), keys, keys + count);
-                           });
+      std::vector<K> between;
+      between.reserve(kChunk / 16);
+      found[item].tally = rows.sift(searched[item % experts], item / experts,
+                                    bounds[item % experts], [&](const K* keys, int64_t count) {
+                                      if (kept.fetch_add(count, std::memory_order_relaxed) < room)
+                                        between.insert(between.end(), keys, keys + count);
+                                    });
+      found[item].keys.assign(between.begin(), between.end());  // no room besides: fresh pages cost
     });
     std::vector<Answer<K>> answers(experts);
     for_each_item(experts, elements, [&](int64_t e) { answers[e] = answer(e); });
@@ -137,8 +144,8 @@ struct Select {
     const int64_t numbers = sample.size();
     const int64_t first = std::min(static_cast<int64_t>(std::floor(rank - margin)), numbers);
     const int64_t last = static_cast<int64_t>(std::ceil(rank + margin));
-    if (last <= numbers) range.low = nth_largest(sample, last);
-    if (first >= 1) range.high = nth_largest(sample, first);
+    if (last <= numbers) range.low = nth_largest(sample, last, numbers);
+    if (first >= 1) range.high = nth_largest(sample, first, std::min(last, numbers));
     const auto often = [&](K key) {
       return std::count(sample.begin(), sample.end(), key) > margin / 8;
     };
@@ -199,7 +206,7 @@ struct Select {
     for (int64_t chunk = 0; chunk < chunks; ++chunk)
       for (const K key : at(e, chunk).keys)
         if ((key - range.low) >> shift == bin) few.push_back({key, chunk});
-    const K key = nth_largest(few, rank).first;
+    const K key = nth_largest(few, rank, few.size()).first;
     std::vector<int64_t> ties(chunks);
     for (const auto& [other, chunk] : few) {
       rank -= other > key;
