@@ -75,7 +75,7 @@ class Patched:
 def make_case(case: dropins.Case) -> Case | None:
     """The host and its replacements; None where no parity has one, or the host is not there."""
     try:
-        parities = [p for p in ("exact", "accurate") if replaces(case, p)]
+        parities = [parity for parity in case.parities if replaces(case, parity)]
     except ImportError as error:
         harness.say(f"{case.seam} left out: {error}")
         return None

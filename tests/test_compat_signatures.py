@@ -7,6 +7,7 @@ import inspect
 import os
 import sys
 from collections.abc import Callable, Iterator
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import pytest
@@ -21,11 +22,11 @@ def host(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Hos
     project of that name."""
     clear = [path for path in sys.path if not os.path.exists(path + "/kernels/_launch.py")]
     monkeypatch.setattr(sys, "path", clear)
+    found: Host = importlib.import_module(_patch.HOSTS[request.param]).HOST
     try:
-        found: Host = importlib.import_module(_patch.HOSTS[request.param]).HOST
-        found.seams()
-    except ModuleNotFoundError as error:
-        pytest.skip(f"{request.param} is not installed: {error.name}")
+        version(found.distribution)
+    except PackageNotFoundError:
+        pytest.skip(f"{request.param} is not installed")
     return found
 
 

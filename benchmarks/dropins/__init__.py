@@ -32,6 +32,7 @@ class Case(NamedTuple):
         in_place: whether a call writes into its inputs. ``make`` is then called for the host and
             under each parity, the same inputs in every call, and may look the function up itself;
             the first result is checked, later calls go on from there.
+        parities: at which this call is taken: a seam may leave some calls to the original.
     """
 
     seam: str
@@ -41,6 +42,7 @@ class Case(NamedTuple):
     check: Callable[[Any, Any], None] | None = None
     terms: int = 1
     in_place: bool = False
+    parities: tuple[str, ...] = ("exact", "accurate")
 
 
 def hosts() -> list[str]:
