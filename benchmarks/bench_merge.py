@@ -13,6 +13,8 @@ all processors take part then, and where there is a GPU merging on it is one mor
 from __future__ import annotations
 
 import argparse
+import contextlib
+import dataclasses
 import functools
 import json
 import os
@@ -194,11 +196,19 @@ def make_case(method: str, numbers: dict[str, int], threads: int, gpu: bool = Fa
         dtype=torch.bfloat16,
         device="cpu",
         threads=threads,
-        providers=found,
+        providers=[dataclasses.replace(one, within=_synced) for one in found],
         check=_check(folder, method),
         traffic=size,
         numbers={"N": len(given.get("models", _MODELS))},
     )
+
+
+@contextlib.contextmanager
+def _synced() -> Iterator[None]:
+    """What others have written and left to the system is on the disk before anyone is timed: who
+    syncs their files would wait for those too."""
+    os.sync()
+    yield
 
 
 def _on_gpu(merge: Callable[[], Path], size: int, wanted: bool) -> list[Provider]:
