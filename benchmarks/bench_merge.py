@@ -18,6 +18,8 @@ import dataclasses
 import functools
 import json
 import os
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -211,6 +213,35 @@ def _synced() -> Iterator[None]:
     yield
 
 
+def command_case(method: str, numbers: dict[str, int], threads: int) -> Case:
+    """The same by the command line: start-up, imports and planning included."""
+    case = make_case(method, numbers, threads)
+    folder = models(**numbers)
+    config = str(folder / f"{method}.yml")
+    ours, theirs = (folder / f"{method}-{name}-command" for name in ("ours", "theirs"))
+    number = str(threads)
+
+    def run(*command: str, out: Path) -> Path:
+        environment = {**os.environ, "OMP_NUM_THREADS": number}
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, cwd=tempfile.gettempdir()
+        )
+        if done.returncode:
+            raise RuntimeError(done.stderr[-1000:])
+        return out
+
+    merge = (sys.executable, "-m", "neulig_fast", "merge", config, str(ours), "--no-resume")
+    found = [
+        Provider("neulig_fast", lambda: run(*merge, "--threads", number, out=ours), "ours"),
+    ]
+    if python := os.environ.get("NEULIG_FAST_MERGEKIT"):
+        mergekit = (str(Path(python).with_name("mergekit-yaml")), config, str(theirs))
+        more = ("--no-copy-tokenizer", "--lazy-unpickle", "--quiet")
+        found.append(Provider("mergekit", lambda: run(*mergekit, *more, out=theirs)))
+    providers = [dataclasses.replace(p, within=_synced, traffic=case.traffic) for p in found]
+    return dataclasses.replace(case, mode=f"{method}; whole command", providers=providers)
+
+
 def _on_gpu(merge: Callable[[], Path], size: int, wanted: bool) -> list[Provider]:
     """Timed by the clock, as what it stands beside: most of it is reading and writing."""
     if not wanted or not torch.cuda.is_available():
@@ -262,6 +293,7 @@ def cases(
     numbers = _TOY if quick else _SIZES
     for method in methods or _METHODS:
         yield make_case(method, numbers, 1)
+        yield command_case(method, numbers, 1)
     if not quick and machine.cores() > 1:
         yield make_case("linear", numbers, machine.cores())
 
