@@ -100,7 +100,7 @@ def usable_device(value: str) -> str:
     try:
         torch.empty(0, device=value)
     except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
-        raise ValueError(f"no {value} here: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"there is no {value} here: {str(error).splitlines()[0]}") from error
     return value
 
 
