@@ -499,6 +499,22 @@ def test_a_misspelt_key_is_named_beside_what_it_causes(
     assert told.endswith(f"unknown key, not read; did you mean {hint}?")
 
 
+def test_a_fault_of_many_tensors_is_one_line(tmp_path: Path, models: Any) -> None:
+    """The first of them by name and how many more; other shapes are other problems."""
+    config = recipe(tmp_path, "linear", ["m0", "m1"], each=[{"weight": 1}, {"weight": -1}])
+    floats = [name for name, t in models["m0"].items() if t.is_floating_point()]
+    text = refusal(lambda: nf.merge(config, tmp_path / "out"))
+    assert text.count("\n") == 0 and f" and {len(floats) - 3} more: " in text
+    assert sum(f"{name!r}" in text for name in floats) == 3
+    config = recipe(tmp_path, "linear", ["m0", "m1"], each=[{"weight": 1}] * 2)
+    halved = {n: t[: len(t) // 2] if t.ndim else t for n, t in models["m1"].items()}
+    samples.write(tmp_path / "m1", halved)
+    shapes = {tuple(t.shape) for t in models["m0"].values() if t.ndim}
+    text = refusal(lambda: nf.merge(config, tmp_path / "out"))
+    lines = [line for line in text.splitlines() if "must have one shape" in line]
+    assert {str(list(shape)) in text for shape in shapes} == {True} and len(lines) < len(floats)
+
+
 def test_an_empty_file_is_named(tmp_path: Path) -> None:
     assert refused_file(tmp_path, "").startswith(f"{tmp_path / 'r.yml'}: is empty, expected keys")
     assert "holds a list, expected" in refused_file(tmp_path, "- a\n")
