@@ -59,8 +59,8 @@ def _coopvec_sentence(report: Report) -> str:
     aside = ", often to another expert than the image's own" if other else ""
     text = (
         f"The CoopVecs {kind(report)}{aside}: their largest weight is {vectors['max']:.2f} on "
-        f"average (one-hot 1, uniform {1 / count:.2f}), their entropy {abs(vectors['entropy']):.2f} of at "
-        f"most {math.log(count):.2f} nats"
+        f"average (one-hot 1, uniform {1 / count:.2f}), their entropy "
+        f"{abs(vectors['entropy']):.2f} of at most {math.log(count):.2f} nats"
     )
     share = vectors["argmax_is_task"]
     if share is None:
