@@ -3,9 +3,12 @@
 import time
 
 import torch
-from fusion_bench.models.wrappers.layer_wise_fusion import LayerWiseMergedModel
 
 import neulig_fast as nf
+
+nf.patch("fusion_bench").undo()  # where it is missing this says how to install it
+
+from fusion_bench.models.wrappers.layer_wise_fusion import LayerWiseMergedModel  # noqa: E402
 
 models = [torch.nn.Sequential(*(torch.nn.Linear(256, 256) for _ in range(50))) for _ in range(6)]
 weights = torch.full((5, 100), 0.3)  # of five task vectors and a hundred tensors

@@ -3,9 +3,12 @@
 import time
 
 import torch
-from mergekit.merge_methods import merge_state_dicts
 
 import neulig_fast as nf
+
+nf.patch("mergekit").undo()  # where it is missing this says how to install it
+
+from mergekit.merge_methods import merge_state_dicts  # noqa: E402
 
 base = {f"layer.{i}": torch.randn(512, 1024) for i in range(2)}
 models = {

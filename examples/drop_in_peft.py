@@ -2,10 +2,13 @@
 
 import time
 
-import peft
 import torch
 
 import neulig_fast as nf
+
+nf.patch("peft").undo()  # where it is missing this says how to install it
+
+import peft  # noqa: E402
 
 names, weights = ["a0", "a1", "a2"], [0.5, 0.3, 0.2]
 config = peft.LoraConfig(r=16, target_modules=["0", "1"], init_lora_weights=False)

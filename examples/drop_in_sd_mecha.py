@@ -2,10 +2,13 @@
 
 import time
 
-import sd_mecha
 import torch
 
 import neulig_fast as nf
+
+nf.patch("sd_mecha").undo()  # where it is missing this says how to install it
+
+import sd_mecha  # noqa: E402
 
 base = {f"layer.{i}": torch.randn(512, 1024) for i in range(2)}
 models = [

@@ -8,8 +8,11 @@ import logging
 import os
 import threading
 from collections.abc import Mapping
+from platform import python_version
 
-from . import _native, _registry
+import torch
+
+from . import __version__, _native, _registry
 from ._registry import BACKENDS, DEVICES, OPS, Op, log, no_device
 
 VARIABLE = "NEULIG_FAST_BACKEND"
@@ -89,7 +92,9 @@ class BackendStatus:
 def status(op: Op, device: str) -> BackendStatus:
     """What would run of ``op`` on ``device``, and why the other backends would not."""
     reasons = {backend: op.why_not(backend, device) for backend in BACKENDS}
-    if device == "cuda" and no_device("cuda"):
+    nothing = no_device(device)
+    if nothing is not None:
+        reasons = {backend: reason or nothing for backend, reason in reasons.items()}
         return BackendStatus(op.name, device, None, reasons, op.forced())
     forced = op.forced()
     candidates = op.order[device] if forced is None else (forced,)
@@ -97,7 +102,7 @@ def status(op: Op, device: str) -> BackendStatus:
     return BackendStatus(op.name, device, runs, reasons, forced)
 
 
-def _line(row: BackendStatus) -> str:
+def _line(row: BackendStatus, width: int) -> str:
     others = [
         f"{backend}: {row.reasons[backend] or 'ok'}"
         for backend in BACKENDS
@@ -105,7 +110,9 @@ def _line(row: BackendStatus) -> str:
         and (backend == row.forced or not (row.reasons[backend] or "").startswith("for "))
     ]
     forced = " (forced)" if row.forced else ""
-    return f"{row.op:<20} {row.device:<7} {(row.runs or '-') + forced:<16} " + " · ".join(others)
+    return f"{row.op:<{width}} {row.device:<7} {(row.runs or '-') + forced:<16} " + " · ".join(
+        others
+    )
 
 
 def show_backends() -> list[BackendStatus]:
@@ -114,10 +121,12 @@ def show_backends() -> list[BackendStatus]:
     variable = os.environ.get(VARIABLE)
     bound = (item for choices in _registry.forcing for item in choices.items())
     forced = ", ".join(f"{op or 'every op'}={backend}" for op, backend in bound)
+    width = max(map(len, OPS))
+    print(f"neulig_fast {__version__}, torch {torch.__version__}, Python {python_version()}")
     print(_native.describe())
-    print(f"{'op':<20} {'device':<7} {'runs':<16} others")
+    print(f"{'op':<{width}} {'device':<7} {'runs':<16} others")
     for row in rows:
-        print(_line(row))
+        print(_line(row, width))
     print(f"forced: {forced or 'nothing'} · {VARIABLE} {variable or 'unset'}")
     return rows
 

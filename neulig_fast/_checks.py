@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -21,6 +21,20 @@ def raise_all(subject: str, faults: Iterable[str], error: type[Exception] = Valu
     if len(faults) == 1:
         raise error(f"{subject}: {faults[0]}")
     raise error(f"{subject}: {len(faults)} problems\n  - " + "\n  - ".join(faults))
+
+
+def listed(names: Sequence[str], most: int = 3) -> str:
+    """``"a, b, c and 29 more"``: names of which there may be thousands."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def alike(faults: Iterable[tuple[str, str, str]]) -> list[str]:
+    """Faults of tensors, (before, name, after) each: one line for all that differ in names only."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for before, name, after in faults:
+        found.setdefault((before, after), []).append(name)
+    return [before + listed(names) + after for (before, after), names in found.items()]
 
 
 def check_tensors(subject: str, **arguments: object) -> None:

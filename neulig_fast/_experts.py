@@ -108,19 +108,21 @@ def check_tensors(
     found = []
     for expert, label in zip(experts, labels, strict=True):
         tensors = tensors_of(expert)
-        found += [
-            f"{label} lacks {name}, which {whose} has" for name in model if name not in tensors
-        ]
-        found += [
-            f"{label} has {name}, which {whose} lacks" for name in tensors if name not in model
-        ]
+        lacks = [name for name in model if name not in tensors]
+        extra = [name for name in tensors if name not in model]
+        faults = [(f"{label} lacks ", str(name), f", which {whose} has") for name in lacks]
+        faults += [(f"{label} has ", str(name), f", which {whose} lacks") for name in extra]
+        found += _checks.alike(faults)
         if isinstance(expert, nn.Module) and template is not None and expert is not template:
             found += _other_code(expert, template, label, whose)
-        for name, tensor in tensors.items():
-            faults = _faults(
+        faults = [
+            (f"{label}: ", str(name), f" {fault}")
+            for name, tensor in tensors.items()
+            for fault in _faults(
                 name, tensor, model.get(name), whose, first.get(name), labels[0], dtype
             )
-            found += [f"{label}: {name} {fault}" for fault in faults]
+        ]
+        found += _checks.alike(faults)
     if not found and not any(tensor.is_floating_point() for tensor in first.values()):
         found.append("the experts hold no float tensors (P = 0)")
     _checks.raise_all(subject, found)

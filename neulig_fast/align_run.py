@@ -99,7 +99,7 @@ def open_images(config: AlignConfig) -> ImageFolder | None:
             images = image_folder.subset(images, range(len(images))[: config.max_images])
             unreadable = image_folder.unreadable(images)
             faults += [f"images: {unreadable}"] if unreadable else []
-    raise_all("configuration", faults)
+    raise_all(config.source, faults)
     return images
 
 
@@ -116,12 +116,12 @@ def open_models(config: AlignConfig) -> tuple[dict[str, Expert], ImageModel]:
             experts[name] = library.read(path)
         except ValueError as error:
             faults.append(f"experts.{name}: {error}")
-    raise_all("configuration", faults)
+    raise_all(config.source, faults)
     model = library.build(config.model, next(iter(experts.values())))
     for name, expert in experts.items():
         why = library.foreign(expert, model.module)
         faults += [f"experts.{name}: {config.experts[name]} is {why}"] if why else []
-    raise_all("configuration", faults)
+    raise_all(config.source, faults)
     return experts, model
 
 
@@ -145,7 +145,7 @@ def _aligner(
     aligner = Aligner(
         pool, data=data, match=config.match, similarity=config.similarity, progress=True
     )
-    raise_all("configuration", _repair_faults(config, aligner))
+    raise_all(config.source, _repair_faults(config, aligner))
     return aligner
 
 

@@ -256,8 +256,13 @@ _COUNTS = weakref.WeakKeyDictionary()
 
 
 def _count(averaged: swa_utils.AveragedModel) -> int:
-    """``n_averaged``, read from its device only if somebody else has written to it."""
+    """``n_averaged``, read from a GPU only if somebody else has written to it.
+
+    Writes through ``n_averaged.data`` are not counted by torch: there they go unseen.
+    """
     buffer = averaged.n_averaged
+    if buffer.device.type == "cpu":
+        return int(buffer)  # nothing to wait for
     known, version, count = _COUNTS.get(averaged, (None, 0, 0))
     if known is buffer and buffer._version == version:
         return count

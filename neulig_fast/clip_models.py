@@ -15,7 +15,7 @@ import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from torch import Tensor, nn
 
-from ._checks import did_you_mean, raise_all, shape
+from ._checks import alike, did_you_mean, raise_all, shape
 from .outputs import VISUAL
 from .state_files import read_state_dict
 
@@ -242,17 +242,16 @@ def _load(module: nn.Module, state: dict[str, Tensor], source: str) -> None:
     state = {name: tensor for name, tensor in state.items() if name not in _NO_WEIGHTS}
     if "logit_scale" in state and "logit_scale" in wanted:  # () or (1,), by version
         state["logit_scale"] = state["logit_scale"].reshape(wanted["logit_scale"].shape)
-    faults = [f"lacks {name}" for name in wanted if name not in state]
     if not any(name.startswith(VISUAL) for name in state):
-        faults = [f"is no CLIP state dict: it has no tensors called {VISUAL}..."]
-    else:
-        faults += [f"has {name}, which the model lacks" for name in state if name not in wanted]
-        faults += [
-            f"{name} has shape {shape(state[name])}, the model {shape(wanted[name])}"
-            for name in wanted
-            if name in state and state[name].shape != wanted[name].shape
-        ]
-    raise_all(source, faults)
+        raise_all(source, [f"is no CLIP state dict: it has no tensors called {VISUAL}..."])
+    faults = [("lacks ", name, "") for name in wanted if name not in state]
+    faults += [("has ", name, ", which the model lacks") for name in state if name not in wanted]
+    faults += [
+        ("", name, f" has shape {shape(state[name])}, the model {shape(wanted[name])}")
+        for name in wanted
+        if name in state and state[name].shape != wanted[name].shape
+    ]
+    raise_all(source, alike(faults))
     module.load_state_dict(state)
 
 

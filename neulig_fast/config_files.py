@@ -21,6 +21,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    PrivateAttr,
     ValidationError,
     ValidationInfo,
     field_validator,
@@ -39,7 +40,8 @@ def located(path: Path, info: ValidationInfo) -> Path:
     return (base / path.expanduser()).resolve()
 
 
-def _file(path: Path) -> Path:
+def as_file(path: Path) -> Path:
+    """A validator of files that must be there."""
     if not path.is_file():
         raise ValueError(f"{path} {'is a folder, not a file' if path.is_dir() else 'is no file'}")
     return path
@@ -59,7 +61,7 @@ def _output(path: Path) -> Path:
 
 
 def _name_or_json(value: str, info: ValidationInfo) -> str:
-    return str(_file(located(Path(value), info))) if value.endswith(".json") else value
+    return str(as_file(located(Path(value), info))) if value.endswith(".json") else value
 
 
 def one_of(*known: str) -> BeforeValidator:
@@ -100,7 +102,7 @@ def usable_device(value: str) -> str:
     try:
         torch.empty(0, device=value)
     except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
-        raise ValueError(f"no {value} here: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"there is no {value} here: {str(error).splitlines()[0]}") from error
     return value
 
 
@@ -118,7 +120,7 @@ def not_empty(value: Any) -> Any:
     return value
 
 
-File = Annotated[Path, AfterValidator(located), AfterValidator(_file)]
+File = Annotated[Path, AfterValidator(located), AfterValidator(as_file)]
 Folder = Annotated[Path, AfterValidator(located), AfterValidator(_folder)]
 Output = Annotated[Path, AfterValidator(located), AfterValidator(_output)]
 Name = Annotated[str, BeforeValidator(as_name), AfterValidator(_usable)]
@@ -136,6 +138,13 @@ class Section(BaseModel):
     """A mapping of a configuration file, all of whose keys are known."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    _source: str = PrivateAttr("configuration")
+
+    @property
+    def source(self) -> str:
+        """The file's name, if this is all of one: for messages."""
+        return self._source
 
     @field_validator("*", mode="before")
     @classmethod
@@ -201,11 +210,13 @@ def load(path: str | Path, kind: type[Config]) -> Config:
         first, second, third = list(kind.model_fields)[:3]
         raise ValueError(f"{path}: {found}, expected keys such as {first}, {second} and {third}")
     try:
-        return kind.model_validate(content, context={"base": path.resolve().parent})
+        config = kind.model_validate(content, context={"base": path.resolve().parent})
     except ValidationError as error:
         faults = [_fault(detail, kind) for detail in error.errors(include_url=False)]
-    raise_all(str(path), dict.fromkeys(faults))
-    raise AssertionError("unreachable: a validation error has details")
+        raise_all(str(path), dict.fromkeys(faults))
+        raise AssertionError("unreachable: a validation error has details") from error
+    config._source = str(path)
+    return config
 
 
 class _Loader(yaml.SafeLoader):

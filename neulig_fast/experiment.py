@@ -11,7 +11,15 @@ import torch
 
 from . import image_folder
 from ._checks import did_you_mean, raise_all
-from .clip_models import ClipModel, build_clip, clip_faults, common_text_tower, foreign, read_expert
+from .clip_models import (
+    ClipModel,
+    Expert,
+    build_clip,
+    clip_faults,
+    common_text_tower,
+    foreign,
+    read_expert,
+)
 from .image_folder import ImageDataset, ImageFolder, ImageLoader, Transform
 from .neulig import NeuLig, Report, zero_shot_head
 from .neulig.batchnorm import policy_faults
@@ -55,10 +63,10 @@ def run(config: TrainConfig, say: Say) -> str:
             is full or the like.
     """
     started = time.perf_counter()
-    tasks = open_tasks(config)
+    tasks, experts = open_inputs(config)
     for task, folders in tasks.items():
         say(f"task {task}: {folders}")
-    clip, pool = open_models(config)
+    clip, pool = build(config, experts)
     say(str(pool))
     make_writable_folder(config.output / CACHE)
     loaders = _Loaders(config, tasks, clip)
@@ -103,11 +111,12 @@ def guesses(report: Report) -> Iterator[str]:
 # -- before any work ---------------------------------------------------------------------------
 
 
-def open_tasks(config: TrainConfig) -> dict[str, TaskFolders]:
-    """Scan the image folders, and check all that can be checked without weights.
+def open_inputs(config: TrainConfig) -> tuple[dict[str, TaskFolders], dict[str, Expert]]:
+    """Scan the image folders and read the experts' checkpoints.
 
     Raises:
-        ValueError: all faults of model, tag, folders, class names and experts' names.
+        OSError: a file that may not be read.
+        ValueError: all faults of model, tag, folders, class names, experts' names and checkpoints.
     """
     faults = list(clip_faults(config.model, config.pretrained))
     tasks = {}
@@ -119,8 +128,14 @@ def open_tasks(config: TrainConfig) -> dict[str, TaskFolders]:
         found = _open_task(settings, config, place, faults)
         if found is not None:
             tasks[task] = found
-    raise_all("configuration", faults)
-    return tasks
+    experts = {}
+    for name, path in config.experts.items():
+        try:
+            experts[name] = read_expert(path)
+        except ValueError as error:
+            faults.append(f"experts.{name}: {error}")
+    raise_all(config.source, faults)
+    return tasks, experts
 
 
 def _open_task(
@@ -160,13 +175,12 @@ def _open_task(
     return TaskFolders(splits["train"], splits["val"], splits["test"], names)
 
 
-def open_models(config: TrainConfig) -> tuple[ClipModel, ExpertPool]:
+def build(config: TrainConfig, experts: dict[str, Expert]) -> tuple[ClipModel, ExpertPool]:
     """The CLIP model with its text tower, and the experts' image towers as a pool.
 
     Raises:
-        OSError, ValueError: checkpoints that cannot be read or do not fit, every mismatch.
+        OSError, ValueError: weights that cannot be read or do not fit, every mismatch.
     """
-    experts = {name: read_expert(path) for name, path in config.experts.items()}
     tower = {} if config.pretrained is not None else common_text_tower(experts)
     preprocess = config.preprocess.model_dump(exclude_none=True)
     clip = build_clip(config.model, config.pretrained, tower, preprocess)
@@ -175,7 +189,7 @@ def open_models(config: TrainConfig) -> tuple[ClipModel, ExpertPool]:
     faults = [
         f"experts.{name}: {config.experts[name]} is {why}" for name, why in found.items() if why
     ]
-    raise_all("configuration", faults)
+    raise_all(config.source, faults)
     pool = ExpertPool(
         [expert.visual for expert in experts.values()],
         template=template,

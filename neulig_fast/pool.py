@@ -60,7 +60,8 @@ class ExpertPool:
         ValueError: no experts, unfit names, or experts that differ in keys, shapes or dtypes, hold
             NaN or inf (or overflow ``dtype``), or are not dense float or integer tensors; modules
             that differ from the template in the type or settings of a submodule or in a buffer
-            that is not saved. Every mismatch is listed, and nothing has been consumed.
+            that is not saved. Every mismatch is listed (the same of many tensors:
+            the first of them and their number), and nothing has been consumed.
     """
 
     def __init__(

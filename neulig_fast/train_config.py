@@ -20,6 +20,7 @@ from .config_files import (
     Section,
     Seed,
     Workers,
+    as_file,
     as_name,
     load,
     located,
@@ -33,6 +34,7 @@ from .ops.neulig_loss import BOOSTING
 
 TEMPLATES = ("a photo of a {}.",)
 _RESERVED = ("mean",)
+WEIGHTS = (".bin", ".ckpt", ".pt", ".pth", ".safetensors")  # of which no tag has any
 
 
 def _not_reserved(value: str) -> str:
@@ -121,9 +123,12 @@ class TrainConfig(Section):
     @field_validator("pretrained")
     @classmethod
     def _file_or_tag(cls, value: str | None, info: ValidationInfo) -> str | None:
-        """A file becomes an absolute path; anything else is looked up as a tag later."""
-        path = None if value is None else located(Path(value), info)
-        return str(path) if path is not None and path.is_file() else value
+        """A file becomes an absolute path; what is called like none is looked up as a tag later."""
+        if value is None:
+            return None
+        path = located(Path(value), info)
+        named_so = "/" in value or path.suffix in WEIGHTS
+        return str(as_file(path)) if named_so or path.is_file() else value
 
 
 def load_config(path: str | Path) -> TrainConfig:

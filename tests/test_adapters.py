@@ -15,7 +15,7 @@ from torch import Tensor
 
 import neulig_fast as nf
 from neulig_fast.checkpoints import pipeline, workspace
-from neulig_fast.checkpoints.hub import open_models
+from neulig_fast.checkpoints.hub import find_models
 from neulig_fast.checkpoints.plan import make_plan
 from neulig_fast.checkpoints.read import Reader
 from neulig_fast.checkpoints.recipe import ModelRef
@@ -183,7 +183,7 @@ def test_products_are_the_same_whatever_the_range(
     llamas.write(tmp_path / "base", {"q.weight": torch.zeros(9001, 24)}, shards=1)
     adapter(tmp_path / "lora", factors(0, "q", (9001, 24)))
     model = ModelRef.parse(on(tmp_path, "base", "lora")[0])
-    entry = open_models([model], tmp_path)[model].entries["q.weight"]
+    entry = find_models([model], tmp_path)[0][model].entries["q.weight"]
     seen: set[tuple[torch.Size, bytes]] = set()
     multiply = torch.mm
 
@@ -210,7 +210,7 @@ def test_factors_count_as_memory(tmp_path: Path) -> None:
     adapter(tmp_path / "lora", factors(0, "q", (4096, 512)))
     model = ModelRef.parse(on(tmp_path, "base", "lora")[0])
     recipe = parse({"merge_method": "passthrough", "models": [{"model": str(model)}]}, METHODS)
-    models = open_models([model], tmp_path)
+    models, _ = find_models([model], tmp_path)
     (planned,) = make_plan(recipe, METHODS["passthrough"], models, 1 << 30).tensors
     assert planned.bytes == 2 * 4096 * 512 + 4 * 4 * (4096 + 512)
     # fp32 of the right factor, 128 rows of the left one, a block; a row and a result; bf16 beside.

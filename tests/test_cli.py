@@ -550,6 +550,31 @@ def test_faults_of_several_folders_come_together(project):
     assert all(message in result.stderr for message in messages), result.stderr
 
 
+def test_faults_of_folders_and_checkpoints_come_together_under_the_files_name(project):
+    folder, config = project
+    breakages = (different_classes, pickle_with_code, truncated_checkpoint, unknown_tag)
+    messages = [f(folder, config) for f in breakages]
+    result = train(folder, config)
+    assert all(message in result.stderr for message in messages), result.stderr
+    assert result.stderr.startswith(f"error: {folder}/") and "yaml: 4 problems\n" in result.stderr
+    assert "\n  - experts.shades: " in result.stderr
+
+
+def test_a_wrong_model_is_told_in_a_few_lines(project):
+    """Hundreds of tensors that are missing are one problem: some by name, and how many there are"""
+    folder, config = project
+    state = load_file(folder / "base.safetensors")
+    kept = {name: t for name, t in state.items() if "resblocks" not in name}
+    save_file({**kept, "a": torch.ones(1), "b": torch.ones(1)}, folder / "base.safetensors")
+    result = train(folder, config)
+    _, lacks, has = result.stderr.splitlines()[-3:]
+    gone = [name for name in state if name not in kept]
+    assert lacks.startswith("  - lacks ") and lacks.endswith(f" and {len(gone) - 3} more")
+    named = lacks.removeprefix("  - lacks ").split(" and ")[0].split(", ")
+    assert len(named) == 3 and set(named) <= set(gone)
+    assert has == "  - has a, b, which the model lacks"
+
+
 def test_an_output_that_cannot_be_written_is_found_before_encoding(project, monkeypatch):
     folder, config = project
 

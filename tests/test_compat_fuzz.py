@@ -44,10 +44,21 @@ def stacks(draw: st.DrawFn, least: int = 0, most: int = 3) -> Tensor:
     return tensor
 
 
-def outcome(function: Callable[..., Any], *args: Any) -> Any:
+@st.composite
+def balanced(draw: st.DrawFn) -> Tensor:
+    """Rows of -1, 0 and 1 in which as many are positive as negative, and columns that cancel: no
+    sign has a majority anywhere, which is where rules of zero signs decide."""
+    count, width = draw(st.sampled_from([2, 4])), draw(st.integers(1, 6))
+    rows = [draw(st.lists(st.sampled_from([-1.0, 0.0, 1.0]), min_size=width, max_size=width))]
+    rows += [draw(st.permutations(rows[0])) for _ in range(count // 2 - 1)]
+    half = torch.tensor(rows, dtype=draw(st.sampled_from((torch.float32, torch.bfloat16))))
+    return torch.cat([half, -half])[torch.tensor(draw(st.permutations(range(count))))]
+
+
+def outcome(function: Callable[..., Any], *args: Any, **named: Any) -> Any:
     with contextlib.redirect_stdout(io.StringIO()):
         try:
-            return function(*args)
+            return function(*args, **named)
         except (RuntimeError, TypeError, ValueError, AssertionError, LookupError) as error:
             return type(error)
 
@@ -68,14 +79,14 @@ def same(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
-def check(host: str, where: str, *args: Any) -> None:
+def check(host: str, where: str, *args: Any, **named: Any) -> None:
     """Ours against the original."""
     compat = importlib.import_module(_patch.HOSTS[host])
     (seam,) = (seam for seam in compat.HOST.seams() if seam.where == where)
     original, fast = Place(where).get(), seam.exact
     assert fast is not None
-    expected = outcome(original, *args)
-    assert same(outcome(Replacement(where, original, fast).function, *args), expected)
+    expected = outcome(original, *args, **named)
+    assert same(outcome(Replacement(where, original, fast).function, *args, **named), expected)
 
 
 @pytest.fixture
@@ -88,15 +99,28 @@ def mergekit() -> None:
     pytest.importorskip("mergekit", reason="mergekit is not installed")
 
 
+@pytest.fixture
+def sd_mecha() -> None:
+    pytest.importorskip("sd_mecha", reason="sd-mecha is not installed")
+
+
 TIES = "fusion_bench.method.ties_merging.ties_merging_utils"
 
 
 @fuzzed
-@given(stacks(1, 1), SHARES, st.sampled_from(["sum", "mean", "max"]))
+@given(stacks(1, 1) | balanced(), SHARES, st.sampled_from(["sum", "mean", "max"]))
 @pytest.mark.usefixtures("fusion_bench")
 def test_ties(rows: Tensor, share: float, how: str) -> None:
     check("fusion_bench", f"{TIES}:ties_merging", rows, share, how)
     check("fusion_bench", f"{TIES}:topk_values_mask", rows, share, True)
+
+
+@fuzzed
+@given(balanced(), st.sampled_from([0.0, 0.5, 1.0]), st.booleans())
+@pytest.mark.usefixtures("sd_mecha")
+def test_ties_of_sd_mecha(rows: Tensor, k: float, vote: bool) -> None:
+    where = "sd_mecha.extensions.builtin.merge_methods.ties:ties_sum.__wrapped__"
+    check("sd_mecha", where, *rows, k=k, vote_sgn=vote)
 
 
 @fuzzed

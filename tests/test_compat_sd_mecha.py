@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -147,6 +148,23 @@ def test_four_threads_at_once() -> None:
     with ThreadPoolExecutor(4) as pool:
         got = [*pool.map(lambda job: job[0](job[1]), jobs * 3)]
     assert all(torch.equal(a, b) for a, b in zip(got, expected * 3, strict=True))
+
+
+@pytest.mark.parametrize("name", ["weighted", "average", "difference", "ties", "dare", "dare_ties"])
+def test_negated_views_are_what_they_are(name: str) -> None:
+    call: Callable[[Tensor, Tensor], Tensor] = {
+        "weighted": ours.nf_weighted_sum,
+        "average": ours.nf_n_average,
+        "difference": ours.nf_add_difference,
+        "ties": ours.nf_ties_sum,
+        "dare": lambda *x: ours.nf_dare_sum(*x, key="k"),
+        "dare_ties": lambda *x: ours.nf_dare_ties_sum(*x, key="k"),
+    }[name]
+    a, b = deltas(30, 20, models=2)
+    view = torch._neg_view(b)
+    assert view.is_neg()
+    assert torch.equal(call(a, view), call(a, -b))
+    assert not torch.equal(call(a, view), call(a, b))
 
 
 def test_our_ties_takes_what_the_seam_leaves_to_sd_mecha() -> None:

@@ -176,7 +176,14 @@ def test_the_count_follows_what_others_write(monkeypatch):
     for _ in range(3):
         average.update_parameters(model)
     assert seen == [1, 2]
-    assert len(reads) == 1  # the first step's
+    assert len(reads) == 3
+    if torch.cuda.is_available():  # where a read waits, there is one, in the first step
+        reads.clear()
+        there = nf.AveragedModel(model.cuda(), device="cuda")
+        for _ in range(3):
+            there.update_parameters(model)
+        assert len(reads) == 1
+        model.cpu()
     torchs = averaged(swa_utils.AveragedModel, steps=2)
     average.load_state_dict(torchs.state_dict())
     seen.clear()
@@ -184,6 +191,8 @@ def test_the_count_follows_what_others_write(monkeypatch):
     assert set(seen) == {2} and int(average.n_averaged) == 3
     average.n_averaged.zero_()
     seen.clear()
+    average.update_parameters(model)
+    average.n_averaged.data.zero_()
     average.update_parameters(model)
     assert not seen  # copied
     torchs.load_state_dict(average.state_dict())

@@ -7,7 +7,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from safetensors.torch import save_file
 
 from neulig_fast.demo import clip, drawing, pictures, tasks
@@ -138,6 +138,20 @@ def test_contact_sheet_shows_every_task(tmp_path):
         pixels = np.asarray(sheet)
     strips = np.array_split(pixels, len(TASK_NAMES))
     assert all(strip.std() > 30 for strip in strips)
+
+
+def test_contact_sheet_names_every_class_in_full_and_no_wider_than_its_image(tmp_path, monkeypatch):
+    drawn = {}
+
+    def text(pen, place, words, fill, font):
+        drawn[words] = font.getlength(words)
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", text)
+    made = [make_task(name, size=60) for name in TASK_NAMES]
+    tasks.contact_sheet(made, tmp_path / "sheet.png")
+    names = {name for task in made for name in task.class_names}
+    assert names <= set(drawn) and "checkerboard" in names
+    assert max(drawn[name] for name in names) <= 2 * drawing.SIZE
 
 
 # ---- the model ---------------------------------------------------------------------------------

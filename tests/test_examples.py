@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import io
 import sys
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from rich.console import Console
 
 import neulig_fast as nf
+from neulig_fast.compat import _patch
 from neulig_fast.demo import tasks
 from neulig_fast.demo.settings import DemoSettings
 
@@ -57,7 +59,22 @@ def test_adaptation_lowers_the_entropy_and_moves_coefficients_alone(adamerging):
     assert list(adamerging.adapt(again, heads, images, steps=5, seed=0)) == losses[:5]
 
 
-@pytest.mark.parametrize("host", [p.stem[8:] for p in sorted(EXAMPLES.glob("drop_in_*.py"))])
+HOSTS = [p.stem[8:] for p in sorted(EXAMPLES.glob("drop_in_*.py"))]
+
+
+@pytest.mark.parametrize("host", [host for host in HOSTS if host != "torch_swa"])
+def test_an_example_without_its_host_says_how_to_install_it(host, monkeypatch):
+    def missing(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(_patch, "version", missing)
+    for name in [host, *(n for n in sys.modules if n.startswith(f"{host}."))]:
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ImportError, match=f"patch: {host} is not installed: pip install"):
+        load(f"drop_in_{host}")
+
+
+@pytest.mark.parametrize("host", HOSTS)
 def test_drop_ins_print_both_times(host, capsys, monkeypatch):
     # transformers would take kernels/, in our source tree, for a project of that name.
     installed = [path for path in sys.path if not Path(path, "kernels", "_launch.py").exists()]

@@ -374,6 +374,23 @@ def test_show_backends_tells_what_would_run(capsys):
             assert OPS["blend"].choose("cpu", args) == row.runs
 
 
+def test_show_backends_is_a_table_that_begins_with_versions(capsys):
+    rows = neulig_fast.show_backends()
+    first, _, *lines, _ = capsys.readouterr().out.splitlines()
+    assert first.startswith(f"neulig_fast {neulig_fast.__version__}, torch {torch.__version__}, ")
+    start = lines[0].index("device")
+    for row, line in zip(rows, lines[1:], strict=True):
+        assert line[:start].rstrip() == row.op and line[start:].startswith(row.device)
+
+
+def test_without_a_gpu_nothing_is_said_to_run_on_one(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for row in neulig_fast.show_backends():
+        if row.device == "cuda":
+            assert row.runs is None and row.reasons["torch"] == "no CUDA device"
+            assert None not in row.reasons.values()
+
+
 # -- manners --------------------------------------------------------------------------------------
 
 SOURCES = sorted([*(ROOT / "neulig_fast").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])

@@ -387,7 +387,8 @@ def test_the_recipe_is_kept_byte_for_byte(tmp_path: Path, models: Any) -> None:
     (tmp_path / "r.yml").write_text(text)
     nf.merge(tmp_path / "r.yml", tmp_path / "out")
     assert (tmp_path / "out/mergekit_config.yml").read_text() == text
-    assert "# a comment" in (tmp_path / "out/README.md").read_text()
+    card = (tmp_path / "out/README.md").read_text()
+    assert "# a comment" in card and "Made by neulig-fast with **" in card and "](" not in card
 
 
 def test_the_card_links_what_has_a_page_alone(
@@ -437,6 +438,86 @@ def refusal(act: Callable[[], Any]) -> str:
     with pytest.raises(ValueError) as caught:
         act()
     return str(caught.value)
+
+
+def refused_file(folder: Path, text: str) -> str:
+    (folder / "r.yml").write_text(text)
+    return refusal(lambda: nf.merge(folder / "r.yml", folder / "out"))
+
+
+TWO = "models: [{model: m0}, {model: m1}]\n"
+
+
+def test_a_wrong_recipe_and_missing_folders_come_together(
+    tmp_path: Path, models: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The recipe is the file by its name; ids are not asked for while it is wrong."""
+    asked: list[str] = []
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *a, **_: asked.append(a[0]))
+    text = refused_file(
+        tmp_path,
+        "merge_method: liner\nbase_model: org/code\n"
+        "models: [{model: m0}, {model: ./m7+/no/adapter}, {model: m0/m9}]\n",
+    )
+    assert text.startswith(f"{tmp_path / 'r.yml'}: 4 problems\n  - merge_method: there is no")
+    for place in ("./m7", "/no/adapter", "m0/m9"):
+        assert f"\n  - {place}: no such folder" in text or f"{place}+" in text
+    assert "org/code" not in text and not asked
+
+
+def test_missing_folders_and_wrong_settings_come_together(tmp_path: Path, models: Any) -> None:
+    text = refused_file(
+        tmp_path,
+        "merge_method: ties\nbase_model: ./m8\nmodels:\n"
+        "  - {model: m0, parameters: {weight: 1, density: [{filter: x, value: [0, 2]}]}}\n"
+        "  - {model: m1, parameters: {weight: {value: a}, density: 1}}\n"
+        "parameters: {normalize: 3}\n",
+    )
+    assert text.splitlines() == [
+        "merge: 4 problems",
+        "  - ./m8: no such folder",
+        "  - normalize must be true or false, got 3",
+        "  - density for m0 must be a number from 0 to 1, got 2",
+        "  - weight for m1 must be a number, got 'a'",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "fault", "hint"),
+    [
+        ("merge_method: ties\nbase_modle: m0\n" + TWO, "needs a base_model", "'base_model'"),
+        ("merge_method: linear\nparmeters: {weight: 1}\n" + TWO, "is missing", "'parameters'"),
+        ("merge_method: linaer\nmodel: [m0]\n", "must have exactly one of models", "'models'"),
+    ],
+)
+def test_a_misspelt_key_is_named_beside_what_it_causes(
+    tmp_path: Path, models: Any, text: str, fault: str, hint: str
+) -> None:
+    told = refused_file(tmp_path, text)
+    assert fault in told
+    assert told.splitlines()[-1].startswith("warning: ")
+    assert told.endswith(f"unknown key, not read; did you mean {hint}?")
+
+
+def test_a_fault_of_many_tensors_is_one_line(tmp_path: Path, models: Any) -> None:
+    """The first of them by name and how many more; other shapes are other problems."""
+    config = recipe(tmp_path, "linear", ["m0", "m1"], each=[{"weight": 1}, {"weight": -1}])
+    floats = [name for name, t in models["m0"].items() if t.is_floating_point()]
+    text = refusal(lambda: nf.merge(config, tmp_path / "out"))
+    assert text.count("\n") == 0 and f" and {len(floats) - 3} more: " in text
+    assert sum(f"{name!r}" in text for name in floats) == 3
+    config = recipe(tmp_path, "linear", ["m0", "m1"], each=[{"weight": 1}] * 2)
+    halved = {n: t[: len(t) // 2] if t.ndim else t for n, t in models["m1"].items()}
+    samples.write(tmp_path / "m1", halved)
+    shapes = {tuple(t.shape) for t in models["m0"].values() if t.ndim}
+    text = refusal(lambda: nf.merge(config, tmp_path / "out"))
+    lines = [line for line in text.splitlines() if "must have one shape" in line]
+    assert {str(list(shape)) in text for shape in shapes} == {True} and len(lines) < len(floats)
+
+
+def test_an_empty_file_is_named(tmp_path: Path) -> None:
+    assert refused_file(tmp_path, "").startswith(f"{tmp_path / 'r.yml'}: is empty, expected keys")
+    assert "holds a list, expected" in refused_file(tmp_path, "- a\n")
 
 
 def test_every_mismatch_is_listed_before_a_weight_is_read(tmp_path: Path) -> None:

@@ -388,3 +388,15 @@ def test_verify_lists_all_that_is_wrong(tmp_path: Path, config: dict[str, Any]) 
 def test_verify_of_what_is_no_merge(tmp_path: Path, config: dict[str, Any]) -> None:
     with pytest.raises(FileNotFoundError, match="not a merge, or an unfinished one"):
         verify(tmp_path / "m0")
+    with pytest.raises(FileNotFoundError, match=r"nowhere: no such folder$"):
+        verify(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match=r"config\.json: is a file, not a folder$"):
+        verify(tmp_path / "m0/config.json")
+
+
+def test_verify_of_several_results_points_to_them(tmp_path: Path, config: dict[str, Any]) -> None:
+    config["neulig_fast"] = {"outputs": {"one": {}, "two": {"parameters": {"weight": 2}}}}
+    nf.merge(config, tmp_path / "out")
+    with pytest.raises(FileNotFoundError, match="its folders one, two have: verify them one by"):
+        verify(tmp_path / "out")
+    verify(tmp_path / "out/two")

@@ -464,7 +464,7 @@ def test_arcee_fusion_compares_with_thresholds_between_numbers_of_fp32() -> None
 def test_arcee_fusion_is_of_one_model(tmp_path: Path) -> None:
     write(tmp_path, *small_states(3))
     text = refusal(lambda: merged(tmp_path, recipe(tmp_path, "arcee_fusion", [{}] * 2)))
-    assert "arcee_fusion merges 1 models besides the base, got 2" in text
+    assert "arcee_fusion merges 1 model besides the base, got 2" in text
 
 
 # -- means over a run -----------------------------------------------------------------------------

@@ -58,6 +58,7 @@ def test_the_clock_starts_when_rates_are_measured(monkeypatch: pytest.MonkeyPatc
 
 def test_tensors_beyond_memory_are_told_in_bytes() -> None:
     assert "again" not in str(foreseen())
+    assert f"{foreseen().seconds:.2g} s besides start-up and checks, bound by" in str(foreseen())
     text = str(foreseen(bytes_again=2 * GIB))
     assert "reads 3 GiB and up to 2 GiB again, of tensors that do not fit into memory" in text
 

@@ -163,18 +163,41 @@ def test_verdict_says_routing_or_mixing(sharpness, words):
 
 
 @pytest.mark.parametrize(
-    ("hard", "sharpness", "words"),
+    ("hard", "dataset", "sharpness", "words"),
     [
-        (16, 0.9, "level with it, within one standard error (1.1 points): here merging is in"),
-        (17, 0.9, "0.5 points above it, within one standard error (1.1 points): here merging is"),
-        (17, 0.5, "0.5 points above it, within one standard error (1.1 points)."),
-        (80, 0.9, "32.0 points above it, more than one standard error (2.0 points)."),
-        (2, 0.9, "7.0 points below it, more than one standard error (0.4 points): here mixing"),
+        (16, 16, 0.9, "level with it, within that error: here merging is in effect routing."),
+        (17, None, 0.9, "0.5 points above it, within that error: here merging is in effect"),
+        (17, 17, 0.5, "merging per data set is level with it, within that error."),
+        (80, 80, 0.9, "32.0 points above it, beyond that error, and merging per data set is level"),
+        (2, 16, 0.9, "merging per data set is 7.0 points below it, beyond that error: here mixing"),
+        (
+            16,
+            50,
+            0.9,
+            "per data set is 17.0 points below it, beyond that error: here mixing costs.",
+        ),
+        (16, 6, 0.9, "merging per data set is 5.0 points above it, beyond that error."),
     ],
 )
-def test_verdict_compares_with_hard_routing(hard, sharpness, words):
-    wrong = {"ensemble": 14, "per_sample": 16, "dataset": 10, "hard": hard, "uniform": 110}
-    assert words in make_report(sharpness, wrong).verdict()
+def test_verdict_compares_with_hard_routing(hard, dataset, sharpness, words):
+    """Merging is in effect routing only where every way to merge is."""
+    wrong = {"ensemble": 14, "per_sample": 16, "dataset": dataset, "hard": hard, "uniform": 110}
+    wrong = {row: count for row, count in wrong.items() if count is not None}
+    text = make_report(sharpness, wrong).verdict()
+    assert words in text and "(standard error " in text
+
+
+@pytest.mark.parametrize(("share", "astray"), [(0.54, True), (0.74, True), (0.76, False)])
+def test_verdict_of_vectors_that_route_to_others_experts(share, astray):
+    """Of two experts half of all images are on the right one by chance."""
+    wrong = {"ensemble": 14, "per_sample": 16, "hard": 16, "uniform": 110}
+    report = make_report(0.99, wrong)
+    for stats in report.coopvec["tasks"].values():
+        stats["mean"] = [0.5, 0.5]
+    report.coopvec["argmax_is_task"] = share
+    text = report.verdict()
+    assert ("routed, often to another expert than the image's own:" in text) is astray
+    assert ("in effect routing" in text) is not astray
 
 
 def test_verdict_compares_with_the_ensemble_and_with_averaging():

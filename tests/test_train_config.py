@@ -2,13 +2,14 @@
 
 from pathlib import Path
 
+import open_clip
 import pytest
 import torch
 import yaml
 from torch.overrides import TorchFunctionMode
 
 from neulig_fast.neulig.modes import MODES
-from neulig_fast.train_config import FitConfig, TrainConfig, load_config
+from neulig_fast.train_config import WEIGHTS, FitConfig, TrainConfig, load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -51,6 +52,19 @@ def test_pretrained_is_a_file_or_stays_a_tag(valid, load, tmp_path):
     assert load({**valid, "pretrained": "a.pt"}).pretrained == str(tmp_path / "a.pt")
     assert load({**valid, "pretrained": "openai"}).pretrained == "openai"
     assert load(valid).pretrained is None
+
+
+@pytest.mark.parametrize("name", ["base.safetensors", "old/base", "./base", "base.ckpt"])
+def test_pretrained_that_is_called_like_a_file_must_be_one(valid, load, tmp_path, name):
+    valid["experts"]["one"] = "gone.pt"
+    with pytest.raises(ValueError, match="yaml: 2 problems") as error:
+        load({**valid, "pretrained": name})
+    assert f"pretrained: {(tmp_path / name).resolve()} is no file" in str(error.value)
+
+
+def test_no_tag_is_called_like_a_file():
+    tags = {tag for _, tag in open_clip.list_pretrained()}
+    assert tags and not [tag for tag in tags if "/" in tag or Path(tag).suffix in WEIGHTS]
 
 
 def test_numbers_are_names_too(valid, load):
@@ -97,7 +111,7 @@ def test_defaults_are_the_engines():
         ({"evaluate": {"batchnorm": "blen"}}, "evaluate.batchnorm: must be one of blend"),
         ({"preprocess": {"mean": [1, 2]}}, "preprocess.mean.2: is missing"),
         ({"device": "cud"}, "device: must be auto, cpu"),
-        ({"device": "cuda:99"}, "device: no cuda:99 here"),
+        ({"device": "cuda:99"}, "device: there is no cuda:99 here"),
         ({"model": 3}, "model: input should be a valid string, got 3"),
         ({"model": "none.json"}, "none.json is no file"),
         ({"experts": {}}, "experts: must not be empty"),

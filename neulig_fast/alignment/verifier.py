@@ -182,5 +182,4 @@ def _left_out(model: nn.Module, spec: Spec, nodes: list[Node]) -> str:
     ]
     if not found:
         return ""
-    more = f" and {len(found) - _LISTED} more" if len(found) > _LISTED else ""
-    return f"; not in the spec, though long enough: {', '.join(found[:_LISTED])}{more}"
+    return f"; not in the spec, though long enough: {_checks.listed(found, _LISTED)}"

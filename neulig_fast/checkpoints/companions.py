@@ -135,8 +135,7 @@ tags:
 ---
 # A merge of {len(recipe.models())} models
 
-Made by [neulig-fast](https://pypi.org/project/neulig-fast) with **{plan.method.title}**
-({plan.method.source}).
+Made by neulig-fast with **{plan.method.title}** ({plan.method.source}).
 
 ## Models
 

@@ -38,7 +38,7 @@ class Forecast(NamedTuple):
         passes: over the whole model; 1 where nothing is looked for in it first.
         peak: bytes of memory, above those of ``import torch``.
         read, write, merge: bytes a second, of inputs or, for ``write``, of the result.
-        seconds: predicted.
+        seconds: predicted, of reading, merging and writing; start-up and checks come on top.
         bound: what takes them.
         warnings: what is worth knowing, in words.
     """
@@ -77,7 +77,7 @@ class Forecast(NamedTuple):
             f"writes {sizes.text(self.bytes_out)}{each}\n"
             f"memory: at most {sizes.text(self.peak)}\n"
             f"rates measured just now: {rates}\n"
-            f"about {self.seconds:.2g} s, bound by {self.bound}"
+            f"about {self.seconds:.2g} s besides start-up and checks, bound by {self.bound}"
         )
 
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from .._checks import raise_all
 from .adapters import adapted
 from .checkpoint import Checkpoint, open_checkpoint
 from .recipe import ModelRef
@@ -17,16 +16,16 @@ _PATTERNS = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "tokenize
 _PICKLES = ("pytorch_model*.bin", "adapter_model.bin")  # where there are no safetensors
 
 
-def open_models(models: Sequence[ModelRef], base: Path) -> Mapping[ModelRef, Checkpoint]:
-    """The headers of all models, with their adapters on them.
+def find_models(
+    models: Iterable[ModelRef], base: Path
+) -> tuple[Mapping[ModelRef, Checkpoint], list[str]]:
+    """The headers of all models, with their adapters on them; which cannot be had or are broken.
 
     Args:
         base: relative folders are relative to it, or, as in mergekit, to the working directory.
-
-    Raises:
-        ValueError: models that cannot be had, or are broken; all of them.
     """
-    found, faults = {}, []
+    found: dict[ModelRef, Checkpoint] = {}
+    faults = []
     for model in models:
         try:
             checkpoint = open_checkpoint(folder_of(replace(model, lora=None), base))
@@ -35,8 +34,25 @@ def open_models(models: Sequence[ModelRef], base: Path) -> Mapping[ModelRef, Che
             found[model] = checkpoint
         except (OSError, ValueError) as error:
             faults.append(str(error))
-    raise_all("merge", dict.fromkeys(faults))
-    return found
+    return found, list(dict.fromkeys(faults))
+
+
+def absent(models: Iterable[ModelRef], base: Path) -> list[str]:
+    """Which folders are missing, without asking Hugging Face: an id is none of them unless there
+    is a folder here that its first half names."""
+    found = []
+    for model in models:
+        for part in (model, *([model.lora] if model.lora is not None else [])):
+            path = Path(part.path).expanduser()
+            near = [base / path, path]
+            here = any(place.parent.is_dir() for place in near) and len(path.parts) > 1
+            if not any(place.exists() for place in near) and (here or _is_no_id(part)):
+                found.append(f"{part}: no such folder")
+    return list(dict.fromkeys(found))
+
+
+def _is_no_id(model: ModelRef) -> bool:
+    return model.path.count("/") > 1 or model.path.startswith((".", "/", "~"))
 
 
 def folder_of(model: ModelRef, base: Path) -> Path:
@@ -50,7 +66,7 @@ def folder_of(model: ModelRef, base: Path) -> Path:
             if model.revision is not None:
                 raise ValueError(f"{model}: {path} is a folder here, which has no revisions")
             return path
-    if model.path.count("/") > 1 or model.path.startswith((".", "/", "~")):
+    if _is_no_id(model):
         raise ValueError(f"{model}: no such folder")
     folder = _fetched(model, _PATTERNS)
     if not any(folder.glob("*.safetensors")):
@@ -71,7 +87,7 @@ def _fetched(model: ModelRef, patterns: Iterable[str]) -> Path:
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         offline = " (offline: HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
         raise ValueError(
-            f"{model}: no folder here, and not to be had from Hugging Face{offline}: "
-            f"{str(error).splitlines()[0]}"
+            f"{model}: no folder here, and Hugging Face did not give it{offline}: "
+            f"{str(error).splitlines()[0].removeprefix('Got: ')}"
         ) from error
     return Path(folder)

@@ -10,7 +10,7 @@ from typing import Any
 
 import xxhash
 
-from .._checks import raise_all
+from .._checks import listed, raise_all
 from .headers import read_header
 
 MANIFEST = "merge_manifest.json"
@@ -76,14 +76,23 @@ def verify(folder: Path, advance: Callable[[int], Any] = int) -> Manifest:
         advance: told of bytes that were read.
 
     Raises:
-        FileNotFoundError: no manifest: the folder is not a merge, or one that did not end.
+        FileNotFoundError: no such folder; no manifest: it is not a merge, or one that did not end.
         ValueError: everything that differs.
     """
     manifest = Manifest.find(folder)
     if manifest is None:
-        raise FileNotFoundError(f"{folder}: has no {MANIFEST}: not a merge, or an unfinished one")
+        raise FileNotFoundError(f"{folder}: {_why_none(folder)}")
     raise_all(str(folder), _differences(folder, manifest, advance))
     return manifest
+
+
+def _why_none(folder: Path) -> str:
+    if not folder.is_dir():
+        return "is a file, not a folder" if folder.exists() else "no such folder"
+    below = sorted(path.parent.name for path in folder.glob(f"*/{MANIFEST}"))
+    if below:
+        return f"has no {MANIFEST}, its folders {listed(below)} have: verify them one by one"
+    return f"has no {MANIFEST}: not a merge, or an unfinished one"
 
 
 def _differences(folder: Path, manifest: Manifest, advance: Callable[[int], Any]) -> Iterator[str]:

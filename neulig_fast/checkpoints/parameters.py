@@ -67,6 +67,17 @@ def evaluate(setting: Any, tensor: str, at: float) -> Scalar | None:
     return None
 
 
+def values(setting: Any) -> Iterator[Scalar]:
+    """Every value of a setting that has no :func:`faults`."""
+    if isinstance(setting, Mapping):
+        yield from values(setting["value"])
+    elif isinstance(setting, list):
+        for entry in setting:
+            yield from values(entry)
+    elif setting is not None:
+        yield setting
+
+
 def interpolate(points: Sequence[float], at: float) -> float:
     """Linear between equally spaced ``points`` over 0 to 1."""
     place = at * (len(points) - 1)

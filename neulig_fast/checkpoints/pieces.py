@@ -108,7 +108,8 @@ def _model_faults(piece: Piece, method: Method) -> Iterator[str]:
     elif most == fewest:
         wanted = f"{fewest}"
     besides = " besides the base" if piece.base is not None else ""
-    yield f"{method.name} merges {wanted} models{besides}, got {count}"
+    many = "model" if wanted == "1" else "models"
+    yield f"{method.name} merges {wanted} {many}{besides}, got {count}"
 
 
 def _word_faults(recipe: Recipe, method: Method) -> Iterator[str]:

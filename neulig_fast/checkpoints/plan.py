@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from .._checks import did_you_mean, raise_all
+from .._checks import alike, did_you_mean, raise_all
 from ..methods import Method, Task
 from . import dtypes, names, parameters
 from .checkpoint import Checkpoint
@@ -65,7 +65,7 @@ def make_plan(
     """
     planner = _Planner(recipe, method, models, seed)
     tensors, whole = planner.tensors(), None
-    raise_all("merge", planner.faults)
+    planner.check()
     if scope_of(recipe, method) == "model":
         tensors, whole = as_one(method, tensors)
     layout = lay_out([t.output for t in tensors], shard_bytes, planner.aside(tensors))
@@ -85,11 +85,8 @@ class _Planner:
         seed: int,
     ) -> None:
         self.recipe, self.method, self.models, self.seed = recipe, method, models, seed
-        self.faults: list[str] = []
-        self.warnings: list[str] = [
-            *recipe.warnings,
-            *(n for m in models.values() for n in m.notes),
-        ]
+        self._faults: dict[tuple[str, str, str], None] = {}  # before, name, after
+        self.warnings = [*recipe.warnings, *(n for m in models.values() for n in m.notes)]
         self.parity, self.pieces = parity_of(recipe, method), pieces_of(recipe, method)
         first = self.pieces[0]
         self.donor = first.base or recipe.base or first.experts[0].model
@@ -120,7 +117,7 @@ class _Planner:
     def _sliced(self) -> Iterator[Planned]:
         """Layers of all slices one after the other; what is of no layer from the ends."""
         counts = {model: self._stack(model) for model in self._used()}
-        raise_all("merge", self.faults)
+        self.check()
         entries = self.models[self.donor].entries.items()
         plain = [(name, entry) for name, entry in entries if names.split(name) is None]
         for name, entry in plain:
@@ -170,7 +167,7 @@ class _Planner:
         counts = names.layer_counts(self.models[model].entries)
         if len(counts) != 1:
             found = ", ".join(f"{stack}0..{n - 1}" for stack, n in counts.items()) or "none"
-            self.faults.append(f"slices need models with one stack of layers; {model} has {found}")
+            self._fault(f"slices need models with one stack of layers; {model} has {found}")
             return "", 0
         stack, layers = next(iter(counts.items()))
         for piece in self.pieces:
@@ -186,7 +183,7 @@ class _Planner:
     def _entry(self, model: ModelRef, name: str) -> Entry | None:
         entry = self.models[model].entries.get(name)
         if entry is None:
-            self._fault(f"{model} has no {name!r}")
+            self._fault(f"{model} has no ", repr(name))
         return entry
 
     def _tensor(
@@ -220,7 +217,7 @@ class _Planner:
             parity=self.parity,
         )
         for fault in self.method.faults(task):
-            self._fault(f"{name!r}: {fault}")
+            self._fault("", repr(name), f": {fault}")
         stored = self.recipe.out_dtype or self.recipe.dtype
         dtype = dtypes.TO_FORMAT[stored] if stored else like.like or like.dtype
         outputs = self.method.aside.outputs(task) if self.method.aside is not None else ()
@@ -249,17 +246,15 @@ class _Planner:
     def _agree(self, name: str, sources: Sequence[Entry], piece: Piece) -> bool:
         shapes = {entry.shape for entry in sources}
         kinds = {dtypes.is_float(entry.dtype) for entry in sources}
-        models = [*(s.model for s in piece.experts), *([piece.base] if piece.base else [])]
-        models = [*models, *(m for m in piece.beside if m)][: len(sources)]
+        models = [*(s.model for s in piece.experts), piece.base, *piece.beside]
+        each = list(zip(filter(None, models), sources, strict=False))
         if len(shapes) > 1:
-            each = zip(models, sources, strict=True)
             got = ", ".join(f"{list(entry.shape)} in {model}" for model, entry in each)
             hint = "; another vocabulary?" if names.is_before_layers(name) else ""
-            self._fault(f"{name!r} must have one shape, got {got}{hint}")
+            self._fault("", repr(name), f" must have one shape, got {got}{hint}")
         if len(kinds) > 1:
-            each = zip(models, sources, strict=True)
             got = ", ".join(f"{entry.dtype} in {model}" for model, entry in each)
-            self._fault(f"{name!r} must be of floats in all models or in none, got {got}")
+            self._fault("", repr(name), f" must be of floats in all models or in none, got {got}")
         return len(shapes) == len(kinds) == 1
 
     def _settings(self, name: str, piece: Piece, at: float) -> dict[str, object] | None:
@@ -293,8 +288,11 @@ class _Planner:
                     )
                 else:
                     hint = did_you_mean(name, known) if len(extra) <= _SHOWN else ""
-                    self._fault(f"{self.donor} has no {name!r}, {source.model} has{hint}")
+                    self._fault(f"{self.donor} has no ", repr(name), f", {source.model} has{hint}")
 
-    def _fault(self, fault: str) -> None:
-        if fault not in self.faults:
-            self.faults.append(fault)
+    def _fault(self, before: str, name: str = "", after: str = "") -> None:
+        self._faults[before, name, after] = None
+
+    def check(self) -> None:
+        """ValueError, if anything is wrong so far."""
+        raise_all("merge", alike(self._faults))

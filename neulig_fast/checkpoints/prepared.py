@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,10 +11,10 @@ import yaml
 
 from .. import config_files
 from .._checks import raise_all
-from ..methods import METHODS
-from . import recipe_file, sizes, variants
+from ..methods import METHODS, Method
+from . import parameters, recipe_file, sizes, variants
 from .checkpoint import Checkpoint
-from .hub import open_models
+from .hub import absent, find_models
 from .manifest import checksum
 from .pieces import models_beside
 from .plan import Plan, make_plan
@@ -70,9 +71,32 @@ def prepare(
     if type(seed) is not int or not -(2**63) <= seed < 2**63:
         raise ValueError(f"merge: seed must be a signed 64-bit integer, got {seed!r}")
     content, source, base = _read(config)
-    recipe = with_coefficients(recipe_file.parse(content, METHODS), base)
+    recipe, faults = recipe_file.read(content, METHODS)
+    with _warned(recipe.warnings):
+        if faults:
+            faults += absent(recipe.models(), base)
+            raise_all("recipe" if isinstance(config, Mapping) else str(config), faults)
+        return _prepared(recipe, content, source, base, shard_size, seed)
+
+
+@contextlib.contextmanager
+def _warned(warnings: Sequence[str]) -> Iterator[None]:
+    """Errors say too what was read over: a key that is not known may be what is missing."""
+    try:
+        yield
+    except ValueError as error:
+        told = (f"\nwarning: {text}" for text in warnings)
+        raise ValueError("".join((str(error), *told))) from error
+
+
+def _prepared(
+    recipe: Recipe, content: Any, source: bytes, base: Path, shard_size: int | str, seed: int
+) -> tuple[Prepared, ...]:
+    recipe = with_coefficients(recipe, base)
     method = METHODS[recipe.method]
-    opened = open_models([*recipe.models(), *models_beside(recipe, method)], base)
+    opened, faults = find_models([*recipe.models(), *models_beside(recipe, method)], base)
+    if faults:
+        raise_all("merge", dict.fromkeys([*faults, *_setting_faults(recipe, method)]))
     merged, vocabulary = unified(recipe, {model: opened[model] for model in recipe.models()})
     if method.beside and any(merged[model] is not opened[model] for model in merged):
         raise ValueError(
@@ -91,6 +115,19 @@ def prepare(
     return tuple(
         Prepared(n, recipes[n], sources[n], models, plans[n], seed, vocabulary) for n in recipes
     )
+
+
+def _setting_faults(recipe: Recipe, method: Method) -> Iterator[str]:
+    """What of a recipe's settings the method does not take, whichever tensors they are for."""
+    parts = recipe.parts.values()
+    pieces = [piece for part in parts for piece in part.slices]
+    scopes = [recipe.parameters, *(part.parameters for part in parts)]
+    scopes = [*scopes, *(piece.parameters for piece in pieces)]
+    own = [(s.parameters, f" for {s.model}") for piece in pieces for s in piece.sources]
+    for scope, whom in (*((scope, "") for scope in scopes), *own):
+        for name in (key for key in scope if key in method.parameters):
+            for value in parameters.values(scope[name]):
+                yield from (f"{name}{whom} {f}" for f in method.parameters[name].faults(value))
 
 
 def _plans(recipes: Mapping[str, Recipe], plan: Callable[[Recipe], Plan]) -> dict[str, Plan]:

@@ -53,8 +53,17 @@ def parse(content: Any, methods: Mapping[str, Method]) -> Recipe:
     Raises:
         ValueError: everything that is wrong, each under its place in the file.
     """
+    recipe, faults = read(content, methods)
+    raise_all("recipe", faults)
+    return recipe
+
+
+def read(content: Any, methods: Mapping[str, Method]) -> tuple[Recipe, list[str]]:
+    """What can be read of a file's content, and everything that is wrong with it."""
     if not isinstance(content, Mapping):
-        raise ValueError(f"recipe: must be a mapping of keys, got {type(content).__name__}")
+        what = "is empty" if content is None else f"holds a {type(content).__name__}"
+        wanted = "expected keys such as merge_method and models"
+        return Recipe("", {}), [f"{what}, {wanted}"]
     reader = _Reader(ours="neulig_fast" in content)
     reader.keys("", content, _TOP)
     if content.get("chat_template") is not None:
@@ -77,8 +86,7 @@ def parse(content: Any, methods: Mapping[str, Method]) -> Recipe:
         warned = (*recipe.warnings, *dict.fromkeys(_unread(recipe, method)))
         recipe = replace(recipe, variants=several, warnings=warned)
         faults = [*faults, *more]
-    raise_all("recipe", faults)
-    return recipe
+    return recipe, faults
 
 
 def _unread(recipe: Recipe, method: Method) -> Iterator[str]:
@@ -219,8 +227,11 @@ class _Reader:
         for name in section:
             if name not in PARAMETERS:
                 hint = did_you_mean(str(name), PARAMETERS)
-                told = self.faults if hint and self._ours else self.warnings
-                told.append(f"{_at(place, name)}: unknown key, not read{hint}")
+                fault = f"{_at(place, name)}: unknown key"
+                if hint and self._ours:
+                    self.faults.append(f"{fault}{hint}")
+                else:
+                    self.warnings.append(f"{fault}, not read{hint}")
         for name, setting in section.items():
             self.faults += [f"{_at(place, name)}: {f}" for f in parameters.faults(setting)]
             if name in _MODELS:

@@ -86,7 +86,7 @@ def _usable(name: str) -> str:
     try:
         return config_files.usable_device(name)
     except ValueError as error:
-        raise ValueError(f"merge: device {error}") from error
+        raise ValueError(f"merge: device: {error}") from error
 
 
 def device_names(asked: str, gpus: int, threads: int | None = None) -> list[str]:

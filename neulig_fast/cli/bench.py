@@ -29,7 +29,7 @@ _Plot = Annotated[
 _Full = Annotated[
     bool, typer.Option("--full", help="Every number of experts and outputs: takes long.")
 ]
-_Quick = Annotated[bool, typer.Option("--quick", help="Toy sizes, in seconds.")]
+_Quick = Annotated[bool, typer.Option("--quick", help="Toy sizes: about a minute.")]
 
 
 def register(app: typer.Typer) -> None:

@@ -16,7 +16,7 @@ ShardSize = Annotated[str, typer.Option(help="Of each file of weights, at most."
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda (all GPUs), or such as cuda:0,cuda:1.")]
 MaxVram = Annotated[str | None, typer.Option(help="Of each GPU. Default: 80 % of what is free.")]
 Threads = Annotated[int | None, typer.Option(help="Default: as many as torch uses.")]
-Seed = Annotated[int, typer.Option(help="Of methods that drop elements at random.")]
+Seed = Annotated[int, typer.Option(help="Of methods that drop elements at random.", min=0)]
 Resume = Annotated[bool, typer.Option(help="Go on with an interrupted merge, or begin anew.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check and plan, but do not merge.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress.")]

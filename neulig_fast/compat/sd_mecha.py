@@ -32,7 +32,7 @@ from . import _sd_mecha
 
 def _blended(weights: list[float], models: tuple[Tensor, ...]) -> Tensor:
     vector = torch.tensor(weights, dtype=torch.float64, device=models[0].device)
-    (merged,) = blend_lists(vector, [[model.contiguous()] for model in models])
+    (merged,) = blend_lists(vector, [[model.resolve_neg().contiguous()] for model in models])
     return merged
 
 
@@ -53,7 +53,9 @@ def nf_ties_sum(*deltas: Tensor, k: float = 0.2, vote_sgn: bool = False) -> Tens
         raise ValueError(f"nf_ties_sum: k must be from 0 to 1, got {k!r}")
     if not deltas[0].numel():
         return deltas[0].to(torch.promote_types(deltas[0].dtype, torch.float32))
-    return _sd_mecha.elected_sum([delta.contiguous() for delta in deltas], k, vote_sgn)
+    return _sd_mecha.elected_sum(
+        [delta.resolve_neg().contiguous() for delta in deltas], k, vote_sgn
+    )
 
 
 def nf_dare_sum(

@@ -22,10 +22,12 @@ from . import clip, tasks, training
 from .settings import DemoSettings
 from .tasks import TASK_NAMES, TaskData
 
-_FILES = """
-report.json and report.txt tell of the default setting, as do merged_<task>.safetensors and engine/,
-which are its models; report_published.json of the published one, the paper's alignment
-offset_sum. tasks.png shows images of every task; the other figures show what the report says."""
+_FILES = (
+    "\nreport.json and report.txt tell of the default setting, as do merged_<task>.safetensors and "
+    "engine/, which are its models; report_published.json of the published one, the paper's "
+    "alignment offset_sum. tasks.png shows images of every task; the other figures show what the "
+    "report says."
+)
 # The engine's default and the published setting, in the order they are shown. The first one's
 # report and models are the demo's result.
 ALIGNMENTS = {"variance": "default (variance)", "offset_sum": "published (offset_sum)"}

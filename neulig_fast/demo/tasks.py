@@ -119,17 +119,23 @@ def normalise(images: Tensor) -> Tensor:
     return images.float().div_(255).sub_(mean).div_(std)
 
 
+def _fitting(words: str, width: int) -> ImageFont.FreeTypeFont:
+    """The largest font, up to 11 pixels, in which words are not wider than ``width``."""
+    name = str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf")
+    fonts = (ImageFont.truetype(name, size) for size in range(11, 4, -1))
+    return next(font for font in fonts if font.getlength(words) <= width or font.size == 5)
+
+
 def contact_sheet(tasks: Sequence[TaskData], path: str | Path, columns: int = 26) -> None:
     """Write a PNG with one labelled strip per task, as many examples of each class as fit."""
     cell, caption = 2 * drawing.SIZE + 4, 14
-    fonts = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
-    font = ImageFont.truetype(str(fonts / "DejaVuSans.ttf"), 11)
     height = len(tasks) * (2 * (cell + caption) + caption)
     sheet = Image.new("RGB", (columns * cell, height), "white")
     pen = ImageDraw.Draw(sheet)
     top = 0
     for task in tasks:
-        pen.text((2, top), f"{task.name} ({len(task.images)} images)", fill="black", font=font)
+        words = f"{task.name} ({len(task.images)} images)"
+        pen.text((2, top), words, fill="black", font=_fitting(words, columns * cell))
         # By class in turn: the first image of each class, then the second of each, and so on.
         turn = torch.zeros_like(task.labels)
         for label in range(len(task.class_names)):
@@ -141,7 +147,8 @@ def contact_sheet(tasks: Sequence[TaskData], path: str | Path, columns: int = 26
             corner = (column * cell, top + caption + row * (cell + caption))
             tile = Image.fromarray(task.images[number].permute(1, 2, 0).contiguous().numpy())
             sheet.paste(tile.resize((cell - 4, cell - 4), Image.Resampling.NEAREST), corner)
-            words = task.class_names[int(task.labels[number])][:10]
-            pen.text((corner[0], corner[1] + cell - 4), words, fill="black", font=font)
+            words = task.class_names[int(task.labels[number])]
+            below = (corner[0], corner[1] + cell - 4)
+            pen.text(below, words, fill="black", font=_fitting(words, cell - 4))
         top += 2 * (cell + caption) + caption
     sheet.save(path)

@@ -15,6 +15,7 @@ SHARPNESS = (
     (0.1, "mixed the experts"),
     (-math.inf, "stayed close to uniform"),
 )
+_MERGED = {"per_sample": "per sample", "dataset": "per data set"}
 
 
 def verdict(report: Report) -> str:
@@ -45,12 +46,21 @@ def _routes(report: Report) -> bool:
     return kind(report) in ("routed", "mostly routed")
 
 
+def _astray(report: Report) -> bool:
+    """Whether the largest weights are on the images' own experts not even half as much above
+    chance as they could be."""
+    share, chance = report.coopvec["argmax_is_task"], 1 / _experts(report)
+    return share is not None and share < (1 + chance) / 2 and chance < 1
+
+
 def _coopvec_sentence(report: Report) -> str:
     count, vectors = _experts(report), report.coopvec
+    other = _routes(report) and _astray(report)
+    aside = ", often to another expert than the image's own" if other else ""
     text = (
-        f"The CoopVecs {kind(report)}: their largest weight is {vectors['max']:.2f} on average "
-        f"(one-hot 1, uniform {1 / count:.2f}), their entropy {abs(vectors['entropy']):.2f} of at "
-        f"most {math.log(count):.2f} nats"
+        f"The CoopVecs {kind(report)}{aside}: their largest weight is {vectors['max']:.2f} on "
+        f"average (one-hot 1, uniform {1 / count:.2f}), their entropy "
+        f"{abs(vectors['entropy']):.2f} of at most {math.log(count):.2f} nats"
     )
     share = vectors["argmax_is_task"]
     if share is None:
@@ -64,7 +74,7 @@ def _coopvec_sentence(report: Report) -> str:
 def _ensemble_sentence(report: Report) -> str:
     ensemble = report.accuracy["ensemble"]["mean"]
     parts = []
-    for row, name in (("per_sample", "per sample"), ("dataset", "per data set")):
+    for row, name in _MERGED.items():
         if row in report.accuracy:
             parts.append(
                 f"{name} {report.accuracy[row]['mean']:.1f} % "
@@ -77,21 +87,24 @@ def _ensemble_sentence(report: Report) -> str:
 
 
 def _routing_sentence(report: Report) -> str:
-    merged = next((row for row in ("per_sample", "dataset") if row in report.accuracy), None)
-    if merged is None or "hard" not in report.accuracy:
+    present = [row for row in _MERGED if row in report.accuracy]
+    if not present or "hard" not in report.accuracy:
         return ""
-    name = "per sample" if merged == "per_sample" else "per data set"
     hard, noise = report.accuracy["hard"]["mean"], standard_error(report, "hard")
-    difference = report.accuracy[merged]["mean"] - hard
+    above = {row: report.accuracy[row]["mean"] - hard for row in present}
+    found = [
+        f"merging {_MERGED[row]} is {_offset(points)} {'it' if round(points, 1) else 'with it'}, "
+        f"{'within' if abs(points) <= noise else 'beyond'} that error"
+        for row, points in above.items()
+    ]
     text = (
-        f"Hard routing, one expert as it is per data set, reaches {hard:.1f} %; merging {name} is "
-        f"{_offset(difference)} {'it' if round(difference, 1) else 'with it'}, "
+        f"Hard routing, one expert as it is per data set, reaches {hard:.1f} % (standard error "
+        f"{noise:.1f} points); {', and '.join(found)}"
     )
-    if abs(difference) <= noise:
-        text += f"within one standard error ({noise:.1f} points)"
-        return text + (": here merging is in effect routing." if _routes(report) else ".")
-    text += f"more than one standard error ({noise:.1f} points)"
-    return text + ("." if difference > 0 else ": here mixing costs.")
+    if min(above.values()) < -noise:
+        return f"{text}: here mixing costs."
+    alike = max(above.values()) <= noise and _routes(report) and not _astray(report)
+    return text + (": here merging is in effect routing." if alike else ".")
 
 
 def _global_sentence(report: Report) -> str:
