@@ -38,6 +38,18 @@ _CALLS: dict[str, tuple[str, dict[str, Any], int]] = {
 }  # fmt: skip
 
 
+def unlike(shape: tuple[int, int], g: torch.Generator) -> Tensor:
+    """A task vector of which no two elements have one magnitude: mergekit's sort decides among those.
+
+    Magnitudes are neighbours in fp32, in any order, from 2^-7 on.
+    """
+    n = shape[0] * shape[1]
+    magnitudes = (torch.randperm(n, generator=g, dtype=torch.int32) + 0x3C000000).view(
+        torch.float32
+    )
+    return torch.where(torch.rand(n, generator=g) < 0.5, magnitudes, -magnitudes).view(shape)
+
+
 def merge(
     name: str, parameters: dict[str, Any], experts: int, shape: tuple[int, int]
 ) -> Callable[[], Tensor]:
@@ -45,10 +57,7 @@ def merge(
     from mergekit import merge_methods
 
     g = torch.Generator().manual_seed(0)
-    # Task vectors of which no two elements have one magnitude: among those mergekit's sort decides.
-    n = shape[0] * shape[1]
-    orders = [torch.randperm(n, generator=g) for _ in range(experts)]
-    deltas = [((order - n // 2 + 0.25) / n).view(shape) for order in orders]
+    deltas = [unlike(shape, g) for _ in range(experts)]
     tensors = [torch.zeros(shape), *deltas]
     if experts < 3:  # models of one direction and of none are other cases
         tensors[0] = torch.randn(shape, generator=g)
@@ -64,8 +73,7 @@ def sparsify(shape: tuple[int, int]) -> Callable[[], Tensor]:
     """A call of the trimming of one task vector, looked up in each."""
     from mergekit import sparsify as module
 
-    n, g = shape[0] * shape[1], torch.Generator().manual_seed(0)
-    tensor = ((torch.randperm(n, generator=g) - n // 2 + 0.25) / n).view(shape)
+    tensor = unlike(shape, torch.Generator().manual_seed(0))
     kind = module.SparsificationMethod.magnitude
     return lambda: module.sparsify(tensor, density=0.2, method=kind)
 
@@ -79,13 +87,15 @@ def share(result: Tensor, expected: list[Tensor]) -> None:
 
 
 def close(result: Tensor, expected: list[Tensor]) -> None:
-    """AssertionError unless both agree as far as mergekit's own sums in fp32 are right."""
-    torch.testing.assert_close(result, expected[0], rtol=1e-3, atol=1e-4)
+    """AssertionError unless both agree as far as mergekit's own sums in fp32 are right, which over
+    millions of elements lose digits; tests compare what is smaller."""
+    scale = float(expected[0].abs().max())
+    torch.testing.assert_close(result, expected[0], rtol=0, atol=1e-2 * scale)
 
 
 _CHECKS = {
     "dare_ties": share,
-    **dict.fromkeys(("slerp", "nuslerp", "multislerp", "karcher"), close),
+    **dict.fromkeys(("slerp", "nuslerp", "multislerp", "karcher", "model_stock"), close),
 }
 
 

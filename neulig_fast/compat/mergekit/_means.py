@@ -1,4 +1,4 @@
-"""mergekit's means on spheres and Model Stock: inner products in fp64, then a weighted sum.
+"""mergekit's means on spheres and Model Stock: inner products, then a weighted sum.
 
 As in :mod:`neulig_fast.methods.spherical`, vectors are coefficients over the models, so that
 tensors are read twice in all; the rules for what is too short, too near or opposite are mergekit's.
@@ -14,15 +14,17 @@ import torch
 from torch import Tensor
 
 from ...methods import BLOCK
-from ...ops import blend_lists_, merge_task_vectors
+from ...ops import blend_lists_, gram, merge_task_vectors
 from .._seam import Unsupported
 from .._tensors import check_alike
 from ._rows import tiles
 
-_BLOCK = BLOCK // 4  # elements; of a few models in fp64, what a core's nearer cache holds
+_STEP = 16 * BLOCK  # elements: copied and read again from a cache that cores share
 _NEAR = 2.0**-22  # squared sines below it are lost in fp32, in which mergekit forms them
 _OPPOSITE = 3.14  # an angle from which there is no shortest way back
-_CANCELLED = 1e-8  # of the squares that were added; below it a mean has no direction
+# Of the squares that were added, whose products in fp32 are right to 1e-7: a mean's below it has no
+# direction.
+_CANCELLED = 1e-6
 
 
 def slerp(
@@ -145,11 +147,9 @@ def _opened(group: Any) -> tuple[list[Tensor], Tensor | None]:
 def _gram(tensors: Sequence[Tensor], base: Tensor | None = None) -> np.ndarray:
     """(N, N) inner products of tensors, or of their differences to the base."""
     total = torch.zeros(len(tensors), len(tensors), dtype=torch.float64, device=tensors[0].device)
-    for tile in tiles([*tensors] if base is None else [*tensors, base], _BLOCK):
-        x = tile.rows.double()
-        if base is not None:
-            x = x[:-1].sub_(x[-1])
-        total += x @ x.T
+    for tile in tiles([*tensors] if base is None else [*tensors, base], _STEP):
+        rows = tile.rows[: len(tensors)]
+        total += gram(rows, None if base is None else tile.rows[-1])[0]
     if not total.isfinite().all():
         raise Unsupported("values that are not finite")
     return total.cpu().numpy()
