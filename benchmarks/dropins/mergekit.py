@@ -39,7 +39,8 @@ _CALLS: dict[str, tuple[str, dict[str, Any], int]] = {
 
 
 def unlike(shape: tuple[int, int], g: torch.Generator) -> Tensor:
-    """A task vector of which no two elements have one magnitude: mergekit's sort decides among those.
+    """A task vector of which no two elements have one magnitude: among those mergekit's
+    sort decides.
 
     Magnitudes are neighbours in fp32, in any order, from 2^-7 on.
     """
