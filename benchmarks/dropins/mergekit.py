@@ -42,10 +42,10 @@ def unlike(shape: tuple[int, int], g: torch.Generator) -> Tensor:
     """A task vector of which no two elements have one magnitude: among those mergekit's
     sort decides.
 
-    Magnitudes are neighbours in fp32, in any order, from 2^-7 on.
+    Magnitudes are neighbours in fp32, in any order, from 1/4 on.
     """
     n = shape[0] * shape[1]
-    magnitudes = (torch.randperm(n, generator=g, dtype=torch.int32) + 0x3C000000).view(
+    magnitudes = (torch.randperm(n, generator=g, dtype=torch.int32) + 0x3E800000).view(
         torch.float32
     )
     return torch.where(torch.rand(n, generator=g) < 0.5, magnitudes, -magnitudes).view(shape)
@@ -94,7 +94,15 @@ def close(result: Tensor, expected: list[Tensor]) -> None:
     torch.testing.assert_close(result, expected[0], rtol=0, atol=1e-2 * scale)
 
 
+def nearly(result: Tensor, expected: list[Tensor]) -> None:
+    """AssertionError unless both agree but where variances in fp32 lie on either side of a cut."""
+    apart = int(((result - expected[0]).abs() > 1e-5).sum())
+    if apart > max(2, result.numel() // 1_000_000):
+        raise AssertionError(f"{apart} elements are not the host's")
+
+
 _CHECKS = {
+    "sce": nearly,
     "dare_ties": share,
     **dict.fromkeys(("slerp", "nuslerp", "multislerp", "karcher", "model_stock"), close),
 }
