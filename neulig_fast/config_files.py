@@ -98,7 +98,7 @@ def usable_device(value: str) -> str:
     if value == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch(r"(cpu|cuda|mps|xpu)(:\d+)?", value):
-        raise ValueError(f"must be auto, cpu, cuda, cuda:1, mps or xpu, got {value!r}")
+        raise ValueError(f"must be auto, cpu, cuda, cuda:1 or xpu, got {value!r}")
     try:
         torch.empty(0, device=value)
     except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts

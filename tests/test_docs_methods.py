@@ -159,20 +159,28 @@ def test_the_page_tells_how_often_thresholds_have_a_tensor_read(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_page_tells_how_often_fusionbenchs_dare_ties_reads(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+@pytest.mark.parametrize("share", [0.2, 1.0])
+@pytest.mark.parametrize(("name", "trimmed"), [("ties", "density"), ("dare_ties", "threshold")])
+def test_the_page_tells_how_often_fusionbenchs_ties_read(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    trimmed: str,
+    share: float,
+    dtype: torch.dtype,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     page = (DOCS / "methods/task-vectors.md").read_text()
-    row = r"^\| `dare_ties` with FusionBench.* \| (\d+) \(fp64: (\d+)\)"
+    row = r"`dare_ties` with FusionBench.* \| (\d+) \(fp64: (\d+)\), and (\d+) where"
     told = re.search(row, page, re.MULTILINE)
     assert told is not None
     for key in ("b", "m0"):
         save_file({"x": torch.randn(99, dtype=dtype)}, f"{key}.safetensors")
-    config = {"merge_method": "dare_ties", "models": [{"model": "m0.safetensors"}]}
+    config = {"merge_method": name, "models": [{"model": "m0.safetensors"}]}
     config |= {"base_model": "b.safetensors", "neulig_fast": {"parity": "fusionbench"}}
-    config["parameters"] = {"weight": 1.0, "density": 0.5, "threshold": 0.2}
-    count = told[2] if dtype == torch.float64 else told[1]
+    config["parameters"] = {"weight": 1.0, "density": 0.5, trimmed: share}
+    trimming = told[2] if dtype == torch.float64 else told[1]
+    count = trimming if share < 1 else told[3]
     assert 1 + passes([one.plan for one in prepare(config)]) == int(count)
 
 

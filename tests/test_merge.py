@@ -454,6 +454,7 @@ def test_a_wrong_recipe_and_missing_folders_come_together(
     """The recipe is the file by its name; ids are not asked for while it is wrong."""
     asked: list[str] = []
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *a, **_: asked.append(a[0]))
+    (tmp_path / "org" / "other").mkdir(parents=True)  # where the owner's models lie
     text = refused_file(
         tmp_path,
         "merge_method: liner\nbase_model: org/code\n"

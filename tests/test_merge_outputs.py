@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,7 +16,9 @@ from typer.testing import CliRunner
 
 import neulig_fast as nf
 from neulig_fast.checkpoints import measured, pipeline, read
+from neulig_fast.checkpoints.companions import all_companions
 from neulig_fast.checkpoints.manifest import verify
+from neulig_fast.checkpoints.prepared import prepare
 from neulig_fast.cli import app
 from neulig_fast.demo import llamas
 from neulig_fast.methods import METHODS
@@ -112,6 +115,17 @@ def test_a_sweep_of_task_arithmetic_in_closed_form(tmp_path: Path, models: Any) 
             base = models["base"][tensor].double()
             deltas = [models[m][tensor].double() - base for m in NAMES]
             assert_close(got, base + lam * sum(deltas))
+
+
+def test_results_of_one_tokenizer_hold_it_once(tmp_path: Path, models: Any) -> None:
+    for name in ("base", *NAMES):
+        (tmp_path / name / "tokenizer.json").write_text(json.dumps({"of": name}))
+    config = recipe(tmp_path, "task_arithmetic", {"sweep": {"lambda": [0.5, 1, 2]}})
+    texts = [*all_companions(prepare(config), tmp_path / "out").values()]
+    assert len(texts) == 3 and len({id(each["tokenizer.json"]) for each in texts}) == 1
+    merged(config, tmp_path / "out")
+    for kept in (tmp_path / "out").glob("*/tokenizer.json"):
+        assert kept.read_bytes() == texts[0]["tokenizer.json"] == b'{"of": "base"}'
 
 
 def test_a_sweep_is_of_all_combinations(tmp_path: Path, models: Any) -> None:

@@ -54,6 +54,11 @@ def test_everything_that_does_not_fit_is_named() -> None:
     tau.bias = nn.Parameter(tau.bias.float())
     with pytest.raises(ValueError, match=r"task vector 0 has a bias of torch.float32 on cpu"):
         nf.MergedLinear(base, [tau])
+    tau.bias = nn.Parameter(base.bias.to("meta"))
+    with pytest.raises(
+        ValueError, match=r"bias of torch.float64 on meta, its weight torch.float64 on cpu"
+    ):
+        nf.MergedLinear(base, [tau])
     with pytest.raises(TypeError, match=r"must be nn.Linear layers, got Conv1d"):
         nf.MergedLinear(base, [other, nn.Conv1d(1, 1, 1)])
     with pytest.raises(ValueError, match="must be N >= 1 layers, got none"):

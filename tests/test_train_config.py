@@ -110,7 +110,7 @@ def test_defaults_are_the_engines():
         ({"evaluate": {"modes": []}}, "evaluate.modes: must not be empty"),
         ({"evaluate": {"batchnorm": "blen"}}, "evaluate.batchnorm: must be one of blend"),
         ({"preprocess": {"mean": [1, 2]}}, "preprocess.mean.2: is missing"),
-        ({"device": "cud"}, "device: must be auto, cpu"),
+        ({"device": "cud"}, "device: must be auto, cpu, cuda, cuda:1 or xpu, got 'cud'"),
         ({"device": "cuda:99"}, "device: there is no cuda:99 here"),
         ({"model": 3}, "model: input should be a valid string, got 3"),
         ({"model": "none.json"}, "none.json is no file"),

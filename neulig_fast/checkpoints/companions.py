@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Sequence, Set
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -59,47 +60,44 @@ def all_companions(every: Sequence[Prepared], out_dir: Path) -> dict[str, dict[s
     )
     fetched = {part for file in read for part in file.parts if part.startswith(_CACHED)}
     found: dict[str, dict[str, bytes]] = {}
+    content = functools.cache(Path.read_bytes)  # one copy: it is kept until the merge ends
     for one in every:
-        paths = {model: checkpoint.path for model, checkpoint in one.models.items()}
-        texts = _companions(one.recipe, one.source, one.plan, paths, one.vocabulary, fetched)
+        texts = _companions(one, fetched, content)
         index = one.plan.layout.index_text()
         found[one.name] = texts if index is None else {**texts, INDEX: index.encode()}
     return found
 
 
 def _companions(
-    recipe: Recipe,
-    source: bytes,
-    plan: Plan,
-    folders: Mapping[ModelRef, Path],
-    vocabulary: Vocabulary | None = None,
-    fetched: Set[str] = frozenset(),
+    one: Prepared, fetched: Set[str], content: Callable[[Path], bytes]
 ) -> dict[str, bytes]:
     """Name -> content of everything but weights and manifest.
 
     Args:
-        source: the recipe's file, which is kept as it is.
-        folders: of the models.
-        vocabulary: whose tokenizer the result has; by default the donor's.
+        one: whose recipe is kept as its file is, and whose tokenizer is the donor's by default.
         fetched: folders of Hugging Face's cache that models came from: these have pages there.
+        content: of a file.
 
     Raises:
         ValueError: the donor's configuration is not one.
     """
-    vocabulary = vocabulary or Vocabulary(plan.donor)
-    folders = {model: path if path.is_dir() else path.parent for model, path in folders.items()}
-    donor, tokens = folders[plan.donor], folders[vocabulary.source]
+    plan, vocabulary = one.plan, one.vocabulary or Vocabulary(one.plan.donor)
+    donor, tokens = (_folder(one.models[model].path) for model in (plan.donor, vocabulary.source))
     found: dict[str, bytes] = {}
     for folder, names in ((donor, _MODEL), (tokens, _TOKENIZER)):
-        found |= {name: (folder / name).read_bytes() for name in names if (folder / name).is_file()}
+        found |= {name: content(folder / name) for name in names if (folder / name).is_file()}
     if _CONFIG in found:
         found[_CONFIG] = _config(donor / _CONFIG, found[_CONFIG], plan, vocabulary.size)
     if vocabulary.text is not None:
         found = {name: text for name, text in found.items() if name not in _WORDS}
         found[FILE] = vocabulary.text
-    found[RECIPE] = source
-    found[_CARD] = _card(recipe, source, plan, fetched).encode()
+    found[RECIPE] = one.source
+    found[_CARD] = _card(one.recipe, one.source, plan, fetched).encode()
     return found
+
+
+def _folder(path: Path) -> Path:
+    return path if path.is_dir() else path.parent
 
 
 def _config(path: Path, text: bytes, plan: Plan, words: int | None) -> bytes:

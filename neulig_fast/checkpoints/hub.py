@@ -14,6 +14,7 @@ from .recipe import ModelRef
 # What a merge may need of a repository: no other framework's weights.
 _PATTERNS = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "tokenizer*")
 _PICKLES = ("pytorch_model*.bin", "adapter_model.bin")  # where there are no safetensors
+_MODEL = ("config.json", "*.safetensors", *_PICKLES)  # any of them makes a folder one
 
 
 def find_models(
@@ -38,17 +39,21 @@ def find_models(
 
 
 def absent(models: Iterable[ModelRef], base: Path) -> list[str]:
-    """Which folders are missing, without asking Hugging Face: an id is none of them unless there
-    is a folder here that its first half names."""
+    """Which folders are missing, without asking Hugging Face: an id is none of them unless its
+    first half is a model here; a folder of that name may be where the owner's models lie."""
     found = []
     for model in models:
         for part in (model, *([model.lora] if model.lora is not None else [])):
             path = Path(part.path).expanduser()
             near = [base / path, path]
-            here = any(place.parent.is_dir() for place in near) and len(path.parts) > 1
-            if not any(place.exists() for place in near) and (here or _is_no_id(part)):
+            inside = len(path.parts) > 1 and any(_is_model(place.parent) for place in near)
+            if not any(place.exists() for place in near) and (inside or _is_no_id(part)):
                 found.append(f"{part}: no such folder")
     return list(dict.fromkeys(found))
+
+
+def _is_model(folder: Path) -> bool:
+    return any(any(folder.glob(kind)) for kind in _MODEL)
 
 
 def _is_no_id(model: ModelRef) -> bool:

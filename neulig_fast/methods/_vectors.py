@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 # From inner products (..., N, N) to what vectors are multiplied by, (..., N).
 Coefficients: TypeAlias = "Callable[[np.ndarray], np.ndarray]"
 
-MOST_COLUMNS = 1 << 18  # their products are kept in memory, beside the buffers
+MOST_COLUMNS = 1 << 16  # their products are kept in memory, beside the buffers
 
 
 def measure_rows(task: Task) -> Measure:
