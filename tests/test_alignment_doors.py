@@ -511,6 +511,24 @@ def test_orders_are_of_experts_that_there_are():
         found.pool([mlp(0)])
 
 
+def test_tensors_of_a_merge_must_be_of_one_form():
+    found = nf.align([mlp(0), mlp(1)], SPEC, balance=1)
+    weight = mlp(0)[0].weight
+    shapes, kinds = "0.weight must have one shape", "0.weight must have one dtype and device"
+    for other, said in [
+        (weight.float(), f"{kinds}, got torch.float32 on cpu, torch.float64 on cpu"),
+        (weight.to("meta"), f"{kinds}, got torch.float64 on cpu, torch.float64 on meta"),
+        (weight[1:], rf"{shapes}, got \(23, 8\), \(24, 8\)"),
+        (weight[1:].half(), rf"2 problems\n  - {shapes}, .*\n  - {kinds}, got torch.float16 on"),
+    ]:
+        with pytest.raises(ValueError, match=f"^Alignment: {said}"):
+            found.merge_tensor("0.weight", [weight, other])
+    with pytest.raises(ValueError, match="free must have one dtype and device"):
+        found.merge_tensor("free", [weight, weight.float()])
+    with pytest.raises(ValueError, match=r"needs 2 tensors of 0\.weight, got 0"):
+        found.merge_tensor("0.weight", [])
+
+
 @pytest.mark.parametrize("match", ["align", "zip"])
 def test_experts_of_a_merge_are_checked_as_any(match):
     experts = [mlp(0), mlp(1)]

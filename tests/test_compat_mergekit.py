@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import shutil
 import sys
 import types
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -405,7 +407,8 @@ def test_mudsc_merges_as_the_alignment_does(
         assert got.keys() == expected.keys()
         assert all(torch.equal(got[k], expected[k]) for k in expected)
         parameters = {"alignment": path, "prefix": "visual."}
-        got = methods.merge_state_dicts(towers, "mudsc", parameters=parameters)
+        with pytest.warns(nf.NeuligFastWarning, match=r"0\.weight is averaged as it is"):
+            got = methods.merge_state_dicts(towers, "mudsc", parameters=parameters)
         assert all(torch.equal(got[f"visual.{k}"], expected[k]) for k in expected)
         mean = sum(n[0].bias.double() for n in networks) / 3
         testing.assert_within_rule(got["0.weight"], mean.float(), mean)  # the name of another part
@@ -418,9 +421,12 @@ def test_mudsc_says_what_is_wrong(
     path, networks, _ = matched
     tensors = [n[0].weight.detach() for n in networks]
 
-    def tried(tensors: list[Tensor], name: str | None, alignment: str = path) -> None:
+    def tried(
+        tensors: list[Tensor], name: str | None, alignment: str = path, prefix: str = ""
+    ) -> None:
+        given = {"alignment": alignment, "prefix": prefix}
         with nf.patch("mergekit"):
-            methods.merge_tensors(tensors, "mudsc", parameters={"alignment": alignment}, name=name)
+            methods.merge_tensors(tensors, "mudsc", parameters=given, name=name)
 
     with pytest.raises(ValueError, match="the name of the tensor must be given"):
         tried(tensors, None)
@@ -435,6 +441,35 @@ def test_mudsc_says_what_is_wrong(
     (tmp_path / "other").write_text("{}")
     with pytest.raises(ValueError, match="not a complete safetensors file"):
         tried(tensors, "0.weight", str(tmp_path / "other"))
+    with pytest.raises(ValueError, match=r"prefix must end with a dot, got 'visual'"):
+        tried(tensors, "visual.0.weight", prefix="visual")
+    with pytest.raises(ValueError, match=r"needs 3 tensors of text\.scale, got 2"):
+        tried(tensors[:2], "text.scale", prefix="visual.")
+
+
+@pytest.mark.parametrize(
+    ("prefix", "start"), [("vision.", "visual."), ("model.", "model.visual."), ("visual.", "")]
+)
+def test_mudsc_says_what_looks_aligned_and_is_averaged_as_it_is(
+    matched: tuple[str, list[nn.Module], nf.Alignment], tmp_path: Path, prefix: str, start: str
+) -> None:
+    """Once for all tensors that begin so, not for what has no aligned tensor's name."""
+    path, networks, _ = matched
+    alignment = shutil.copy(path, tmp_path / "alignment.safetensors")
+    names = [*networks[0].state_dict(), "1.gain"]
+    states = {
+        f"m{i}": {f"{start}{name}": n.state_dict().get(name, n[2].bias) for name in names}
+        for i, n in enumerate(networks)
+    }
+    parameters = {"alignment": str(alignment), "prefix": prefix}
+    with nf.patch("mergekit"), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        got = methods.merge_state_dicts(states, "mudsc", parameters=parameters)
+    said = [str(warning.message) for warning in caught]
+    assert said == [f"mudsc: {start}0.weight is averaged as it is; prefix is {prefix!r}"]
+    for name, found in got.items():
+        plain = sum(state[name].detach().double() for state in states.values()) / 3
+        testing.assert_within_rule(found, plain.float(), plain)
 
 
 @pytest.mark.parametrize(

@@ -255,7 +255,7 @@ def test_a_model_is_not_merged_into_its_own_folder(tmp_path: Path, config: dict[
         nf.merge(config, tmp_path / "m0")
 
 
-@pytest.mark.parametrize("way", ["itself", "folder", "files"])
+@pytest.mark.parametrize("way", ["itself", "folder", "files", "moved"])
 def test_a_merge_is_not_replaced_by_what_is_made_from_it(
     tmp_path: Path, config: dict[str, Any], way: str
 ) -> None:
@@ -269,7 +269,11 @@ def test_a_merge_is_not_replaced_by_what_is_made_from_it(
         link.mkdir()
         for path in out.iterdir():
             (link / path.name).symlink_to(path)
-    config["models"][0]["model"] = str(out if way == "itself" else link)
+    elif way == "moved":
+        link.mkdir()
+        for path in out.glob("*.safetensors"):
+            path.symlink_to(path.rename(link / path.name))
+    config["models"][0]["model"] = str(out if way in ("itself", "moved") else link)
     for act in (nf.merge, foresee):
         with pytest.raises(ValueError, match="which the merge reads and would replace"):
             act(config, out)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -156,7 +155,7 @@ class Alignment:
 
         Args:
             name: as the networks have it; one that no node uses is averaged as it is.
-            tensors: of all N, of one shape.
+            tensors: of all N, of one shape and dtype, on one device.
 
         Raises:
             ValueError: another number of tensors; tensors that differ or do not fit the spec.
@@ -167,8 +166,12 @@ class Alignment:
         shapes = sorted({tuple(tensor.shape) for tensor in tensors})
         if len(shapes) > 1:
             faults.append(f"{name} must have one shape, got {', '.join(map(str, shapes))}")
-        for tensor, use in itertools.product(tensors[:1], self.spec.uses_in(name)):
-            faults += use_faults(self.spec, use, tensor)
+        kinds = sorted({f"{tensor.dtype} on {tensor.device}" for tensor in tensors})
+        if len(kinds) > 1:
+            faults.append(f"{name} must have one dtype and device, got {', '.join(kinds)}")
+        if tensors:
+            for use in self.spec.uses_in(name):
+                faults += use_faults(self.spec, use, tensors[0])
         raise_all("Alignment", faults)
         networks = [{name: tensor.detach()} for tensor in tensors]
         return merged_tensor(self._matchings(), networks, name)

@@ -48,7 +48,8 @@ def all_companions(every: Sequence[Prepared], out_dir: Path) -> dict[str, dict[s
         ValueError: a result would take the place of what it is made from; a broken configuration.
     """
     read = [file for checkpoint in every[0].models.values() for file in checkpoint.files]
-    homes = {file.resolve().parent: file for file in read}
+    # Links may lead from the folder to the files and to it from elsewhere.
+    homes = {home: file for file in read for home in (file.parent.resolve(), file.resolve().parent)}
     raise_all(
         "merge",
         [

@@ -90,7 +90,7 @@ def _thresholds(rows: Tensor, share: Any) -> Tensor:
         raise Unsupported("a threshold that is no number")
     width = rows.shape[1]
     most = int(width * (share / 100 if share > 1 else share)) + 1
-    if not 1 <= most <= width:
+    if not 1 <= most < width:
         raise Unsupported("a threshold that keeps all or less than nothing")
     counts = torch.full((len(rows),), most, device=rows.device)
     lower = magnitude_select(rows, counts).thresholds
