@@ -81,7 +81,10 @@ def _faults(layers: Sequence[nn.Linear]) -> Iterator[str]:
         own, bias = layer.weight, layer.bias
         if bias is not None and (bias.dtype, bias.device) != (own.dtype, own.device):
             who = f"task vector {i - 1}" if i else "the base"
-            yield f"{who} has a bias of {bias.dtype} on {bias.device}, its weight {own.dtype}"
+            yield (
+                f"{who} has a bias of {bias.dtype} on {bias.device}, its weight {own.dtype} on "
+                f"{own.device}"
+            )
     for i, layer in enumerate(layers[1:]):
         like = layer.weight
         if like.shape != base.shape:
