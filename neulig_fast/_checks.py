@@ -29,7 +29,7 @@ def listed(names: Sequence[str], most: int = 3) -> str:
     return ", ".join(names[:most]) + more
 
 
-def alike(faults: Iterable[tuple[str, str, str]]) -> list[str]:
+def one_line_each(faults: Iterable[tuple[str, str, str]]) -> list[str]:
     """Faults of tensors, (before, name, after) each: one line for all that differ in names only."""
     found: dict[tuple[str, str], list[str]] = {}
     for before, name, after in faults:

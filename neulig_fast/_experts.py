@@ -112,7 +112,7 @@ def check_tensors(
         extra = [name for name in tensors if name not in model]
         faults = [(f"{label} lacks ", str(name), f", which {whose} has") for name in lacks]
         faults += [(f"{label} has ", str(name), f", which {whose} lacks") for name in extra]
-        found += _checks.alike(faults)
+        found += _checks.one_line_each(faults)
         if isinstance(expert, nn.Module) and template is not None and expert is not template:
             found += _other_code(expert, template, label, whose)
         faults = [
@@ -122,7 +122,7 @@ def check_tensors(
                 name, tensor, model.get(name), whose, first.get(name), labels[0], dtype
             )
         ]
-        found += _checks.alike(faults)
+        found += _checks.one_line_each(faults)
     if not found and not any(tensor.is_floating_point() for tensor in first.values()):
         found.append("the experts hold no float tensors (P = 0)")
     _checks.raise_all(subject, found)

@@ -15,7 +15,7 @@ import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from torch import Tensor, nn
 
-from ._checks import alike, did_you_mean, raise_all, shape
+from ._checks import did_you_mean, one_line_each, raise_all, shape
 from .outputs import VISUAL
 from .state_files import read_state_dict
 
@@ -251,7 +251,7 @@ def _load(module: nn.Module, state: dict[str, Tensor], source: str) -> None:
         for name in wanted
         if name in state and state[name].shape != wanted[name].shape
     ]
-    raise_all(source, alike(faults))
+    raise_all(source, one_line_each(faults))
     module.load_state_dict(state)
 
 

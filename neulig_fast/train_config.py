@@ -34,7 +34,7 @@ from .ops.neulig_loss import BOOSTING
 
 TEMPLATES = ("a photo of a {}.",)
 _RESERVED = ("mean",)
-WEIGHTS = (".bin", ".ckpt", ".pt", ".pth", ".safetensors")  # of which no tag has any
+_FILES_OF_WEIGHTS = (".bin", ".ckpt", ".pt", ".pth", ".safetensors")  # of which no tag has any
 
 
 def _not_reserved(value: str) -> str:
@@ -127,7 +127,7 @@ class TrainConfig(Section):
         if value is None:
             return None
         path = located(Path(value), info)
-        named_so = "/" in value or path.suffix in WEIGHTS
+        named_so = "/" in value or path.suffix in _FILES_OF_WEIGHTS
         return str(as_file(path)) if named_so or path.is_file() else value
 
 

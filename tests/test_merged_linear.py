@@ -52,7 +52,8 @@ def test_everything_that_does_not_fit_is_named() -> None:
     base, other = layers(2)
     base, tau = layers(2)
     tau.bias = nn.Parameter(tau.bias.float())
-    with pytest.raises(ValueError, match=r"task vector 0 has a bias of torch.float32 on cpu"):
+    said = r"task vector 0 has a bias of torch.float32 on cpu, its weight torch.float64 on cpu"
+    with pytest.raises(ValueError, match=said):
         nf.MergedLinear(base, [tau])
     tau.bias = nn.Parameter(base.bias.to("meta"))
     with pytest.raises(

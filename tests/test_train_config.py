@@ -9,7 +9,7 @@ import yaml
 from torch.overrides import TorchFunctionMode
 
 from neulig_fast.neulig.modes import MODES
-from neulig_fast.train_config import WEIGHTS, FitConfig, TrainConfig, load_config
+from neulig_fast.train_config import _FILES_OF_WEIGHTS, FitConfig, TrainConfig, load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -64,7 +64,7 @@ def test_pretrained_that_is_called_like_a_file_must_be_one(valid, load, tmp_path
 
 def test_no_tag_is_called_like_a_file():
     tags = {tag for _, tag in open_clip.list_pretrained()}
-    assert tags and not [tag for tag in tags if "/" in tag or Path(tag).suffix in WEIGHTS]
+    assert tags and not [tag for tag in tags if "/" in tag or Path(tag).suffix in _FILES_OF_WEIGHTS]
 
 
 def test_numbers_are_names_too(valid, load):

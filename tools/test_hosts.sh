@@ -40,7 +40,9 @@ case $host in
 esac
 
 base=$PWD/build/hosts/$host
-if [ ! -f "$base/ready-$release" ]; then
+# An environment that another version of this script made may lack what is needed now.
+ready=$base/ready-$release-$(cksum <tools/test_hosts.sh | cut -d' ' -f1)
+if [ ! -f "$ready" ]; then
     rm -rf "$base"
     "$python" -m venv "$base/env"
     site=$("$base/env/bin/python" -c "import sysconfig; print(sysconfig.get_path('purelib'))")
@@ -52,7 +54,7 @@ if [ ! -f "$base/ready-$release" ]; then
     mv "$base/archive/tests" "$base/tests" # the archive's package must not be imported
     touch "$base/tests/__init__.py"
     rm -rf "$base/archive"
-    touch "$base/ready-$release"
+    touch "$ready"
 fi
 
 [ -z "${common:-}" ] || cp "$common" "$base/tests/common.py"

@@ -168,7 +168,6 @@ def drop(width: int) -> Callable[[], Any]:
 
 def regmean(width: int) -> Callable[[], Any]:
     """An MLP's two layers, of five models, by statistics of twice as many rows as columns."""
-    found = importlib.import_module(f"{_METHOD}.regmean.regmean")
     g = torch.Generator().manual_seed(5)
     sizes = {"in": (4 * width, width), "out": (width, 4 * width)}
     params = {
@@ -181,7 +180,7 @@ def regmean(width: int) -> Callable[[], Any]:
             name: torch.randn(2 * size[1], size[1], generator=g) for name, size in sizes.items()
         }
         statistics.append({name: x.T @ x / len(x) for name, x in inputs.items()})
-    return lambda: found.merging_with_regmean_weights(params, statistics, 0.9)
+    return lambda: looked_up(_REGMEAN)(params, statistics, 0.9)
 
 
 # -- what is compared -----------------------------------------------------------------------------

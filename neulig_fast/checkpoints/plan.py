@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from .._checks import alike, did_you_mean, raise_all
+from .._checks import did_you_mean, one_line_each, raise_all
 from ..methods import Method, Task
 from . import dtypes, names, parameters
 from .checkpoint import Checkpoint
@@ -295,4 +295,4 @@ class _Planner:
 
     def check(self) -> None:
         """ValueError, if anything is wrong so far."""
-        raise_all("merge", alike(self._faults))
+        raise_all("merge", one_line_each(self._faults))
