@@ -213,8 +213,8 @@ def _synced() -> Iterator[None]:
     yield
 
 
-def command_case(method: str, numbers: dict[str, int], threads: int) -> Case:
-    """The same by the command line: start-up, imports and planning included."""
+def command_case(method: str, numbers: dict[str, int], threads: int, python: str) -> Case:
+    """The same by the command line, as mergekit's: start-up, imports and planning included."""
     case = make_case(method, numbers, threads)
     folder = models(**numbers)
     config = str(folder / f"{method}.yml")
@@ -231,13 +231,12 @@ def command_case(method: str, numbers: dict[str, int], threads: int) -> Case:
         return out
 
     merge = (sys.executable, "-m", "neulig_fast", "merge", config, str(ours), "--no-resume")
+    mergekit = (str(Path(python).with_name("mergekit-yaml")), config, str(theirs))
+    more = ("--no-copy-tokenizer", "--lazy-unpickle", "--quiet")
     found = [
         Provider("neulig_fast", lambda: run(*merge, "--threads", number, out=ours), "ours"),
+        Provider("mergekit", lambda: run(*mergekit, *more, out=theirs)),
     ]
-    if python := os.environ.get("NEULIG_FAST_MERGEKIT"):
-        mergekit = (str(Path(python).with_name("mergekit-yaml")), config, str(theirs))
-        more = ("--no-copy-tokenizer", "--lazy-unpickle", "--quiet")
-        found.append(Provider("mergekit", lambda: run(*mergekit, *more, out=theirs)))
     providers = [dataclasses.replace(p, within=_synced, traffic=case.traffic) for p in found]
     return dataclasses.replace(case, mode=f"{method}; whole command", providers=providers)
 
@@ -293,7 +292,8 @@ def cases(
     numbers = _TOY if quick else _SIZES
     for method in methods or _METHODS:
         yield make_case(method, numbers, 1)
-        yield command_case(method, numbers, 1)
+        if python := os.environ.get("NEULIG_FAST_MERGEKIT"):
+            yield command_case(method, numbers, 1, python)
     if not quick and machine.cores() > 1:
         yield make_case("linear", numbers, machine.cores())
 
