@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import neulig_fast as nf
-from neulig_fast.checkpoints import pipeline, workspace
+from neulig_fast.checkpoints import tiles, workspace
 from neulig_fast.checkpoints.hub import find_models
 from neulig_fast.checkpoints.plan import make_plan
 from neulig_fast.checkpoints.read import Reader
@@ -166,9 +166,9 @@ def test_bits_do_not_depend_on_tiles(
     if method == "passthrough":
         exact = state["words.weight"].bfloat16().double() + 2 * product(words, "words").T
         torch.testing.assert_close(wanted["words.weight"].double(), exact, rtol=2**-8, atol=1e-4)
-    monkeypatch.setattr(pipeline, "_STREAMED", BLOCK)
+    monkeypatch.setattr(tiles, "_STREAMED", BLOCK)
     monkeypatch.setattr(
-        pipeline, "tile_elements", lambda planned, memory: min(BLOCK, planned.output.elements)
+        tiles, "tile_elements", lambda planned, memory: min(BLOCK, planned.output.elements)
     )
     nf.merge(config, tmp_path / "tiles", threads=3)
     got = llamas.load(tmp_path / "tiles")

@@ -15,7 +15,7 @@ import yaml
 from safetensors.torch import save_file
 
 import neulig_fast as nf
-from neulig_fast.checkpoints import pipeline
+from neulig_fast.checkpoints import tiles
 from neulig_fast.checkpoints.forecast import passes
 from neulig_fast.checkpoints.prepared import prepare
 from neulig_fast.checkpoints.read import Reader
@@ -116,7 +116,7 @@ def test_reads_of_tensors_beyond_memory_are_as_foreseen(
     for key, row in zip(("b", "m0", "m1", "m2"), rows, strict=True):
         save_file({"x": row}, f"{key}.safetensors")
     monkeypatch.setattr(
-        pipeline, "tile_elements", lambda planned, memory: min(BLOCK, planned.output.elements)
+        tiles, "tile_elements", lambda planned, memory: min(BLOCK, planned.output.elements)
     )
     reads: Counter[tuple[Path, int]] = Counter()
     read = Reader.read

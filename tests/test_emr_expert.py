@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import neulig_fast as nf
-from neulig_fast.checkpoints import pipeline
+from neulig_fast.checkpoints import tiles
 from neulig_fast.checkpoints.manifest import verify
 from neulig_fast.checkpoints.write import Staging
 from neulig_fast.demo import llamas
@@ -149,7 +149,7 @@ def test_tensors_beyond_a_tile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     rows = normal(3, BLOCK + 13, seed=4)
     write(tmp_path, *({"x": row} for row in rows))
     nf.merge(emr(tmp_path, 2), tmp_path / "out")
-    monkeypatch.setattr(pipeline, "_STREAMED", BLOCK)
+    monkeypatch.setattr(tiles, "_STREAMED", BLOCK)
     nf.merge(emr(tmp_path, 2), tmp_path / "tiles")
     assert llamas.contents(tmp_path / "tiles") == llamas.contents(tmp_path / "out")
     d = (rows[:2] - rows[2]).double()

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import neulig_fast as nf
 from neulig_fast import testing
-from neulig_fast.checkpoints import pipeline, workspace
+from neulig_fast.checkpoints import tiles, workspace
 from neulig_fast.checkpoints.checkpoint import open_checkpoint
 from neulig_fast.checkpoints.manifest import verify
 from neulig_fast.demo import llamas as samples
@@ -328,9 +328,9 @@ def test_bits_depend_on_neither_threads_nor_tiles(
     wanted = merged(config, tmp_path / "whole", threads=1)
     block = 1 << 16
     assert wanted["big"].numel() > 3 * block
-    monkeypatch.setattr(pipeline, "_STREAMED", block)
+    monkeypatch.setattr(tiles, "_STREAMED", block)
     monkeypatch.setattr(
-        pipeline, "tile_elements", lambda planned, memory: min(block, planned.output.elements)
+        tiles, "tile_elements", lambda planned, memory: min(block, planned.output.elements)
     )
     got = merged(config, tmp_path / "tiles", threads=3)
     for name, tensor in wanted.items():
@@ -623,7 +623,7 @@ def test_a_merge_takes_the_memory_it_was_given(tmp_path: Path) -> None:
         return seen[-1][0]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "tile_elements", spy)
+        patch.setattr(tiles, "tile_elements", spy)
         got = merged(config, tmp_path / "out", max_ram="128M", threads=1)["a"]
     assert seen == [(min(seen[0][0], 12 * width), 64 << 20)]
     assert seen[0][0] * 6 <= 64 << 20

@@ -16,7 +16,7 @@ from torch import Tensor
 from xxhash import xxh3_64_intdigest
 
 import neulig_fast as nf
-from neulig_fast.checkpoints import pipeline
+from neulig_fast.checkpoints import tiles
 from neulig_fast.demo import llamas as samples
 from neulig_fast.methods import BLOCK, Task, Tile, fusion
 from neulig_fast.methods._bands import Band
@@ -115,13 +115,16 @@ def test_bits_depend_on_neither_threads_nor_tiles(
     ]
     config = recipe(tmp_path, method, each, **more)
     wanted = merged(tmp_path, config, threads=1)
-    monkeypatch.setattr(pipeline, "_STREAMED", BLOCK)
+    monkeypatch.setattr(tiles, "_STREAMED", BLOCK)
+    monkeypatch.setattr(tiles, "_KEPT", 0)  # what is looked at is read again
+    again = merged(tmp_path, config, threads=2, resume=False)
     monkeypatch.setattr(
-        pipeline, "tile_elements", lambda planned, memory: min(BLOCK, planned.output.elements)
+        tiles, "tile_elements", lambda planned, memory: min(BLOCK, planned.output.elements)
     )
-    got = merged(tmp_path, config, threads=3, resume=False)
+    beyond = merged(tmp_path, config, threads=3, resume=False)
     for name, tensor in wanted.items():
-        assert torch.equal(tensor, got[name]), name
+        assert torch.equal(tensor, again[name]), name
+        assert torch.equal(tensor, beyond[name]), name
 
 
 @pytest.mark.parametrize("method", EVERY)

@@ -15,7 +15,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import neulig_fast as nf
-from neulig_fast.checkpoints import measured, pipeline, read
+from neulig_fast.checkpoints import measured, read, tiles
 from neulig_fast.checkpoints.companions import all_companions
 from neulig_fast.checkpoints.manifest import verify
 from neulig_fast.checkpoints.prepared import prepare
@@ -221,9 +221,9 @@ def test_every_byte_is_read_once_for_any_number_of_results(
     models = llamas.family(tmp_path, layers=1, width=8, words=40_000)
     if small:
         block = 1 << 16
-        monkeypatch.setattr(pipeline, "_STREAMED", block)
+        monkeypatch.setattr(tiles, "_STREAMED", block)
         monkeypatch.setattr(
-            pipeline, "tile_elements", lambda planned, memory: min(block, planned.output.elements)
+            tiles, "tile_elements", lambda planned, memory: min(block, planned.output.elements)
         )
     inputs = sum(t.nbytes for state in models.values() for t in state.values())
     for k in (1, 5):
@@ -246,13 +246,13 @@ def test_what_does_not_change_is_measured_once(
     tmp_path: Path, models: Any, monkeypatch: pytest.MonkeyPatch, sweep: Any, times: int
 ) -> None:
     asked = []
-    measure = pipeline._Tiles.measure
+    measure = tiles.Tiles.measure
 
     def counted(self: Any, statistic: Any) -> Any:
         asked.append(self._planned.output.name)
         return measure(self, statistic)
 
-    monkeypatch.setattr(pipeline._Tiles, "measure", counted)
+    monkeypatch.setattr(tiles.Tiles, "measure", counted)
     config = recipe(tmp_path, "ties", {"sweep": sweep}, each={"weight": 1.0, "density": 0.3})
     nf.merge(config, tmp_path / "out")
     assert sorted(asked) == sorted([*models["base"]] * times)
@@ -281,28 +281,28 @@ def test_bits_depend_on_neither_threads_nor_tiles(
     )
     nf.merge(config, tmp_path / "whole", threads=1)
     block = 1 << 16
-    monkeypatch.setattr(pipeline, "_STREAMED", block)
+    monkeypatch.setattr(tiles, "_STREAMED", block)
     monkeypatch.setattr(
-        pipeline, "tile_elements", lambda planned, memory: min(block, planned.output.elements)
+        tiles, "tile_elements", lambda planned, memory: min(block, planned.output.elements)
     )
     nf.merge(config, tmp_path / "tiles", threads=3)
     for value in values:
         folder = f"{name}={value}"
-        whole, tiles = (llamas.contents(tmp_path / out / folder) for out in ("whole", "tiles"))
-        assert whole == tiles
+        whole, parts = (llamas.contents(tmp_path / out / folder) for out in ("whole", "tiles"))
+        assert whole == parts
 
 
 def test_memory_does_not_depend_on_the_number_of_results(
     tmp_path: Path, models: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[tuple[str, int]] = []
-    planned = pipeline.tile_elements
+    planned = tiles.tile_elements
 
     def spy(tensor: Any, memory: int) -> int:
         asked.append((tensor.output.name, memory))
         return planned(tensor, memory)
 
-    monkeypatch.setattr(pipeline, "tile_elements", spy)
+    monkeypatch.setattr(tiles, "tile_elements", spy)
     for k in (1, 4):
         config = recipe(tmp_path, "ties", {"sweep": {"lambda": list(range(1, k + 1))}})
         nf.merge(config, tmp_path / f"out{k}", max_ram="128M", threads=1)

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import neulig_fast as nf
-from neulig_fast.checkpoints import pipeline
+from neulig_fast.checkpoints import pipeline, tiles
 from neulig_fast.checkpoints.forecast import passes
 from neulig_fast.checkpoints.manifest import verify
 from neulig_fast.checkpoints.merging import foresee
@@ -88,9 +88,9 @@ def elected(v: np.ndarray, w: np.ndarray) -> np.ndarray:
 
 def in_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of one block, whatever the memory."""
-    monkeypatch.setattr(pipeline, "_STREAMED", BLOCK)
+    monkeypatch.setattr(tiles, "_STREAMED", BLOCK)
     monkeypatch.setattr(
-        pipeline, "tile_elements", lambda planned, memory: min(BLOCK, planned.output.elements)
+        tiles, "tile_elements", lambda planned, memory: min(BLOCK, planned.output.elements)
     )
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from neulig_fast.checkpoints import pipeline
+from neulig_fast.checkpoints import tiles
 from neulig_fast.methods import BLOCK
 
 from .test_merge_methods import close, merged, normal, of_one, recipe, refusal, write
@@ -61,9 +61,9 @@ def test_by_the_oracle_whatever_the_tiles(
         vectors(base[None], way)[0] + oracle(d, way),
         4e-6,
     )
-    monkeypatch.setattr(pipeline, "_STREAMED", BLOCK)
+    monkeypatch.setattr(tiles, "_STREAMED", BLOCK)
     monkeypatch.setattr(
-        pipeline, "tile_elements", lambda planned, memory: min(BLOCK, planned.output.elements)
+        tiles, "tile_elements", lambda planned, memory: min(BLOCK, planned.output.elements)
     )
     again = merged(tmp_path, config, threads=3, resume=False)["x"]
     assert torch.equal(got, again)

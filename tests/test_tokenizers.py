@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import neulig_fast as nf
-from neulig_fast.checkpoints import merging, pipeline
+from neulig_fast.checkpoints import merging, tiles
 from neulig_fast.demo import llamas
 
 BLOCK = 1 << 16
@@ -188,9 +188,9 @@ def test_bits_do_not_depend_on_tiles(
     nf.merge(config, tmp_path / "whole", threads=1)
     wanted = llamas.load(tmp_path / "whole")
     assert wanted[HEAD].numel() > BLOCK
-    monkeypatch.setattr(pipeline, "_STREAMED", BLOCK)
+    monkeypatch.setattr(tiles, "_STREAMED", BLOCK)
     monkeypatch.setattr(
-        pipeline, "tile_elements", lambda planned, memory: min(BLOCK, planned.output.elements)
+        tiles, "tile_elements", lambda planned, memory: min(BLOCK, planned.output.elements)
     )
     nf.merge(config, tmp_path / "tiles", threads=3)
     got = llamas.load(tmp_path / "tiles")

@@ -75,6 +75,11 @@ class Entry(NamedTuple):
         return self.stop - self.start + (self.update.bytes if self.update else 0)
 
     @property
+    def is_made(self) -> bool:
+        """Whether its values are put together or computed while it is read."""
+        return self.update is not None or self.rows is not None
+
+    @property
     def parts(self) -> tuple[Entry, ...]:
         """Tensors of files that it is read from, apart from updates."""
         return self.rows.sources if self.rows is not None else (self,)

@@ -11,34 +11,23 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from ..methods import BLOCK, Method, Statistic, Tile
-from .measured import added, answer, applied
+from ..methods import Method, Statistic, Tile
+from .measured import answer, applied
 from .planned import Planned
 from .read import Reader
 from .resources import Resources
-from .workspace import Workspace, device_elements, tile_elements
+from .tiles import Tiles
+from .workspace import Workspace
 from .write import Staging
 
-# Elements of a tile: rows of some models stay in a processor's caches between being read and being
-# measured or merged.
-_STREAMED = 1 << 19
-
 Job: TypeAlias = Sequence[Planned]  # a tensor of every output, from the same sources
-
-
-def _streamed(device: torch.device) -> int:
-    """Elements of a tile; a block where formulas in PyTorch take a multiple of it besides."""
-    from ..ops.merge_task_vectors import OP
-
-    native = OP.forced() != "torch" and OP.why_not("cpu", "cpu") is None
-    return _STREAMED if native or device.type != "cpu" else BLOCK
 
 
 class Stopped(Exception):
@@ -144,7 +133,7 @@ class Worker:
         job = [planned for _, planned in missing]
         writers = [staging.tensor(planned.output.name) for staging, planned in missing]
         asides = [_Aside(self._method, *each) for each in missing if each[1].beside]
-        tiles = _Tiles(job[0], self._workspace, self._pipeline, self._device)
+        tiles = Tiles(job[0], self._workspace, self._pipeline, self._device)
         merges = applied(self._method, job, tiles.measure)
         for tile in tiles.merged():
             for aside in asides:
@@ -166,7 +155,7 @@ class Worker:
             place: of the tensor's first element in what is measured.
         """
         with torch.cuda.stream(self._stream):
-            tiles = _Tiles(planned, self._workspace, self._pipeline, self._device, place)
+            tiles = Tiles(planned, self._workspace, self._pipeline, self._device, place)
             return tiles.answers(statistics)
 
 
@@ -196,99 +185,3 @@ def merged_alone(method: Method, job: Job, rows: Tensor, out: Tensor) -> None:
     tile = Tile(rows, 0)
     for apply in applied(method, job, lambda statistic: answer(statistic, tile)):
         apply(tile, out)
-
-
-class _Tiles:
-    """A tensor's tiles, read into a workspace and moved to the device.
-
-    A tensor that is looked at first and fits as a whole is read once and stays. Tiles are small
-    ones, but where a tensor is looked at on a GPU, or a list of values of tiles was wanted: what is
-    merged are the same tiles then.
-    """
-
-    def __init__(
-        self,
-        planned: Planned,
-        workspace: Workspace,
-        pipeline: Pipeline,
-        device: torch.device,
-        place: int = 0,
-    ) -> None:
-        self._planned, self._pipeline, self._device = planned, pipeline, device
-        self._place, self._elements = place, planned.output.elements
-        self._fits = tile_elements(planned, workspace.bytes)
-        share = pipeline.resources.device_share
-        if share is not None:
-            self._fits = min(self._fits, device_elements(planned, share))
-        self._views = workspace.views(planned, self._fits)
-        self._rows = self._views.rows
-        if device.type != "cpu":
-            self._rows = torch.empty_like(self._rows, device=device)
-        self._step = min(self._fits, _streamed(device))
-        self._stays, self._known = False, 0  # how many elements were read to stay
-
-    def merged(self) -> Iterator[Tile]:
-        """All tiles in order."""
-        return self._tiles(self._step)
-
-    def _tiles(self, step: int, starts: frozenset[int] | None = None) -> Iterator[Tile]:
-        """All tiles in order, or those with some starts."""
-        for start in range(0, self._elements, step):
-            if starts is None or self._place + start in starts:
-                self._pipeline.check()
-                yield self._tile(start, min(step, self._elements - start))
-
-    def _tile(self, start: int, length: int) -> Tile:
-        place = slice(start, start + length) if self._stays else slice(length)
-        if not self._stays:
-            self._read(start, place)
-        elif start + length > self._known:
-            self._read(self._known, slice(self._known, start + length))
-            self._known = start + length
-        return Tile(self._rows[:, place], self._place + start)
-
-    def _read(self, start: int, place: slice) -> None:
-        """Elements ``start ..`` into a place of the rows."""
-        rows = self._views.rows[:, place]
-        for source, row in zip(self._planned.sources, rows, strict=True):
-            self._pipeline.reader.read(source, start, row, self._views.scratch)
-        if self._rows is not self._views.rows:
-            self._rows[:, place].copy_(rows, non_blocking=True)
-
-    def out(self, tile: Tile) -> Tensor:
-        """Where the result of a tile goes, on the device."""
-        length = tile.rows.shape[1]
-        out = self._views.out[:length]
-        return out if self._device.type == "cpu" else torch.empty_like(out, device=self._device)
-
-    def bytes(self, out: Tensor) -> memoryview:
-        """A result's, on the CPU."""
-        if self._device.type != "cpu":
-            out = self._views.out[: len(out)].copy_(out)
-        return memoryview(out.view(torch.uint8).numpy())
-
-    def measure(self, statistic: Statistic) -> Any:
-        """A statistic of the tensor, as its ``over`` says."""
-        if statistic.over == "whole":
-            self._stays = self._fits >= self._elements
-            return statistic.of(next(self._tiles(self._fits))) if self._stays else None
-        return self.answers([statistic])[0]
-
-    def answers(self, statistics: Sequence[Statistic]) -> list[Any]:
-        """Every statistic of the tensor, or of the tiles that it is of, as its ``over`` says."""
-        self._stays = self._fits >= self._elements
-        if self._device.type != "cpu" or any(s.over == "tiles" for s in statistics):
-            self._step = self._fits
-        found: list[Any] = [[] if s.over == "tiles" else None for s in statistics]
-        asked = [statistic.starts for statistic in statistics]
-        every = None if None in asked else frozenset().union(*(s for s in asked if s is not None))
-        for tile in self._tiles(self._step, every):
-            for k, statistic in enumerate(statistics):
-                if statistic.starts is not None and tile.start not in statistic.starts:
-                    continue
-                value = statistic.of(tile)
-                if statistic.over == "blocks":
-                    found[k] = added(found[k], value)
-                else:
-                    found[k].append(value)
-        return found

@@ -54,8 +54,7 @@ class Reader:
         """
         stored = dtypes.as_torch(entry.dtype)
         target = into
-        made = entry.update is not None or entry.rows is not None
-        if scratch is None and (stored != into.dtype or made):
+        if scratch is None and (stored != into.dtype or entry.is_made):
             raise ValueError("reader: needs scratch memory to convert")
         if scratch is not None and entry.rows is not None:
             rows.read(entry.rows, start, into, scratch, self.read)
