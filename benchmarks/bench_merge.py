@@ -61,7 +61,8 @@ def shaped(size: int) -> dict[str, int]:
 def models(**numbers: int) -> Path:
     """A folder with the generated models, for as long as the process lives."""
     folder = tempfile.TemporaryDirectory(prefix="merge-")
-    llamas.family(Path(folder.name), len(_MODELS), **numbers)
+    for _ in llamas.written(Path(folder.name), len(_MODELS), **numbers):
+        pass
     _FOLDERS.append(folder)
     return Path(folder.name)
 

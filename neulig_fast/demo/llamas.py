@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -29,8 +29,13 @@ def shapes(layers: int = 2, width: int = 16, words: int = 50) -> dict[str, tuple
 
 def tensors(seed: int, **sizes: int) -> dict[str, Tensor]:
     """fp32 values by name, standard normal; sizes as of :func:`shapes`."""
+    return dict(_drawn(seed, **sizes))
+
+
+def _drawn(seed: int, **sizes: int) -> Iterator[tuple[str, Tensor]]:
     g = torch.Generator().manual_seed(seed)
-    return {name: torch.randn(shape, generator=g) for name, shape in shapes(**sizes).items()}
+    for name, shape in shapes(**sizes).items():
+        yield name, torch.randn(shape, generator=g)
 
 
 def write(
@@ -80,12 +85,18 @@ def family(
     root: Path, count: int = 3, dtype: torch.dtype = torch.bfloat16, **sizes: int
 ) -> dict[str, dict[str, Tensor]]:
     """``base`` and ``m0`` ...: models near it. What each holds, by its folder's name."""
+    return dict(written(root, count, dtype, **sizes))
+
+
+def written(
+    root: Path, count: int = 3, dtype: torch.dtype = torch.bfloat16, **sizes: int
+) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """:func:`family`, model by model: for large ones, of which memory holds one beside the base."""
     base = tensors(0, **sizes)
-    found = {"base": write(root / "base", base, dtype)}
+    yield "base", write(root / "base", base, dtype)
     for i in range(count):
-        near = {name: base[name] + 0.1 * t for name, t in tensors(i + 1, **sizes).items()}
-        found[f"m{i}"] = write(root / f"m{i}", near, dtype, shards=1 + i % 2)
-    return found
+        near = {n: (base[n] + 0.1 * t).to(dtype) for n, t in _drawn(i + 1, **sizes)}
+        yield f"m{i}", write(root / f"m{i}", near, dtype, shards=1 + i % 2)
 
 
 def mergekit_family(root: Path) -> dict[str, dict[str, Tensor]]:
