@@ -56,7 +56,8 @@ test-gpu:
 	    tests/test_offset_gram.py tests/test_expert_linear.py tests/test_expert_layer_norm.py \
 	    tests/test_mixture_linear.py tests/test_mixture_layer_norm.py tests/test_neulig_kernels.py \
 	    tests/test_cross_moments.py tests/test_magnitude_select.py tests/test_magnitude_histogram.py \
-	    tests/test_gram.py tests/test_magnitude_sums.py tests/test_merge_task_vectors.py tests/test_encoders_replay.py
+	    tests/test_gram.py tests/test_magnitude_sums.py tests/test_merge_task_vectors.py tests/test_encoders_replay.py \
+	    tests/test_merge_cuda.py
 
 test-sanitize: $(INSTALLED)
 	PYTHON=$(PY) tools/sanitize.sh
