@@ -21,7 +21,7 @@ SUMS |= {"emr", "ramplus_tl", "arcee_fusion"}
 VALUES = {"weight": 0.5, "scale": 1.5, "t": 0.3, "decay": 0.5, "fisher": "b.safetensors"}
 VALUES |= {"density": 0.5, "gamma": 0.1, "select_topk": 0.5, "alpha": 0.3, "epsilon": 0.2}
 OURS: dict[str, dict[str, Any]] = {"pcb": {"scope": "tensor"}}
-OURS |= dict.fromkeys(("dare_linear", "dare_ties"), {"parity": "paper"})
+OURS |= {key: {"parity": "paper"} for key in ("dare_linear", "dare_ties")}
 
 
 def recipe(name: str, dtype: torch.dtype) -> dict[str, Any]:
@@ -74,6 +74,6 @@ def test_a_gpu_merges_as_the_cpu_does(
 def test_more_than_the_gpu_has_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     config = recipe("linear", torch.float32)
-    with pytest.raises(ValueError, match="max_vram is .*, cuda:0 has"):
+    with pytest.raises(ValueError, match=r"max_vram is .*, cuda:0 has"):
         nf.merge(config, "out", device="cuda:0", max_vram="9000G")
     assert not Path("out").exists()
