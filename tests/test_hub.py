@@ -375,6 +375,18 @@ def test_what_there_is_not(tmp_path: Path, hub: Hub, merge: Callable[..., str]) 
     assert "\n" not in text and not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("names", [["*"], ["../one", "/etc/passwd"], [7, None, "[!x]*"], "*"])
+def test_an_index_of_strangers_fetches_nothing_else(
+    hub: Hub, merge: Callable[..., str], names: Any
+) -> None:
+    weight_map = {f"w{k}": n for k, n in enumerate(names)} if isinstance(names, list) else names
+    index = json.dumps({"weight_map": weight_map}).encode()
+    repository = {"model.safetensors.index.json": index, **SMALL, "large.gguf": b"x"}
+    hub.push("org/one", repository)
+    assert merge("org/one").startswith("refused: merge: ")
+    assert "large.gguf" not in hub.given
+
+
 def test_a_file_that_ends_too_early_is_not_taken_for_one(
     tmp_path: Path, hub: Hub, merge: Callable[..., str]
 ) -> None:

@@ -225,6 +225,44 @@ def test_scope_is_the_model_of_all_modules(models: Path) -> None:
     assert all(torch.equal(got[name], wanted[name]) for name in wanted)
 
 
+def test_a_vocabulary_is_told_to_the_section_for_text(models: Path) -> None:
+    for name in towers.NAMES[:2]:
+        words = {f"{name if i > 9 else ''}{i}": i for i in range(20)}
+        content = {"model": {"type": "WordLevel", "vocab": words, "unk_token": "0"}}
+        (models / f"qwen_{name}/tokenizer.json").write_text(json.dumps(content))
+    two = [{"model": f"qwen_{name}"} for name in towers.NAMES[:2]]
+    config = {"merge_method": "linear", "parameters": {"weight": 1}, "tokenizer_source": "union"}
+    config["modules"] = {
+        name: {"models": two} for name in ARCHITECTURES["Qwen2_5_VLForConditionalGeneration"]
+    }
+    nf.merge(config, models / "out")
+    assert llamas.load(models / "out")["model.embed_tokens.weight"].shape == (30, 8)
+    written = json.loads((models / "out/config.json").read_text())
+    assert written["text_config"]["vocab_size"] == 30 and "vocab_size" not in written
+
+
+def test_masks_beside_the_weights_are_of_the_same_models_in_all_modules(models: Path) -> None:
+    parts = {"encoder": ("m0", "m1"), "shared": ("m1", "m0"), "decoder": ("m0", "m1")}
+    shutil.rmtree(models / "t5_m1")
+    shutil.copytree(models / "t5_m0", models / "t5_m1")
+    every = {n: {"models": [{"model": f"t5_{m}"} for m in part]} for n, part in parts.items()}
+    config = {"merge_method": "emr", "base_model": "t5_base", "modules": every}
+    said = "needs the same models in all slices, got (t5_m0, t5_m1) and (t5_m1, t5_m0)"
+    assert said in refusal(config)
+    every["shared"] = every["encoder"]
+    nf.merge(config, models / "out")
+
+
+def test_the_number_of_layers_where_gpt2_has_it(tmp_path: Path) -> None:
+    state = {f"h.{i}.w": torch.full((2,), float(i)) for i in range(3)}
+    llamas.write(tmp_path / "gpt", state, torch.float32, 1)
+    (tmp_path / "gpt/config.json").write_text('{"n_layer": 3}')
+    source = {"model": str(tmp_path / "gpt"), "layer_range": [1, 3]}
+    config = {"merge_method": "passthrough", "slices": [{"sources": [source]}] * 2}
+    nf.merge(config, tmp_path / "out")
+    assert json.loads((tmp_path / "out/config.json").read_text())["n_layer"] == 4
+
+
 def test_a_base_of_a_module_is_read_and_said_to_be(models: Path) -> None:
     config = {
         "merge_method": "task_arithmetic",
