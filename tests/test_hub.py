@@ -47,6 +47,7 @@ class Hub:
         self.closed: dict[str, str] = {}  # repositories whose files are not given: the error's code
         self.broken: set[str] = set()  # files that end too early
         self.given: list[str] = []
+        self.then: dict[str, Callable[[], Any]] = {}  # what happens when a file was asked for
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self.url = f"http://127.0.0.1:{self.server.server_port}"
 
@@ -103,6 +104,7 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             start = re.match(r"bytes=(\d+)-", self.headers.get("Range", ""))
             if self.command == "GET":
                 hub.given.append(path)
+                hub.then.get(path, int)()
             if start is not None:
                 first = int(start[1])
                 headers["Content-Range"] = f"bytes {first}-{len(data) - 1}/{len(data)}"
@@ -278,6 +280,16 @@ def test_revisions(tmp_path: Path, hub: Hub, merge: Callable[..., str]) -> None:
     assert merge("org/one") == ""
     assert_merged(tmp_path, 3)
     assert hub.given.count("model.safetensors") == 3
+
+
+def test_a_push_meanwhile(tmp_path: Path, hub: Hub, merge: Callable[..., str]) -> None:
+    """Weights are those of the configuration that was fetched first."""
+    hub.push("org/one", as_safetensors(1))
+    hub.then["config.json"] = lambda: hub.push("org/one", as_shards(tmp_path, 2, "model"))
+    assert merge("org/one") == ""
+    assert_merged(tmp_path, 1)
+    assert merge("org/one") == ""
+    assert_merged(tmp_path, 2)
 
 
 def test_an_adapter_beside_a_model(tmp_path: Path, hub: Hub, merge: Callable[..., str]) -> None:

@@ -193,23 +193,23 @@ def test_a_sweep_reaches_what_modules_say_of_their_own(models: Path) -> None:
 
 
 def test_fisher_matrices_beside_models_are_cut_too(models: Path) -> None:
-    for name, value in (("base", 1.0), ("m0", 3.0)):
-        state = {
-            n: torch.full_like(t, value) for n, t in llamas.load(models / f"t5_{name}").items()
-        }
-        save_file(state, models / f"fisher_{name}.safetensors")
-    both = [
-        {"model": f"t5_{m}", "parameters": {"fisher": f"fisher_{m}.safetensors"}}
-        for m in ("base", "m0")
-    ]
-    config = {
-        "merge_method": "fisher",
-        "modules": {name: {"models": both} for name in ("encoder", "decoder", "shared")},
-    }
-    nf.merge(config, models / "out")
-    base, m0 = (llamas.load(models / f"t5_{m}") for m in ("base", "m0"))
+    """One module has others."""
+    base, m0 = (llamas.load(models / f"t5_{name}") for name in ("base", "m0"))
+    for value in (1.0, 3.0, 4.0):
+        state = {tensor: torch.full_like(values, value) for tensor, values in base.items()}
+        save_file(state, models / f"fisher_{value:.0f}.safetensors")
+
+    def part(*values: int) -> dict[str, Any]:
+        pairs = zip(("base", "m0"), values, strict=True)
+        files = {f"t5_{name}": f"fisher_{value}.safetensors" for name, value in pairs}
+        own = [{"model": m, "parameters": {"fisher": file}} for m, file in files.items()]
+        return {"models": own}
+
+    parts = {"encoder": part(1, 3), "shared": part(1, 3), "decoder": part(1, 4)}
+    nf.merge({"merge_method": "fisher", "modules": parts}, models / "out")
     for name, tensor in llamas.load(models / "out").items():
-        torch.testing.assert_close(tensor, 0.25 * base[name] + 0.75 * m0[name])
+        share = 0.8 if name.startswith("decoder") else 0.75
+        torch.testing.assert_close(tensor, (1 - share) * base[name] + share * m0[name])
 
 
 def test_scope_is_the_model_of_all_modules(models: Path) -> None:
