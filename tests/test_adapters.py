@@ -309,7 +309,7 @@ def test_other_adapters_and_none(tmp_path: Path, base: dict[str, Tensor]) -> Non
     assert "needs adapter_config.json and adapter_model.safetensors" in refusal(tmp_path, "empty")
     adapter(tmp_path / "text", factors(0, Q, (16, 16)))
     (tmp_path / "text/adapter_config.json").write_text("[")
-    assert "adapter_config.json: is not JSON" in refusal(tmp_path, "text")
+    assert "adapter_config.json: is no JSON" in refusal(tmp_path, "text")
     assert "missing: no such folder" in refusal(tmp_path, "missing")
 
 

@@ -11,7 +11,6 @@ configuration known: a variant that changes what the matrices mean is refused, n
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from math import sqrt
@@ -20,7 +19,7 @@ from typing import Any, NamedTuple
 
 from .._checks import did_you_mean, raise_all
 from . import dtypes
-from .checkpoint import Checkpoint, open_checkpoint
+from .checkpoint import Checkpoint, json_object, open_checkpoint
 from .headers import Entry
 from .low_rank import LowRank
 
@@ -77,7 +76,7 @@ def adapted(model: Checkpoint, folder: Path, who: str) -> Checkpoint:
     weights = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
     if weights is None or not (folder / CONFIG).is_file():
         raise FileNotFoundError(f"{who}: {folder} needs {CONFIG} and {WEIGHTS[0]} of an adapter")
-    content = _content(folder / CONFIG)
+    content = json_object(folder / CONFIG, (folder / CONFIG).read_bytes())
     faults = list(_config_faults(content))
     raise_all(f"{who}: {CONFIG}", faults)
     adapter = open_checkpoint(weights)
@@ -89,16 +88,6 @@ def adapted(model: Checkpoint, folder: Path, who: str) -> Checkpoint:
 
 
 # -- the configuration ----------------------------------------------------------------------------
-
-
-def _content(path: Path) -> Mapping[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: is not JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: must be a JSON object, got {type(content).__name__}")
-    return content
 
 
 def _config_faults(content: Mapping[str, Any]) -> Iterator[str]:

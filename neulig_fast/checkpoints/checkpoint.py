@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .._checks import did_you_mean, raise_all
 from . import pickles
@@ -74,6 +74,21 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         f"{path}: needs {SINGLE}, or {INDEX} with its shards, or one .safetensors file, or the "
         f"like of torch.save; found {found}"
     )
+
+
+def json_object(path: Path, text: bytes) -> dict[str, Any]:
+    """What a configuration says.
+
+    Raises:
+        ValueError: no JSON, or not of names and values.
+    """
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: is no JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: must be a JSON object, got {type(content).__name__}")
+    return content
 
 
 def _header(path: Path) -> Header:

@@ -6,9 +6,10 @@ import functools
 import json
 from collections.abc import Callable, Sequence, Set
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .._checks import raise_all
+from .checkpoint import json_object
 from .dtypes import TO_FORMAT
 from .headers import INDEX
 from .plan import Plan
@@ -37,7 +38,7 @@ _WORDS = frozenset(
 _CONFIG = "config.json"
 _MODEL = (
     *(_CONFIG, "generation_config.json", "preprocessor_config.json", "open_clip_config.json"),
-    "processor_config.json",
+    *("processor_config.json", "video_preprocessor_config.json", "normalizer.json"),
 )
 
 
@@ -103,22 +104,33 @@ def _folder(path: Path) -> Path:
 
 def _config(path: Path, text: bytes, plan: Plan, words: int | None) -> bytes:
     """The donor's, with what the merge changes: types of weights, numbers of layers and words."""
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: is no JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: must be a JSON object, got {type(content).__name__}")
+    content = json_object(path, text)
     stored = {formatted: name for name, formatted in TO_FORMAT.items()}
     kinds = {tensor.output.dtype for tensor in plan.tensors if tensor.output.dtype in stored}
     if len(kinds) == 1:
         key = "dtype" if "dtype" in content else "torch_dtype"
         content[key] = stored[kinds.pop()]
-    if len(plan.layers) == 1 and "num_hidden_layers" in content:
-        content["num_hidden_layers"] = next(iter(plan.layers.values()))
-    if words is not None and "vocab_size" in content:
-        content["vocab_size"] = words
+    for layers in plan.layers:
+        _tell(content, layers.keys, layers.number, layers.anew)
+    if words is not None:
+        _tell(content, ("vocab_size", "text_config.vocab_size"), words)
     return json.dumps(content, indent=2, ensure_ascii=False).encode() + b"\n"
+
+
+def _tell(content: dict[str, Any], keys: Sequence[str], number: int, anew: bool = False) -> None:
+    """Put a number wherever a configuration has one of the keys.
+
+    Args:
+        anew: to a configuration that has none of them too, at the first.
+    """
+    places = []
+    for key in keys:
+        section, _, last = key.rpartition(".")
+        inner = content.get(section) if section else content
+        if isinstance(inner, dict):
+            places.append((inner, last))
+    for inner, last in [p for p in places if p[1] in p[0]] or places[: int(anew)]:
+        inner[last] = number
 
 
 def _card(recipe: Recipe, source: bytes, plan: Plan, fetched: Set[str]) -> str:

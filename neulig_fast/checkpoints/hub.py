@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-import os
+import glob
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from .adapters import adapted
-from .checkpoint import Checkpoint, open_checkpoint
+from .checkpoint import Checkpoint, json_object, open_checkpoint
+from .headers import INDEX, SINGLE
 from .recipe import ModelRef
 
-# What a merge may need of a repository: no other framework's weights.
-_PATTERNS = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "tokenizer*")
-_PICKLES = ("pytorch_model*.bin", "adapter_model.bin")  # where there are no safetensors
-_MODEL = ("config.json", "*.safetensors", *_PICKLES)  # any of them makes a folder one
+# What a merge may need of a repository besides weights, and the weights: the first that are there.
+_SMALL = ("*.json", "*.jinja", "*.txt", "*.model", "tokenizer*")
+_WEIGHTS = (SINGLE, "*.safetensors", "pytorch_model.bin")
+_ADAPTER = ("adapter_model.safetensors", "adapter_model.bin")
+# Where shards are in the place of a single file.
+_INDEXES = {SINGLE: INDEX, "pytorch_model.bin": "pytorch_model.bin.index.json"}
+# Any of them makes a folder a model.
+_MODEL = ("config.json", "*.safetensors", "pytorch_model*.bin", "adapter_model.bin")
 
 
 def find_models(
@@ -31,7 +37,8 @@ def find_models(
         try:
             checkpoint = open_checkpoint(folder_of(replace(model, lora=None), base))
             if model.lora is not None:
-                checkpoint = adapted(checkpoint, folder_of(model.lora, base), str(model))
+                lora = folder_of(model.lora, base, _ADAPTER)
+                checkpoint = adapted(checkpoint, lora, str(model))
             found[model] = checkpoint
         except (OSError, ValueError) as error:
             faults.append(str(error))
@@ -60,8 +67,11 @@ def _is_no_id(model: ModelRef) -> bool:
     return model.path.count("/") > 1 or model.path.startswith((".", "/", "~"))
 
 
-def folder_of(model: ModelRef, base: Path) -> Path:
+def folder_of(model: ModelRef, base: Path, weights: Iterable[str] = _WEIGHTS) -> Path:
     """Where a model lies; fetched from Hugging Face if it is no folder here.
+
+    Args:
+        weights: patterns of files of weights, of which the first are fetched that are there.
 
     Raises:
         ValueError: neither a folder nor an id whose files can be had.
@@ -73,26 +83,67 @@ def folder_of(model: ModelRef, base: Path) -> Path:
             return path
     if _is_no_id(model):
         raise ValueError(f"{model}: no such folder")
-    folder = _fetched(model, _PATTERNS)
-    if not any(folder.glob("*.safetensors")):
-        folder = _fetched(model, _PICKLES)
+    folder = _fetched(model, model.revision, ())
+    commit = folder.name  # the rest is of the same, even if somebody pushes meanwhile
+    for file in weights:
+        files = _shards(folder / _INDEXES.get(file, "")) or [file]
+        _fetched(model, commit, files)
+        if any(fnmatchcase(path.name, name) for path in folder.iterdir() for name in files):
+            break
     return folder
 
 
-def _fetched(model: ModelRef, patterns: Iterable[str]) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+def _shards(index: Path) -> list[str]:
+    """Patterns of the files that an index names, which are checked when it is opened; none if there
+    is no such index, or it is broken."""
+    if not index.is_file():
+        return []
+    try:
+        weight_map = json_object(index, index.read_bytes()).get("weight_map")
+    except ValueError:
+        return []
+    names = weight_map.values() if isinstance(weight_map, dict) else ()
+    return sorted({glob.escape(str(name)) for name in names})
 
+
+def _fetched(model: ModelRef, revision: str | None, files: Iterable[str]) -> Path:
+    """The cache's folder of a revision, after what is missing of it was fetched."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    # Of httpx or of requests: what ends a connection, too, is of the library's own.
+    of_http: type[Exception] = HfHubHTTPError.__bases__[0]
     try:
         folder = snapshot_download(
-            model.path, revision=model.revision, allow_patterns=list(patterns)
+            model.path,
+            revision=revision,
+            allow_patterns=[*_SMALL, *files],
+            ignore_patterns=["*/*"],  # other formats and earlier steps: stars match slashes too
         )
     except HFValidationError as error:
         raise ValueError(f"{model}: no folder here, and no id of Hugging Face's") from error
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        offline = " (offline: HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
-        raise ValueError(
-            f"{model}: no folder here, and Hugging Face did not give it{offline}: "
-            f"{str(error).splitlines()[0].removeprefix('Got: ')}"
-        ) from error
+    except (of_http, OSError) as error:
+        raise ValueError(f"{model}: {_why_not(model, error)}") from error
     return Path(folder)
+
+
+def _why_not(model: ModelRef, error: Exception) -> str:
+    from huggingface_hub import constants, errors
+
+    if isinstance(error, errors.GatedRepoError):
+        page = f"{constants.ENDPOINT}/{model.path}"
+        return f"Hugging Face gives it to some alone; ask for access at {page}, and set HF_TOKEN"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return (
+            "no folder here, and no repository of Hugging Face's, or a private one, which asks for "
+            "HF_TOKEN"
+        )
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"Hugging Face has {model.path}, but no revision {model.revision!r} of it"
+    if constants.HF_HUB_OFFLINE:
+        return (
+            "no folder here, and Hugging Face's cache lacks it, or a part of it (HF_HUB_OFFLINE is "
+            "set, nothing is fetched)"
+        )
+    lines = str(error).splitlines() or [type(error).__name__]
+    return f"no folder here, and Hugging Face did not give it: {lines[0].removeprefix('Got: ')}"

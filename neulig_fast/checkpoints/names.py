@@ -42,6 +42,10 @@ def layer_counts(names: Iterable[str]) -> dict[str, int]:
     return counts
 
 
-def is_before_layers(name: str) -> bool:
-    """Whether a tensor of no layer belongs to what runs before them, such as an embedding."""
-    return any(word in name.lower() for word in _FIRST)
+def is_before_layers(name: str, more: Iterable[str] = ()) -> bool:
+    """Whether a tensor of no layer belongs to what runs before them, such as an embedding.
+
+    Args:
+        more: parts of names that tell so too.
+    """
+    return any(word in name.lower() for word in (*_FIRST, *more))

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from .._checks import did_you_mean, raise_all
 from ..methods import Method
 from .parameters import Scope, look_up
-from .recipe import ModelRef, Recipe, Source
+from .recipe import ModelRef, Part, Recipe, Slice, Source
 
 
 class Piece(NamedTuple):
@@ -38,32 +38,27 @@ class Piece(NamedTuple):
 
 
 def pieces_of(recipe: Recipe, method: Method) -> list[Piece]:
-    """All slices, in order.
+    """All slices of all modules, in order.
 
     Raises:
         ValueError: models that the method cannot merge, a parity that it does not have; all.
     """
-    if set(recipe.parts) != {""}:
-        raise ValueError(
-            f"merge: modules must be default alone, the whole of a model, got "
-            f"{', '.join(recipe.parts)}: which tensors others have is in mergekit's table of "
-            "architectures. models merges the tensors of all modules at once, and filters, parts "
-            "of tensors' names, give each its parameters (a weight of 0 leaves a model out)"
-        )
-    part = recipe.parts[""]
-    pieces = []
-    for piece in part.slices:
-        base = piece.base or part.base or recipe.base
-        experts = piece.sources
-        if method.base != "one more":
-            experts = tuple(source for source in experts if source.model != base)
-        scopes = (piece.parameters, part.parameters, recipe.parameters)
-        beside = tuple(_beside(source, scopes, method.beside) for source in experts)
-        base = None if method.base == "one more" else base
-        pieces.append(Piece(experts, base, scopes, beside, piece.sources))
+    named = ((part, piece) for part in recipe.parts.values() for piece in part.slices)
+    pieces = [_piece(recipe, part, piece, method) for part, piece in named]
     faults = [fault for piece in pieces for fault in _model_faults(piece, method)]
     raise_all("merge", dict.fromkeys([*faults, *_word_faults(recipe, method)]))
     return pieces
+
+
+def _piece(recipe: Recipe, part: Part, piece: Slice, method: Method) -> Piece:
+    base = piece.base or part.base or recipe.base
+    experts = piece.sources
+    if method.base != "one more":
+        experts = tuple(source for source in experts if source.model != base)
+    scopes = (piece.parameters, part.parameters, recipe.parameters)
+    beside = tuple(_beside(source, scopes, method.beside) for source in experts)
+    base = None if method.base == "one more" else base
+    return Piece(experts, base, scopes, beside, piece.sources)
 
 
 def models_beside(recipe: Recipe, method: Method) -> list[ModelRef]:

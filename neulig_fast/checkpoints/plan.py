@@ -7,28 +7,41 @@ here and listed at once.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from .._checks import did_you_mean, one_line_each, raise_all
-from ..methods import Method, Task
-from . import dtypes, names, parameters
-from .checkpoint import Checkpoint
-from .headers import Entry
-from .layout import Beside, Layout, Output, lay_out
-from .pieces import Piece, parity_of, pieces_of, scope_of
+from .._checks import one_line_each, raise_all
+from ..methods import Method
+from . import names
+from .layout import Beside, Layout, lay_out
+from .modules import ANY, Models, Own, split
+from .pieces import scope_of
 from .planned import Planned
+from .planner import Planner
 from .recipe import ModelRef, Recipe
 from .whole import Whole, as_one
 
-_SHOWN = 20  # faults of a kind; a wrong model would have thousands
+
+class Layers(NamedTuple):
+    """Their number, for ``config.json``.
+
+    Attributes:
+        keys: where it may be; a dot leads into a section.
+        anew: whether it is told to a file that has none of the keys, whose model would take a
+            number by default.
+    """
+
+    keys: tuple[str, ...]
+    number: int
+    anew: bool
 
 
 class Plan(NamedTuple):
     """All tensors in the order in which they are read: that of the donor's files.
 
     Attributes:
-        donor: the model whose names, configuration and tokenizer the result has.
+        donor: the model whose configuration and tokenizer the result has.
+        layers: of modules, or of a model with one stack of them.
         warnings: what is worth knowing, in words.
         whole: all tensors as one, where the method's scope is the model.
     """
@@ -37,7 +50,7 @@ class Plan(NamedTuple):
     tensors: tuple[Planned, ...]
     layout: Layout
     donor: ModelRef
-    layers: Mapping[str, int]
+    layers: tuple[Layers, ...]
     warnings: tuple[str, ...]
     whole: Whole | None = None
 
@@ -50,7 +63,7 @@ class Plan(NamedTuple):
 def make_plan(
     recipe: Recipe,
     method: Method,
-    models: Mapping[ModelRef, Checkpoint],
+    models: Models,
     shard_bytes: int,
     seed: int = 0,
 ) -> Plan:
@@ -63,236 +76,40 @@ def make_plan(
     Raises:
         ValueError: everything that is wrong.
     """
-    planner = _Planner(recipe, method, models, seed)
-    tensors, whole = planner.tensors(), None
-    planner.check()
+    owns, left_out = split(recipe, models)
+    planners = [Planner(own, method, seed) for own in owns]
+    each = [list(planner.tensors()) for planner in planners]
+    raise_all("merge", one_line_each(dict.fromkeys(f for p in planners for f in p.faults)))
+    tensors, whole = [tensor for own in each for tensor in own], None
     if scope_of(recipe, method) == "model":
         tensors, whole = as_one(method, tensors)
-    layout = lay_out([t.output for t in tensors], shard_bytes, planner.aside(tensors))
+    layout = lay_out([t.output for t in tensors], shard_bytes, _aside(method, planners, tensors))
+    layers = (found for own, made in zip(owns, each, strict=True) for found in _layers(own, made))
+    warned = tuple(dict.fromkeys([*(w for p in planners for w in p.warnings), *left_out]))
+    donor = planners[0].donor
+    return Plan(method, tuple(tensors), layout, donor, tuple(layers), warned, whole)
+
+
+def _layers(own: Own, tensors: Sequence[Planned]) -> Iterator[Layers]:
     counts = names.layer_counts(tensor.output.name for tensor in tensors)
-    warned = tuple(dict.fromkeys(planner.warnings))
-    return Plan(method, tuple(tensors), layout, planner.donor, counts, warned, whole)
+    if len(counts) == 1 and own.module.layers:
+        yield Layers(own.module.layers, next(iter(counts.values())), own.module is not ANY)
 
 
-class _Planner:
-    """Collects planned tensors, faults and warnings."""
+def _aside(
+    method: Method, planners: Sequence[Planner], tensors: Sequence[Planned]
+) -> Beside | None:
+    """The file of what the method writes besides.
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        method: Method,
-        models: Mapping[ModelRef, Checkpoint],
-        seed: int,
-    ) -> None:
-        self.recipe, self.method, self.models, self.seed = recipe, method, models, seed
-        self._faults: dict[tuple[str, str, str], None] = {}  # before, name, after
-        self.warnings = [*recipe.warnings, *(n for m in models.values() for n in m.notes)]
-        self.parity, self.pieces = parity_of(recipe, method), pieces_of(recipe, method)
-        first = self.pieces[0]
-        self.donor = first.base or recipe.base or first.experts[0].model
-
-    # -- tensors ----------------------------------------------------------------------------------
-
-    def tensors(self) -> list[Planned]:
-        """Everything of the result, in the order of the donor's files."""
-        if len(self.pieces) == 1 and all(s.layers is None for s in self.pieces[0].experts):
-            return list(self._whole(self.pieces[0]))
-        return list(self._sliced())
-
-    def _whole(self, piece: Piece) -> Iterator[Planned]:
-        donor = self.models[self.donor]
-        counts = names.layer_counts(donor.entries)
-        self._report_names(piece, donor.entries)
-        for name, entry in donor.entries.items():
-            parts = names.split(name)
-            at = parameters.depth(parts and parts.layer, counts[parts.stack] if parts else 0)
-            yield from self._named(name, entry, piece, at)
-
-    def _named(self, name: str, like: Entry, piece: Piece, at: float) -> Iterator[Planned]:
-        """A tensor that has the same name everywhere."""
-        found = [self._entry(source.model, name) for source in piece.experts]
-        base = self._entry(piece.base, name) if piece.base is not None else None
-        yield from self._tensor(name, like, piece, found, base, at)
-
-    def _sliced(self) -> Iterator[Planned]:
-        """Layers of all slices one after the other; what is of no layer from the ends."""
-        counts = {model: self._stack(model) for model in self._used()}
-        self.check()
-        entries = self.models[self.donor].entries.items()
-        plain = [(name, entry) for name, entry in entries if names.split(name) is None]
-        for name, entry in plain:
-            if names.is_before_layers(name):
-                yield from self._named(name, entry, self.pieces[0], 0.0)
-        first = 0
-        for piece in self.pieces:
-            ranges = [s.layers or (0, counts[s.model][1]) for s in piece.layered]
-            length = ranges[0][1] - ranges[0][0]
-            yield from self._layers(piece, ranges, counts, first)
-            first += length
-        for name, entry in plain:
-            if not names.is_before_layers(name):
-                yield from self._named(name, entry, self.pieces[-1], 0.0)
-
-    def _layers(
-        self,
-        piece: Piece,
-        ranges: Sequence[tuple[int, int]],
-        counts: Mapping[ModelRef, tuple[str, int]],
-        first: int,
-    ) -> Iterator[Planned]:
-        lead = piece.experts[0].model
-        entries = self.models[lead].entries
-        start = ranges[0][0]
-        length = ranges[0][1] - start
-        for name, entry in entries.items():
-            parts = names.split(name)
-            if parts is None or not start <= parts.layer < ranges[0][1]:
-                continue
-            layer = parts.layer - start
-            found = [
-                self._entry(s.model, parts._replace(stack=counts[s.model][0]).at(a + layer))
-                for s, (a, _) in zip(piece.layered, ranges, strict=True)
-            ]
-            base = found.pop() if piece.base is not None else None
-            at = parameters.depth(layer, length)
-            yield from self._tensor(parts.at(first + layer), entry, piece, found, base, at)
-
-    def _used(self) -> list[ModelRef]:
-        used = [s.model for piece in self.pieces for s in piece.experts]
-        used += [piece.base for piece in self.pieces if piece.base is not None]
-        return list(dict.fromkeys([self.donor, *used]))
-
-    def _stack(self, model: ModelRef) -> tuple[str, int]:
-        """The one stack of layers of a model that slices are cut from, and its layers."""
-        counts = names.layer_counts(self.models[model].entries)
-        if len(counts) != 1:
-            found = ", ".join(f"{stack}0..{n - 1}" for stack, n in counts.items()) or "none"
-            self._fault(f"slices need models with one stack of layers; {model} has {found}")
-            return "", 0
-        stack, layers = next(iter(counts.items()))
-        for piece in self.pieces:
-            for source in piece.layered:
-                if source.model == model and source.layers and source.layers[1] > layers:
-                    self._fault(
-                        f"layer_range {list(source.layers)} of {model}, which has {layers} layers"
-                    )
-        return stack, layers
-
-    # -- one tensor -------------------------------------------------------------------------------
-
-    def _entry(self, model: ModelRef, name: str) -> Entry | None:
-        entry = self.models[model].entries.get(name)
-        if entry is None:
-            self._fault(f"{model} has no ", repr(name))
-        return entry
-
-    def _tensor(
-        self,
-        name: str,
-        like: Entry,
-        piece: Piece,
-        found: Sequence[Entry | None],
-        base: Entry | None,
-        at: float,
-    ) -> Iterator[Planned]:
-        beside = self._beside(like, piece, found)
-        wanted = [*found, *([base] if piece.base is not None else []), *beside]
-        sources = [entry for entry in wanted if entry is not None]
-        if len(sources) < len(wanted) or not self._agree(name, sources, piece):
-            return
-        if not dtypes.is_float(like.dtype) or like.elements == 0:
-            yield Planned(None, (like,), like.dtype, Output(name, like.dtype, like.shape))
-            return
-        settings = self._settings(name, piece, at)
-        if settings is None:
-            return
-        task = Task(
-            name=name,
-            shape=like.shape,
-            models=len(found),
-            base=base is not None,
-            settings=settings,
-            dtype=dtypes.common([source.held for source in sources]),
-            seed=self.seed,
-            parity=self.parity,
-        )
-        for fault in self.method.faults(task):
-            self._fault("", repr(name), f": {fault}")
-        stored = self.recipe.out_dtype or self.recipe.dtype
-        dtype = dtypes.TO_FORMAT[stored] if stored else like.like or like.dtype
-        outputs = self.method.aside.outputs(task) if self.method.aside is not None else ()
-        also = tuple(Output(*output) for output in outputs)
-        yield Planned(
-            task, tuple(sources), task.dtype, Output(name, dtype, like.shape), beside=also
-        )
-
-    def aside(self, tensors: Sequence[Planned]) -> Beside | None:
-        """The file of what the method writes besides."""
-        if self.method.aside is None:
-            return None
-        experts = json.dumps([str(source.model) for source in self.pieces[0].experts])
-        metadata = {"format": self.method.aside.format, "experts": experts}
-        return Beside(
-            self.method.aside.file, metadata, [output for t in tensors for output in t.beside]
-        )
-
-    def _beside(
-        self, like: Entry, piece: Piece, found: Sequence[Entry | None]
-    ) -> list[Entry | None]:
-        """What is read beside the experts' tensors, where they are merged."""
-        pairs = zip(piece.beside, found, strict=True) if dtypes.is_float(like.dtype) else ()
-        return [self._entry(model, own.name) for model, own in pairs if model and own]
-
-    def _agree(self, name: str, sources: Sequence[Entry], piece: Piece) -> bool:
-        shapes = {entry.shape for entry in sources}
-        kinds = {dtypes.is_float(entry.dtype) for entry in sources}
-        models = [*(s.model for s in piece.experts), piece.base, *piece.beside]
-        each = list(zip(filter(None, models), sources, strict=False))
-        if len(shapes) > 1:
-            got = ", ".join(f"{list(entry.shape)} in {model}" for model, entry in each)
-            hint = "; another vocabulary?" if names.is_before_layers(name) else ""
-            self._fault("", repr(name), f" must have one shape, got {got}{hint}")
-        if len(kinds) > 1:
-            got = ", ".join(f"{entry.dtype} in {model}" for model, entry in each)
-            self._fault("", repr(name), f" must be of floats in all models or in none, got {got}")
-        return len(shapes) == len(kinds) == 1
-
-    def _settings(self, name: str, piece: Piece, at: float) -> dict[str, object] | None:
-        """Values of all parameters of the method for a tensor; None if one has a fault."""
-        found: dict[str, object] = {}
-        right = True
-        for key, parameter in self.method.parameters.items():
-            whose = [(s.parameters, f" for {s.model}") for s in piece.experts]
-            values = []
-            for own, whom in whose if parameter.each else [({}, "")]:
-                value = parameters.look_up(key, name, at, (own, *piece.scopes), parameter.default)
-                faults = list(parameter.faults(value)) if value is not None else ["is missing"]
-                for fault in faults:
-                    self._fault(f"{key}{whom} {fault}")
-                right = right and not faults
-                values.append(value)
-            found[key] = values if parameter.each else values[0]
-        return found if right else None
-
-    # -- faults -----------------------------------------------------------------------------------
-
-    def _report_names(self, piece: Piece, known: Mapping[str, Entry]) -> None:
-        """Tensors that the donor lacks would be lost."""
-        for source in piece.experts:
-            extra = [name for name in self.models[source.model].entries if name not in known]
-            for name in extra:
-                if name.endswith("lm_head.weight"):
-                    self.warnings.append(
-                        f"{source.model} has {name!r}, {self.donor} ties it to its embedding: "
-                        "the result does so too"
-                    )
-                else:
-                    hint = did_you_mean(name, known) if len(extra) <= _SHOWN else ""
-                    self._fault(f"{self.donor} has no ", repr(name), f", {source.model} has{hint}")
-
-    def _fault(self, before: str, name: str = "", after: str = "") -> None:
-        self._faults[before, name, after] = None
-
-    def check(self) -> None:
-        """ValueError, if anything is wrong so far."""
-        raise_all("merge", one_line_each(self._faults))
+    Raises:
+        ValueError: it would be of other models in one slice than in another.
+    """
+    if method.aside is None:
+        return None
+    file, pieces = method.aside.file, [piece for p in planners for piece in p.pieces]
+    every = list(dict.fromkeys(tuple(str(s.model) for s in p.experts) for p in pieces))
+    if len(every) > 1:
+        got = " and ".join(f"({', '.join(experts)})" for experts in every)
+        raise ValueError(f"merge: {file} needs the same models in all slices, got {got}")
+    metadata = {"format": method.aside.format, "experts": json.dumps(every[0])}
+    return Beside(file, metadata, [output for t in tensors for output in t.beside])

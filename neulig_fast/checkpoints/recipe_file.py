@@ -26,7 +26,7 @@ _TOP = (
     *("merge_method", "models", "slices", "modules", "base_model", "parameters", "dtype"),
     *("out_dtype", "tokenizer_source", "tokenizer", "chat_template", "name", "neulig_fast"),
 )
-_PART = ("models", "slices", "parameters", "base_model")
+_PART = ("models", "slices", "parameters", "base_model", "merge_method")
 _SLICE = ("sources", "base_model", "residual_weight", "parameters")
 _MODEL = ("model", "parameters")
 _SOURCE = ("model", "layer_range", "parameters")
@@ -157,6 +157,8 @@ class _Reader:
             self.faults.append(f"modules: must be a mapping of modules, got {modules!r}")
             return {}
         found = {str(n): self.module(f"modules.{n}", part) for n, part in modules.items()}
+        for name, part in modules.items():
+            self.whole_merge(f"modules.{name}", part, content)
         return {"": found[_WHOLE]} if set(found) == {_WHOLE} else found
 
     def module(self, place: str, value: Any) -> Part:
@@ -171,6 +173,19 @@ class _Reader:
             self.model(_at(place, "base_model"), section.get("base_model")),
             self.parameters(_at(place, "parameters"), section.get("parameters")),
         )
+
+    def whole_merge(self, place: str, value: Any, content: Mapping[str, Any]) -> None:
+        """Of what is of the whole merge: another method, another base in one module."""
+        section = value if isinstance(value, Mapping) else {}
+        outer = {key: content.get(key) for key in ("merge_method", "base_model")}
+        own = {key: section[key] for key in outer if section.get(key, outer[key]) != outer[key]}
+        if "merge_method" in own:
+            self.faults.append(
+                f"{place}.merge_method: all modules have one method, {outer['merge_method']!r} "
+                f"(in mergekit too, which does not read it here), got {own['merge_method']!r}"
+            )
+        if "base_model" in own:
+            self.warnings.append(f"{place}.base_model: is read, which mergekit does not do here")
 
     def part(self, place: str, section: Mapping[str, Any]) -> Part:
         if section.get("models") is not None:
@@ -277,4 +292,9 @@ def _at(place: str, key: Any) -> str:
 
 def _is_range(value: Any) -> bool:
     pair = isinstance(value, list) and len(value) == 2
-    return pair and all(type(n) is int for n in value) and 0 <= value[0] < value[1]
+    # [0, 0] is of a module without layers.
+    return (
+        pair
+        and all(type(n) is int for n in value)
+        and (0 <= value[0] < value[1] or value == [0, 0])
+    )

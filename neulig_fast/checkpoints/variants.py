@@ -68,16 +68,24 @@ def resolved(content: Mapping[str, Any], variant: Variant, method: Method) -> di
         model = ModelRef.parse(entry["model"])
         return _with(entry, _over(each, variant.models.get(model, {})))
 
-    if found.get("models") is not None:
-        found["models"] = [source(entry) for entry in found["models"]]
-    if found.get("slices") is not None:
-        found["slices"] = [
-            # What a slice says of its own would win over the file's outermost parameters.
-            _with(piece, {n: v for n, v in whole.items() if n in (piece.get("parameters") or {})})
-            | {"sources": [source(entry) for entry in piece["sources"]]}
-            for piece in found["slices"]
-        ]
-    return _with(found, whole) | ({"neulig_fast": ours} if ours else {})
+    def own(section: Mapping[str, Any]) -> dict[str, Any]:
+        """What a slice or a module says of its own would win over the outermost parameters."""
+        named = section.get("parameters") or {}
+        return _with(section, {n: v for n, v in whole.items() if n in named})
+
+    def part(section: dict[str, Any]) -> dict[str, Any]:
+        if section.get("models") is not None:
+            section["models"] = [source(entry) for entry in section["models"]]
+        if section.get("slices") is not None:
+            section["slices"] = [
+                own(piece) | {"sources": [source(entry) for entry in piece["sources"]]}
+                for piece in section["slices"]
+            ]
+        return section
+
+    if found.get("modules") is not None:
+        found["modules"] = {name: part(own(m)) for name, m in found["modules"].items()}
+    return _with(part(found), whole) | ({"neulig_fast": ours} if ours else {})
 
 
 def text(content: Mapping[str, Any]) -> bytes:
