@@ -8,6 +8,7 @@ import importlib
 import io
 import os
 import sys
+import types
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from typing import Any
@@ -568,6 +569,82 @@ def test_what_regmean_does_not_take() -> None:
     broken = [{"a": g["a"].clone().fill_(torch.nan)} for g in grams]
     assert same(result(fast.function, params, broken), result(original, params, broken))
     assert len(fast.counts().passed) >= 3 and taken(fast) == 0
+
+
+STATISTICS = {
+    f"{METHOD}.regmean.clip_regmean:RegMeanAlgorithmForCLIP": "batches",
+    f"{METHOD}.regmean.gpt2_regmean:RegMeanAlgorithmForGPT2": "batches",
+    f"{METHOD}.regmean_plusplus.clip_regmean_plusplus:RegMeanAlgorithmForCLIPPlusPlus": "layer",
+}
+
+
+class Attention(nn.Module):
+    """Three layers of one input, one of an input that changes in place, one wider than a block."""
+
+    def __init__(self, width: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        for name in ("q", "k", "v", "o", "up"):
+            setattr(self, name, nn.Linear(width, width, dtype=dtype))
+        self.down = nn.Linear(2 * width, 3, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mixed = self.q(x) + self.k(x) * self.v(x)
+        self.o(mixed)
+        mixed.mul_(2)
+        return self.down(torch.cat([self.up(mixed), mixed], -1).relu())
+
+
+def gathered(where: str, function: Callable[..., Any], model: nn.Module, batches: Any) -> Any:
+    """What ``get_regmean_weights`` finds of a model, with an owner that has all it asks for."""
+    fabric = types.SimpleNamespace(setup=lambda x: x, setup_dataloaders=lambda x: batches)
+    settings = {"num_regmean_examples": 8, "batch_size": 4, "num_workers": 0}
+    owner = types.SimpleNamespace(
+        fabric=fabric, clip_processor=None, dataloader_kwargs={}, **settings,
+        config=types.SimpleNamespace(**settings),
+        compute_logits=lambda model, batch, task: model(batch),
+        layer_batches_forward=lambda layer, given: [layer(x) for x in given],
+    )  # fmt: skip
+    layers = {name: x for name, x in model.named_modules() if isinstance(x, nn.Linear)}
+    data = batches if STATISTICS[where] == "layer" else [0]
+    with torch.no_grad(), contextlib.redirect_stderr(io.StringIO()):
+        return function(owner, "task", model, data, linear_modules_to_merge=layers)
+
+
+@pytest.mark.parametrize("where", STATISTICS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("width", [5, 200])  # of two and more blocks of columns
+def test_regmean_gathers_what_the_original_does(where: str, dtype: torch.dtype, width: int) -> None:
+    original, fast = pair(f"{where}.get_regmean_weights", "accurate")
+    torch.manual_seed(10)
+    model = Attention(width, dtype)
+    batches = [torch.randn(4, t, width).to(dtype) for t in (7, 3, 5)]  # the third is one too many
+    working = gathered(where, original, model, batches)
+    got = gathered(where, fast.function, model, batches)
+    oracle = gathered(where, original, copy.deepcopy(model).double(), [x.double() for x in batches])
+    assert list(got) == list(working) and fast.counts() == (1, {})
+    for name, gram in got.items():
+        if dtype is torch.bfloat16 or width == 5:  # the original's product, for some made once
+            assert same(gram, working[name])
+        else:
+            testing.assert_within_rule(gram, working[name], oracle[name], terms=48)
+    assert same(got["q"], got["v"]) and not any(x._forward_hooks for x in model.modules())
+
+
+def test_regmean_makes_one_product_of_one_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    from neulig_fast.compat.fusion_bench import _regmean_statistics
+
+    made: list[Tensor] = []
+    square = _regmean_statistics._square
+    monkeypatch.setattr(_regmean_statistics, "_square", lambda x: made.append(x) or square(x))
+    (where, *_) = STATISTICS
+    _, fast = pair(f"{where}.get_regmean_weights", "accurate")
+    batches = [torch.randn(8, 3, 200)]
+    gathered(where, fast.function, Attention(200, torch.float32), batches)
+    assert [x.shape[1] for x in made] == [200, 200, 200, 400]  # q, k and v; o; up; down
+    made.clear()
+    with torch.inference_mode():  # where nothing tells whether an input has changed
+        gathered(where, fast.function, Attention(200, torch.float32), [batches[0].clone()])
+    assert len(made) == 6
 
 
 def test_copies_are_the_same_functions() -> None:

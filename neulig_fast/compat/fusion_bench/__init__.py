@@ -24,13 +24,15 @@ from . import (
     _masks,
     _merged_models,
     _regmean,
+    _regmean_statistics,
     _state_dicts,
     _ties,
     _wudi,
 )
 
 _PARTS = (
-    _merged_models, _ties, _copies, _experts, _state_dicts, _regmean, _wudi, _masks,
+    _merged_models, _ties, _copies, _experts, _state_dicts, _regmean, _regmean_statistics, _wudi,
+    _masks,
 )  # fmt: skip
 _PATCHED = {
     "TiesMerging": "ties_merging.ties_merging:TiesMergingAlgorithm",
