@@ -11,11 +11,14 @@ import sys
 import types
 from collections.abc import Callable, Iterator
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from packaging.version import Version
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import neulig_fast as nf
@@ -483,6 +486,72 @@ def test_dare_keeps_its_share_and_follows_the_generator() -> None:
     result(fast.function, everything, 1, True)
     assert everything.isnan().all()  # 0 / 0, the original's
     assert fast.counts().passed == {"a share to drop that is not in [0, 1)": 1}
+
+
+# -- readers --------------------------------------------------------------------------------------
+
+READER = "fusion_bench.utils.lazy_state_dict:LazyStateDict._load_tensor_from_checkpoint_file"
+
+
+def checkpoint(folder: Path, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    torch.manual_seed(12)
+    state = {f"layer.{i}.weight": torch.randn(3, 4).to(dtype) for i in range(9)}
+    save_file(state, folder / "model.safetensors")
+    return state
+
+
+@pytest.mark.parametrize("parity", ["exact", "accurate"])
+@pytest.mark.parametrize("options", [{}, {"cache_state_dict": True}, {"torch_dtype": "bfloat16"}],
+                         ids=str)  # fmt: skip
+def test_a_file_is_opened_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parity: str, options: dict[str, Any]
+) -> None:
+    from fusion_bench.utils.lazy_state_dict import LazyStateDict
+
+    from neulig_fast.compat.fusion_bench import _readers
+
+    state, opened, safe_open = checkpoint(tmp_path), [], _readers.safe_open
+    monkeypatch.setattr(
+        _readers, "safe_open", lambda path, **how: opened.append(path) or safe_open(path, **how)
+    )
+    expected = dict(LazyStateDict(str(tmp_path), **options).items())
+    with nf.patch("fusion_bench", parity) as patch:
+        lazy = LazyStateDict(str(tmp_path), **options)
+        assert same(dict(lazy.items()), expected)
+        if not options:
+            lazy["layer.0.weight"].zero_()  # nobody else's
+            assert same(lazy["layer.0.weight"], state["layer.0.weight"])
+        with pytest.raises(KeyError):
+            lazy["none"]
+        assert patch.stats()[READER].passed == {} and patch.stats()[READER].taken >= 9
+    assert opened == [str(tmp_path / "model.safetensors")]
+    before = len(_readers._OPEN)
+    del lazy
+    assert len(_readers._OPEN) == before - 1
+
+
+def test_a_file_that_has_changed_is_read_anew(tmp_path: Path) -> None:
+    from fusion_bench.utils.lazy_state_dict import LazyStateDict
+
+    checkpoint(tmp_path)
+    with nf.patch("fusion_bench") as patch:
+        lazy = LazyStateDict(str(tmp_path))
+        assert lazy["layer.1.weight"].dtype == torch.float32
+        save_file({"layer.1.weight": torch.ones(2)}, tmp_path / "other")
+        (tmp_path / "other").replace(tmp_path / "model.safetensors")
+        assert lazy["layer.1.weight"].tolist() == [1, 1]
+        with pytest.raises(SafetensorError):
+            lazy["layer.2.weight"]
+        (tmp_path / "model.safetensors").unlink()
+        with pytest.raises(FileNotFoundError):
+            lazy._load_tensor_from_checkpoint_file(str(tmp_path / "model.safetensors"), "x")
+        torch.save({"x": torch.ones(3)}, tmp_path / "pytorch_model.bin")
+        read = lazy._load_tensor_from_checkpoint_file(str(tmp_path / "pytorch_model.bin"), "x")
+        assert read.tolist() == [1, 1, 1]
+        assert patch.stats()[READER].passed == {
+            "a file that cannot be read": 1,
+            "a file that is no safetensors file": 1,
+        }
 
 
 # -- RegMean, copies ------------------------------------------------------------------------------

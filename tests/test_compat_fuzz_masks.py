@@ -112,6 +112,17 @@ def test_merges_of_mergekit(
         assert compared("mergekit", where, method, group, **known) or left
 
 
+@often
+@given(stacks(), st.sampled_from(["sum", "count", "loudest"]), st.booleans())
+@example(ORDINARY, "count", True)
+@needs("mergekit")
+def test_signs_of_mergekit(rows: Tensor, method: str, small: bool) -> None:
+    where = "mergekit.merge_methods.generalized_task_arithmetic:get_mask"
+    kind = torch.int8 if small else None
+    left = not ordinary(rows) or method == "loudest" or rows.ndim < 2
+    assert taken("mergekit", where, rows, method, kind) or left
+
+
 # -- FusionBench's masks ---------------------------------------------------------------------------
 
 

@@ -6,11 +6,14 @@ import contextlib
 import functools
 import importlib
 import io
+import tempfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from neulig_fast import testing
@@ -29,6 +32,7 @@ _TALL = f"{_METHOD}.tall_mask.utils:generate_task_masks"
 _DARE = f"{_METHOD}.dare.utils:param_random_drop_"
 _WUDI = f"{_METHOD}.wudi.wudi:wudi_merging"
 _REGMEAN = f"{_METHOD}.regmean.regmean:merging_with_regmean_weights"
+_READER = "fusion_bench.utils.lazy_state_dict:LazyStateDict._load_tensor_from_checkpoint_file"
 _STATISTICS = f"{_METHOD}.regmean.clip_regmean:RegMeanAlgorithmForCLIP.get_regmean_weights"
 
 
@@ -219,6 +223,18 @@ def statistics(samples: int, tokens: int, width: int) -> Callable[[], Any]:
     return silent(call)
 
 
+def reader(shape: Shape) -> Callable[[], Any]:
+    """All tensors of a file, one after the other."""
+    folder = tempfile.TemporaryDirectory()
+    save_file(states(shape)[0], Path(folder.name) / "model.safetensors")
+    kind = importlib.import_module(_READER.split(":")[0]).LazyStateDict
+
+    def call() -> list[Tensor]:
+        return [1 * tensor for tensor in kind(folder.name).values()]  # read, not promised
+
+    return call
+
+
 # -- what is compared -----------------------------------------------------------------------------
 
 
@@ -273,6 +289,7 @@ def cases() -> Iterator[Case]:
         yield made(_EMR, make=partial(emr, shape), check=check_bits)
         yield made(_WUDI, make=partial(wudi, samples[2]), terms=4 * samples[2])
         yield made(_REGMEAN, make=partial(regmean, samples[2]), check=check_close)
+        yield made(_READER, make=partial(reader, shape), check=check_bits)
         yield made(_STATISTICS, make=partial(statistics, *samples), terms=samples[0] * samples[1])
         yield flat(_TALL, make=partial(masks, width), check=check_bits)
         yield flat(_DARE, make=partial(drop, width), check=check_share)
