@@ -488,6 +488,53 @@ def test_dare_keeps_its_share_and_follows_the_generator() -> None:
     assert fast.counts().passed == {"a share to drop that is not in [0, 1)": 1}
 
 
+# -- Pareto merging -------------------------------------------------------------------------------
+
+PARETO = f"{METHOD}.pwe_moe.module:ParetoWeightEnsemblingModule"
+
+
+def pareto(dtype: torch.dtype, body: Callable[[], nn.Module], **options: Any) -> Any:
+    torch.manual_seed(13)
+    kind = importlib.import_module(PARETO.split(":")[0]).ParetoWeightEnsemblingModule
+    made = kind(body(), [body() for _ in range(3)], **options).to(dtype)
+    made._set_preference_vector(torch.tensor([0.2, 0.5, 0.3], dtype=dtype))
+    return made
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_preference_merges_as_the_original_does(dtype: torch.dtype) -> None:
+    original, fast = pair(f"{PARETO}._merge_state_dict", "accurate")
+    results = []
+    for function, kind in ((fast.function, dtype), (original, dtype), (original, torch.float64)):
+        model = pareto(dtype, mlp).to(kind)
+        model.preference_vector = model.preference_vector.to(kind)
+        merged = function(model)
+        sum(x.double().square().sum() for x in merged.values()).backward()
+        results.append(
+            (list(merged), [*merged.values(), *(p.grad for p in model.gate.parameters())])
+        )
+    (names, got), (others, working), (_, oracle) = results
+    assert names == others and fast.counts() == (1, {})
+    for x, y, z in zip(got, working, oracle, strict=True):
+        testing.assert_within_rule(x, y, z, terms=sum(x.numel() for x in got))
+
+
+def test_what_a_preference_does_not_take() -> None:
+    original, fast = pair(f"{PARETO}._merge_state_dict", "accurate")
+    cases = {
+        "a gradient": pareto(torch.float32, mlp, fix_base_model_and_experts=False),
+        "tensors that are no fp32, bf16, fp16 or fp64": pareto(
+            torch.float32, lambda: nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+        ),
+    }
+    for model in cases.values():
+        assert same(result(fast.function, model), result(original, model))
+    (model, *_) = cases.values()
+    model.preference_vector = None
+    assert result(fast.function, model) == result(original, model)
+    assert fast.counts() == (0, {**dict.fromkeys(cases, 1), "no preference vector": 1})
+
+
 # -- readers --------------------------------------------------------------------------------------
 
 READER = "fusion_bench.utils.lazy_state_dict:LazyStateDict._load_tensor_from_checkpoint_file"
