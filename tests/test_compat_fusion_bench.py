@@ -9,6 +9,7 @@ import io
 import os
 import sys
 import types
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
@@ -271,6 +272,74 @@ def test_experts_of_other_structures_go_to_the_original() -> None:
     shared = experts_module(True, tied)
     assert same(result(fast.function, shared, x), result(original, shared, x))
     assert fast.counts().passed["tied parameters"] == 1 and taken(fast) == 0
+
+
+# -- RankOne-MoE ----------------------------------------------------------------------------------
+
+RANK_ONE = "fusion_bench.models.rankone_moe:RankOneMoE"
+
+
+def two_layers(between: nn.Module | None = None) -> nn.Module:
+    """With the names that RankOne-MoE knows."""
+    layers = {"fc1": nn.Linear(6, 9), "between": between or nn.GELU(), "fc2": nn.Linear(9, 6)}
+    return nn.Sequential(OrderedDict(layers))
+
+
+def rank_one(batch_first: bool, body: Callable[[], nn.Module], **options: Any) -> Any:
+    torch.manual_seed(14)
+    kind = importlib.import_module(RANK_ONE.split(":")[0]).RankOneMoE
+    options = {"rank_k": 2, "svd_accelerator": None, **options}
+    return kind(6, body(), [body() for _ in range(3)], batch_first=batch_first, **options)
+
+
+@pytest.mark.parametrize("select", [-1, 3])
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("layers", [1, 2])
+def test_ranks_of_a_batch_in_one_pass(batch_first: bool, layers: int, select: int) -> None:
+    original, fast = pair(f"{RANK_ONE}.forward", "accurate")
+
+    def run(function: Callable[..., Any], dtype: torch.dtype) -> list[Tensor]:
+        options = {"router_hidden_layers": layers, "select_k": select}
+        model = rank_one(batch_first, two_layers, **options).to(dtype)
+        generator = torch.Generator().manual_seed(15)
+        x = torch.randn(4, 5, 6, generator=generator, dtype=torch.float64).to(dtype)
+        y = function(model, x.requires_grad_())
+        (y.double() ** 2).sum().backward()
+        assert model._merged_state_dict is None
+        return [y.detach(), x.grad, *(p.grad for p in model.gate.parameters())]
+
+    oracle, working = run(original, torch.float64), run(original, torch.float32)
+    for got, other, exact in zip(run(fast.function, torch.float32), working, oracle, strict=True):
+        testing.assert_within_rule(got, other, exact, terms=200)
+    assert fast.counts() == (1, {})
+
+
+def test_ranks_that_go_to_the_original() -> None:
+    original, fast = pair(f"{RANK_ONE}.forward", "accurate")
+    x = torch.randn(4, 5, 6)
+    cases = {
+        "one merge for all samples": rank_one(True, two_layers, batch_reduce=True),
+        "a base model with Softplus in it": rank_one(True, lambda: two_layers(nn.Softplus())),
+        "dropout": rank_one(True, lambda: two_layers(nn.Dropout(0.5))),
+        "a base model whose layers are not fc1 and fc2": rank_one(
+            True, lambda: two_layers(nn.Linear(9, 9))
+        ),
+        "a gate of another kind, or not of one weight per expert": rank_one(True, two_layers),
+        "tensors of several dtypes, or on several devices": rank_one(True, two_layers).double(),
+        "16-bit tensors, whose products of low rank are rounded twice": rank_one(
+            True, two_layers
+        ).bfloat16(),
+    }
+    for reason, model in cases.items():
+        if reason.startswith("a gate"):
+            model.gate.fc2 = nn.Linear(6, 9)
+        given = x.bfloat16() if reason.startswith("16-bit") else x
+        outcomes = []
+        for function in (fast.function, original):
+            torch.manual_seed(0)
+            outcomes.append(result(function, model, given))
+        assert same(*outcomes)
+    assert fast.counts() == (0, dict.fromkeys(cases, 1))
 
 
 # -- TIES -----------------------------------------------------------------------------------------
