@@ -8,13 +8,18 @@ import importlib
 import io
 import os
 import sys
+import types
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from packaging.version import Version
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import neulig_fast as nf
@@ -269,6 +274,74 @@ def test_experts_of_other_structures_go_to_the_original() -> None:
     assert fast.counts().passed["tied parameters"] == 1 and taken(fast) == 0
 
 
+# -- RankOne-MoE ----------------------------------------------------------------------------------
+
+RANK_ONE = "fusion_bench.models.rankone_moe:RankOneMoE"
+
+
+def two_layers(between: nn.Module | None = None) -> nn.Module:
+    """With the names that RankOne-MoE knows."""
+    layers = {"fc1": nn.Linear(6, 9), "between": between or nn.GELU(), "fc2": nn.Linear(9, 6)}
+    return nn.Sequential(OrderedDict(layers))
+
+
+def rank_one(batch_first: bool, body: Callable[[], nn.Module], **options: Any) -> Any:
+    torch.manual_seed(14)
+    kind = importlib.import_module(RANK_ONE.split(":")[0]).RankOneMoE
+    options = {"rank_k": 2, "svd_accelerator": None, **options}
+    return kind(6, body(), [body() for _ in range(3)], batch_first=batch_first, **options)
+
+
+@pytest.mark.parametrize("select", [-1, 3])
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("layers", [1, 2])
+def test_ranks_of_a_batch_in_one_pass(batch_first: bool, layers: int, select: int) -> None:
+    original, fast = pair(f"{RANK_ONE}.forward", "accurate")
+
+    def run(function: Callable[..., Any], dtype: torch.dtype) -> list[Tensor]:
+        options = {"router_hidden_layers": layers, "select_k": select}
+        model = rank_one(batch_first, two_layers, **options).to(dtype)
+        generator = torch.Generator().manual_seed(15)
+        x = torch.randn(4, 5, 6, generator=generator, dtype=torch.float64).to(dtype)
+        y = function(model, x.requires_grad_())
+        (y.double() ** 2).sum().backward()
+        assert model._merged_state_dict is None
+        return [y.detach(), x.grad, *(p.grad for p in model.gate.parameters())]
+
+    oracle, working = run(original, torch.float64), run(original, torch.float32)
+    for got, other, exact in zip(run(fast.function, torch.float32), working, oracle, strict=True):
+        testing.assert_within_rule(got, other, exact, terms=200)
+    assert fast.counts() == (1, {})
+
+
+def test_ranks_that_go_to_the_original() -> None:
+    original, fast = pair(f"{RANK_ONE}.forward", "accurate")
+    x = torch.randn(4, 5, 6)
+    cases = {
+        "one merge for all samples": rank_one(True, two_layers, batch_reduce=True),
+        "a base model with Softplus in it": rank_one(True, lambda: two_layers(nn.Softplus())),
+        "dropout": rank_one(True, lambda: two_layers(nn.Dropout(0.5))),
+        "a base model whose layers are not fc1 and fc2": rank_one(
+            True, lambda: two_layers(nn.Linear(9, 9))
+        ),
+        "a gate of another kind, or not of one weight per expert": rank_one(True, two_layers),
+        "tensors of several dtypes, or on several devices": rank_one(True, two_layers).double(),
+        "16-bit tensors, whose products of low rank are rounded twice": rank_one(
+            True, two_layers
+        ).bfloat16(),
+    }
+    for reason, model in cases.items():
+        if reason.startswith("a gate"):
+            model.gate.fc2 = nn.Linear(6, 9)
+        given = x.bfloat16() if reason.startswith("16-bit") else x
+        outcomes = []
+        for function in (fast.function, original):
+            torch.manual_seed(0)
+            outcomes.append(result(function, model, given))
+        assert same(*outcomes)
+    assert fast.counts() == (0, dict.fromkeys(cases, 1))
+
+
 # -- TIES -----------------------------------------------------------------------------------------
 
 
@@ -484,6 +557,119 @@ def test_dare_keeps_its_share_and_follows_the_generator() -> None:
     assert fast.counts().passed == {"a share to drop that is not in [0, 1)": 1}
 
 
+# -- Pareto merging -------------------------------------------------------------------------------
+
+PARETO = f"{METHOD}.pwe_moe.module:ParetoWeightEnsemblingModule"
+
+
+def pareto(dtype: torch.dtype, body: Callable[[], nn.Module], **options: Any) -> Any:
+    torch.manual_seed(13)
+    kind = importlib.import_module(PARETO.split(":")[0]).ParetoWeightEnsemblingModule
+    made = kind(body(), [body() for _ in range(3)], **options).to(dtype)
+    made._set_preference_vector(torch.tensor([0.2, 0.5, 0.3], dtype=dtype))
+    return made
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_preference_merges_as_the_original_does(dtype: torch.dtype) -> None:
+    original, fast = pair(f"{PARETO}._merge_state_dict", "accurate")
+    results = []
+    for function, kind in ((fast.function, dtype), (original, dtype), (original, torch.float64)):
+        model = pareto(dtype, mlp).to(kind)
+        model.preference_vector = model.preference_vector.to(kind)
+        merged = function(model)
+        sum(x.double().square().sum() for x in merged.values()).backward()
+        results.append(
+            (list(merged), [*merged.values(), *(p.grad for p in model.gate.parameters())])
+        )
+    (names, got), (others, working), (_, oracle) = results
+    assert names == others and fast.counts() == (1, {})
+    for x, y, z in zip(got, working, oracle, strict=True):
+        testing.assert_within_rule(x, y, z, terms=sum(x.numel() for x in got))
+
+
+def test_what_a_preference_does_not_take() -> None:
+    original, fast = pair(f"{PARETO}._merge_state_dict", "accurate")
+    cases = {
+        "a gradient": pareto(torch.float32, mlp, fix_base_model_and_experts=False),
+        "tensors that are no fp32, bf16, fp16 or fp64": pareto(
+            torch.float32, lambda: nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+        ),
+    }
+    for model in cases.values():
+        assert same(result(fast.function, model), result(original, model))
+    (model, *_) = cases.values()
+    model.preference_vector = None
+    assert result(fast.function, model) == result(original, model)
+    assert fast.counts() == (0, {**dict.fromkeys(cases, 1), "no preference vector": 1})
+
+
+# -- readers --------------------------------------------------------------------------------------
+
+READER = "fusion_bench.utils.lazy_state_dict:LazyStateDict._load_tensor_from_checkpoint_file"
+
+
+def checkpoint(folder: Path, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    torch.manual_seed(12)
+    state = {f"layer.{i}.weight": torch.randn(3, 4).to(dtype) for i in range(9)}
+    save_file(state, folder / "model.safetensors")
+    return state
+
+
+@pytest.mark.parametrize("parity", ["exact", "accurate"])
+@pytest.mark.parametrize("options", [{}, {"cache_state_dict": True}, {"torch_dtype": "bfloat16"}],
+                         ids=str)  # fmt: skip
+def test_a_file_is_opened_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parity: str, options: dict[str, Any]
+) -> None:
+    from fusion_bench.utils.lazy_state_dict import LazyStateDict
+
+    from neulig_fast.compat.fusion_bench import _readers
+
+    state, opened, safe_open = checkpoint(tmp_path), [], _readers.safe_open
+    monkeypatch.setattr(
+        _readers, "safe_open", lambda path, **how: opened.append(path) or safe_open(path, **how)
+    )
+    expected = dict(LazyStateDict(str(tmp_path), **options).items())
+    with nf.patch("fusion_bench", parity) as patch:
+        lazy = LazyStateDict(str(tmp_path), **options)
+        assert same(dict(lazy.items()), expected)
+        if not options:
+            lazy["layer.0.weight"].zero_()  # nobody else's
+            assert same(lazy["layer.0.weight"], state["layer.0.weight"])
+        with pytest.raises(KeyError):
+            lazy["none"]
+        assert patch.stats()[READER].passed == {} and patch.stats()[READER].taken >= 9
+    assert opened == [str(tmp_path / "model.safetensors")]
+    before = len(_readers._OPEN)
+    del lazy
+    assert len(_readers._OPEN) == before - 1
+
+
+def test_a_file_that_has_changed_is_read_anew(tmp_path: Path) -> None:
+    from fusion_bench.utils.lazy_state_dict import LazyStateDict
+
+    checkpoint(tmp_path)
+    with nf.patch("fusion_bench") as patch:
+        lazy = LazyStateDict(str(tmp_path))
+        assert lazy["layer.1.weight"].dtype == torch.float32
+        save_file({"layer.1.weight": torch.ones(2)}, tmp_path / "other")
+        (tmp_path / "other").replace(tmp_path / "model.safetensors")
+        assert lazy["layer.1.weight"].tolist() == [1, 1]
+        with pytest.raises(SafetensorError):
+            lazy["layer.2.weight"]
+        (tmp_path / "model.safetensors").unlink()
+        with pytest.raises(FileNotFoundError):
+            lazy._load_tensor_from_checkpoint_file(str(tmp_path / "model.safetensors"), "x")
+        torch.save({"x": torch.ones(3)}, tmp_path / "pytorch_model.bin")
+        read = lazy._load_tensor_from_checkpoint_file(str(tmp_path / "pytorch_model.bin"), "x")
+        assert read.tolist() == [1, 1, 1]
+        assert patch.stats()[READER].passed == {
+            "a file that cannot be read": 1,
+            "a file that is no safetensors file": 1,
+        }
+
+
 # -- RegMean, copies ------------------------------------------------------------------------------
 
 REGMEAN = (f"{METHOD}.regmean.regmean", f"{METHOD}.regmean_plusplus.regmean_plusplus")
@@ -568,6 +754,82 @@ def test_what_regmean_does_not_take() -> None:
     broken = [{"a": g["a"].clone().fill_(torch.nan)} for g in grams]
     assert same(result(fast.function, params, broken), result(original, params, broken))
     assert len(fast.counts().passed) >= 3 and taken(fast) == 0
+
+
+STATISTICS = {
+    f"{METHOD}.regmean.clip_regmean:RegMeanAlgorithmForCLIP": "batches",
+    f"{METHOD}.regmean.gpt2_regmean:RegMeanAlgorithmForGPT2": "batches",
+    f"{METHOD}.regmean_plusplus.clip_regmean_plusplus:RegMeanAlgorithmForCLIPPlusPlus": "layer",
+}
+
+
+class Attention(nn.Module):
+    """Three layers of one input, one of an input that changes in place, one wider than a block."""
+
+    def __init__(self, width: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        for name in ("q", "k", "v", "o", "up"):
+            setattr(self, name, nn.Linear(width, width, dtype=dtype))
+        self.down = nn.Linear(2 * width, 3, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mixed = self.q(x) + self.k(x) * self.v(x)
+        self.o(mixed)
+        mixed.mul_(2)
+        return self.down(torch.cat([self.up(mixed), mixed], -1).relu())
+
+
+def gathered(where: str, function: Callable[..., Any], model: nn.Module, batches: Any) -> Any:
+    """What ``get_regmean_weights`` finds of a model, with an owner that has all it asks for."""
+    fabric = types.SimpleNamespace(setup=lambda x: x, setup_dataloaders=lambda x: batches)
+    settings = {"num_regmean_examples": 8, "batch_size": 4, "num_workers": 0}
+    owner = types.SimpleNamespace(
+        fabric=fabric, clip_processor=None, dataloader_kwargs={}, **settings,
+        config=types.SimpleNamespace(**settings),
+        compute_logits=lambda model, batch, task: model(batch),
+        layer_batches_forward=lambda layer, given: [layer(x) for x in given],
+    )  # fmt: skip
+    layers = {name: x for name, x in model.named_modules() if isinstance(x, nn.Linear)}
+    data = batches if STATISTICS[where] == "layer" else [0]
+    with torch.no_grad(), contextlib.redirect_stderr(io.StringIO()):
+        return function(owner, "task", model, data, linear_modules_to_merge=layers)
+
+
+@pytest.mark.parametrize("where", STATISTICS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("width", [5, 200])  # of two and more blocks of columns
+def test_regmean_gathers_what_the_original_does(where: str, dtype: torch.dtype, width: int) -> None:
+    original, fast = pair(f"{where}.get_regmean_weights", "accurate")
+    torch.manual_seed(10)
+    model = Attention(width, dtype)
+    batches = [torch.randn(4, t, width).to(dtype) for t in (7, 3, 5)]  # the third is one too many
+    working = gathered(where, original, model, batches)
+    got = gathered(where, fast.function, model, batches)
+    oracle = gathered(where, original, copy.deepcopy(model).double(), [x.double() for x in batches])
+    assert list(got) == list(working) and fast.counts() == (1, {})
+    for name, gram in got.items():
+        if dtype is torch.bfloat16 or width == 5:  # the original's product, for some made once
+            assert same(gram, working[name])
+        else:
+            testing.assert_within_rule(gram, working[name], oracle[name], terms=48)
+    assert same(got["q"], got["v"]) and not any(x._forward_hooks for x in model.modules())
+
+
+def test_regmean_makes_one_product_of_one_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    from neulig_fast.compat.fusion_bench import _regmean_statistics
+
+    made: list[Tensor] = []
+    square = _regmean_statistics._square
+    monkeypatch.setattr(_regmean_statistics, "_square", lambda x: made.append(x) or square(x))
+    (where, *_) = STATISTICS
+    _, fast = pair(f"{where}.get_regmean_weights", "accurate")
+    batches = [torch.randn(8, 3, 200)]
+    gathered(where, fast.function, Attention(200, torch.float32), batches)
+    assert [x.shape[1] for x in made] == [200, 200, 200, 400]  # q, k and v; o; up; down
+    made.clear()
+    with torch.inference_mode():  # where nothing tells whether an input has changed
+        gathered(where, fast.function, Attention(200, torch.float32), [batches[0].clone()])
+    assert len(made) == 6
 
 
 def test_copies_are_the_same_functions() -> None:

@@ -134,6 +134,26 @@ def test_ram_is_exact_in_blocks(models: int, dtype: torch.dtype) -> None:
     assert counts(patch, "ram_merge.implementation") == (1, {})
 
 
+@pytest.mark.parametrize("models", [1, 2, 7])
+@each_dtype
+def test_the_majority_of_signs_is_exact_in_blocks(models: int, dtype: torch.dtype) -> None:
+    where = "mergekit.merge_methods.generalized_task_arithmetic"
+    module = importlib.import_module(where)
+    delta = torch.stack(family(150_007, experts=models, dtype=dtype)[1:]).view(models, 11, -1)
+    delta[:, :, ::5] = (2 * delta[:, :, ::5]).round()  # sums of zero among them
+    delta[0, 0, 1:4] = torch.tensor([torch.inf, torch.nan, -0.0])
+    calls = [(method, kind) for method in ("sum", "count") for kind in (None, torch.int8)]
+    expected = [module.get_mask(delta, *call) for call in calls]
+    for parity in ("exact", "accurate"):
+        with nf.patch("mergekit", parity) as patch:
+            got = [module.get_mask(delta, *call) for call in calls]
+            with pytest.raises(RuntimeError, match="Unimplemented mask method"):
+                module.get_mask(delta, "loudest")
+            module.get_mask(delta[:, 0, 0].clone())
+        assert all(map(torch.equal, got, expected))
+        assert counts(patch, "get_mask") == (4, {"no axis but that of the models": 1})
+
+
 @pytest.mark.parametrize("t", [0.3, 0.0, -1.0, 1e9])
 @each_dtype
 def test_nearswap_is_exact_in_blocks(t: float, dtype: torch.dtype) -> None:

@@ -275,6 +275,20 @@ def test_della_that_keeps_all_or_nothing(tmp_path: Path) -> None:
     assert all(torch.equal(got[name], states[-1][name]) for name in SHAPES)
 
 
+@pytest.mark.parametrize("size", [1e-20, 1.0])
+@pytest.mark.parametrize("method", ["ties", "breadcrumbs", "dare_linear", "della_linear"])
+def test_sums_of_next_to_nothing_are_not_made_up_for(
+    tmp_path: Path, method: str, size: float
+) -> None:
+    """As mergekit has it, which for magnitudes that sum to less than 1e-7 leaves what is kept."""
+    d = normal(1, 4, 50) * size
+    each = [{"weight": 1, "density": 0.5}]
+    got = of_one(tmp_path, method, d, each, rescale=True)[None]
+    scale = float(d.abs().double().sum() / d[got != 0].abs().double().sum()) if size == 1 else 1.0
+    assert 0.3 < float((got != 0).double().mean()) < 0.7
+    assert torch.allclose(got, torch.where(got != 0, d * scale, 0), rtol=1e-5, atol=0)
+
+
 def test_della_restores_the_sum_of_magnitudes(tmp_path: Path) -> None:
     d = normal(1, 30, 40)
     got = of_one(tmp_path, "della_linear", d, [{"weight": 1, "density": 0.3}])

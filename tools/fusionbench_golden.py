@@ -33,13 +33,26 @@ sys.path[:] = [path for path in sys.path if not (Path(path) / "neulig_fast").is_
 State = dict[str, Tensor]
 
 
-def random_numbers(names: Sequence[str], base: State, models: int) -> list[State]:
-    """Of every model's elements, uniform: an element is kept where 1 - density is less. They go by
-    the place in the whole model, whose tensors have the order ``names``."""
-    elements = sum(base[name].numel() for name in names)
-    streams = Task("", (elements,), models, True, {}).streams()
-    flat = [1 - words(0, 0, elements, torch.tensor(s)).double() / 2**32 for s in streams]
-    parts = (numbers.split([base[name].numel() for name in names]) for numbers in flat)
+def random_numbers(name: str, elements: int, models: int) -> list[Tensor]:
+    """Of a tensor's elements, uniform, for every model: one is kept where 1 - density is less."""
+    streams = Task(name, (elements,), models, True, {}).streams()
+    return [1 - words(0, 0, elements, torch.tensor(s)).double() / 2**32 for s in streams]
+
+
+def of_tensors(names: Sequence[str], base: State, models: int) -> list[State]:
+    """Random numbers that go by the place in each tensor."""
+    found: list[State] = [{} for _ in range(models)]
+    for name in names:
+        numbers = random_numbers(name, base[name].numel(), models)
+        for own, drawn in zip(found, numbers, strict=True):
+            own[name] = drawn.view_as(base[name])
+    return found
+
+
+def of_model(names: Sequence[str], base: State, models: int) -> list[State]:
+    """By the place in the whole model, whose tensors have the order ``names``."""
+    sizes = [base[name].numel() for name in names]
+    parts = (numbers.split(sizes) for numbers in random_numbers("", sum(sizes), models))
     return [{n: x.view_as(base[n]) for n, x in zip(names, part, strict=True)} for part in parts]
 
 
@@ -57,7 +70,11 @@ def drop(recipe: dict[str, Any], deltas: list[State], numbers: list[State]) -> l
 def merged(recipe: dict[str, Any], base: State, models: list[State], names: Sequence[str]) -> State:
     from fusion_bench.method.emr_merging.utils import emr_merge
     from fusion_bench.method.ties_merging import ties_merging_utils as ties
-    from fusion_bench.utils.state_dict_arithmetic import state_dict_add, state_dict_sub
+    from fusion_bench.utils.state_dict_arithmetic import (
+        state_dict_add,
+        state_dict_sub,
+        state_dict_sum,
+    )
 
     parameters = recipe["parameters"]
     scale = parameters.get("lambda", 1.0)
@@ -65,11 +82,15 @@ def merged(recipe: dict[str, Any], base: State, models: list[State], names: Sequ
     if recipe["merge_method"] == "emr":
         unified, _, _ = emr_merge(deltas)
         return state_dict_add(base, {name: scale * delta for name, delta in unified.items()})
+    if recipe["merge_method"] == "dare_linear":
+        deltas = drop(recipe, deltas, of_tensors(names, base, len(models)))
+        change = state_dict_sum(deltas)
+        return state_dict_add(base, {name: scale * delta for name, delta in change.items()})
     if recipe["merge_method"] == "task_arithmetic":
         return {n: t + scale * sum(delta[n] for delta in deltas) for n, t in base.items()}
     share = parameters["density"]
     if recipe["merge_method"] == "dare_ties":
-        deltas = drop(recipe, deltas, random_numbers(names, base, len(models)))
+        deltas = drop(recipe, deltas, of_model(names, base, len(models)))
         share = parameters["threshold"]
     flat = ties.state_dict_to_vector(base)
     vectors = torch.vstack([ties.state_dict_to_vector(delta) for delta in deltas])

@@ -6,10 +6,14 @@ import contextlib
 import functools
 import importlib
 import io
+import tempfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from neulig_fast import testing
@@ -28,6 +32,8 @@ _TALL = f"{_METHOD}.tall_mask.utils:generate_task_masks"
 _DARE = f"{_METHOD}.dare.utils:param_random_drop_"
 _WUDI = f"{_METHOD}.wudi.wudi:wudi_merging"
 _REGMEAN = f"{_METHOD}.regmean.regmean:merging_with_regmean_weights"
+_READER = "fusion_bench.utils.lazy_state_dict:LazyStateDict._load_tensor_from_checkpoint_file"
+_STATISTICS = f"{_METHOD}.regmean.clip_regmean:RegMeanAlgorithmForCLIP.get_regmean_weights"
 
 
 def looked_up(seam: str) -> Callable[..., Any]:
@@ -183,6 +189,52 @@ def regmean(width: int) -> Callable[[], Any]:
     return lambda: looked_up(_REGMEAN)(params, statistics, 0.9)
 
 
+class _Block(nn.Module):
+    """The linear layers of a transformer's block."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        for name in ("q", "k", "v", "o"):
+            setattr(self, name, nn.Linear(width, width))
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mixed = self.o(self.q(x) + self.k(x) + self.v(x))
+        return self.down(self.up(mixed).relu())
+
+
+def statistics(samples: int, tokens: int, width: int) -> Callable[[], Any]:
+    """RegMean's statistics of a block's layers, and its forward pass on one batch."""
+    torch.manual_seed(6)
+    block, batch = _Block(width), torch.randn(samples, tokens, width)
+    layers = {name: x for name, x in block.named_modules() if isinstance(x, nn.Linear)}
+    fabric = SimpleNamespace(setup=lambda x: x, setup_dataloaders=lambda x: [batch])
+    owner = SimpleNamespace(
+        fabric=fabric, clip_processor=None, dataloader_kwargs={}, num_regmean_examples=samples,
+        compute_logits=lambda model, given, task: model(given),
+    )  # fmt: skip
+    module = importlib.import_module(_STATISTICS.split(":")[0])
+
+    @torch.no_grad()
+    def call() -> Any:
+        method = module.RegMeanAlgorithmForCLIP.get_regmean_weights
+        return method(owner, "task", block, [0], layers)
+
+    return silent(call)
+
+
+def reader(shape: Shape) -> Callable[[], Any]:
+    """All tensors of a file, one after the other."""
+    folder = tempfile.TemporaryDirectory()
+    save_file(states(shape)[0], Path(folder.name) / "model.safetensors")
+    kind = importlib.import_module(_READER.split(":")[0]).LazyStateDict
+
+    def call() -> list[Tensor]:
+        return [1 * tensor for tensor in kind(folder.name).values()]  # read, not promised
+
+    return call
+
+
 # -- what is compared -----------------------------------------------------------------------------
 
 
@@ -237,6 +289,8 @@ def cases() -> Iterator[Case]:
         yield made(_EMR, make=partial(emr, shape), check=check_bits)
         yield made(_WUDI, make=partial(wudi, samples[2]), terms=4 * samples[2])
         yield made(_REGMEAN, make=partial(regmean, samples[2]), check=check_close)
+        yield made(_READER, make=partial(reader, shape), check=check_bits)
+        yield made(_STATISTICS, make=partial(statistics, *samples), terms=samples[0] * samples[1])
         yield flat(_TALL, make=partial(masks, width), check=check_bits)
         yield flat(_DARE, make=partial(drop, width), check=check_share)
 

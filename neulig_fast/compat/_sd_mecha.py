@@ -62,7 +62,7 @@ def filter_top_k(a: Tensor, k: float) -> Tensor:
     check_finite(a, below=_FAR)
     if not 0 <= k <= 1:
         raise Unsupported("a share k beyond 0 and 1")
-    threshold = _thresholds(a.view(1, -1), k)
+    (threshold,) = _thresholds(a.view(1, -1), k)
     return a * (a.abs() >= threshold).float()
 
 

@@ -69,6 +69,13 @@ def check_finite(*tensors: Tensor, below: float = torch.inf) -> None:
                 raise Unsupported("values that are not finite")
 
 
+def check_ranked(merged: Tensor) -> None:
+    """Unsupported for NaN in what was merged of the largest elements: sorts rank it above all
+    numbers, of which fewer are then kept; here it has no rank, and always gets through."""
+    if merged.numel() and merged.aminmax().min.isnan():
+        raise Unsupported("NaN, which takes the place of a number among the largest")
+
+
 def _unfit(x: Any) -> str | None:
     if not isinstance(x, Tensor):
         return "something else than tensors"

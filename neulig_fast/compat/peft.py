@@ -14,7 +14,7 @@ from .._autograd import has_tangent
 from ..ops import blend_lists, magnitude_select, merge_task_vectors
 from ._peft_svd import svd_adapter
 from ._seam import Host, Seam, Unsupported
-from ._tensors import check_alike, check_finite
+from ._tensors import check_alike, check_finite, check_ranked
 
 _ELECTIONS = {"total": "sum", "frequency": "count"}
 # The host adds up to so many tensors one after the other, more of them by fours in some columns.
@@ -103,6 +103,8 @@ def _merged(
     merged = merge_task_vectors(
         rows, weights.detach().to(_checks.accumulation_dtype(rows.dtype)), out_dtype=dtype, **rules
     )
+    if "lower" in rules:
+        check_ranked(merged)
     return merged.view(like.shape)
 
 
@@ -115,7 +117,8 @@ def _task_arithmetic(exactly: bool) -> Callable[..., Tensor]:
             _take_exactly(task_tensors, dtype)
         factors = weights.detach().to(_checks.accumulation_dtype(dtype))
         lists = [[tensor.detach().contiguous()] for tensor in task_tensors]
-        return blend_lists(factors, lists, dtype)[0]
+        (merged,) = blend_lists(factors, lists, dtype)
+        return merged.add_(0.0) if exactly else merged  # the host's sums of negative zeros are 0
 
     return task_arithmetic
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _BOUNDS = ("lower", "upper")
+_LEAST = 1e-7  # sums of magnitudes below it mergekit does not make up for
 
 
 class Kept(NamedTuple):
@@ -111,13 +112,13 @@ def _rescaled(task: Task, rule: Mapping[str, Any]) -> Measure:
     if task.parity != "mergekit":
         return Kept(rule, [1 / d if d > 0 else 1.0 for d in task.each("density")])
     before, after = (yield Statistic(lambda tile: _magnitude_sums(tile, rule))).unbind()
-    return Kept(rule, restoring(before, after))
+    return Kept(rule, restoring(before, after).tolist())
 
 
-def restoring(before: Tensor, after: Tensor) -> list[float]:
-    """What task vectors whose magnitudes sum to ``after``, (N,), have to be multiplied by to have
-    the sums ``before`` again; 1 where nothing is left."""
-    return (before / after.where(after > 0, before.where(before > 0, 1))).tolist()
+def restoring(before: Tensor, after: Tensor) -> Tensor:
+    """(N,): what task vectors whose magnitudes sum to ``after`` have to be multiplied by to have
+    the sums ``before`` again; 1 where either is next to nothing."""
+    return (before / after).masked_fill((before < _LEAST) | (after < _LEAST), 1.0)
 
 
 def _magnitude_sums(tile: Tile, rule: Mapping[str, Any]) -> Tensor:

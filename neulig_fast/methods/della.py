@@ -43,7 +43,7 @@ def _draw(task: Task) -> Measure:
     if not task.value("rescale") or task.parity != "mergekit":
         return Drawn(cut)
     before, after = (yield Statistic(lambda tile: _sums(task, tile, cut))).unbind()
-    return Drawn(cut, restoring(before, after))
+    return Drawn(cut, restoring(before, after).tolist())
 
 
 def _sums(task: Task, tile: Tile, cut: Mapping[int, Tensor]) -> Iterator[Tensor]:

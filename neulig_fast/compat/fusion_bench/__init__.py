@@ -23,14 +23,18 @@ from . import (
     _experts,
     _masks,
     _merged_models,
+    _rank_one,
+    _readers,
     _regmean,
+    _regmean_statistics,
     _state_dicts,
     _ties,
     _wudi,
 )
 
 _PARTS = (
-    _merged_models, _ties, _copies, _experts, _state_dicts, _regmean, _wudi, _masks,
+    _merged_models, _ties, _copies, _experts, _state_dicts, _regmean, _regmean_statistics, _wudi,
+    _masks, _rank_one, _readers,
 )  # fmt: skip
 _PATCHED = {
     "TiesMerging": "ties_merging.ties_merging:TiesMergingAlgorithm",

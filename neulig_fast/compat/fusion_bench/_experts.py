@@ -71,7 +71,7 @@ def forward(self: Any, hidden_states: Tensor) -> Tensor:
         raise Unsupported("hidden states that are not (B, T, D), or empty")
     if torch.is_autocast_enabled(hidden_states.device.type):
         raise Unsupported("autocast")
-    _check_gate(self.gate, len(self.task_vectors))
+    check_gate(self.gate, len(self.task_vectors))
     mixture = _Mixture(self.base_model, self.task_vectors, hidden_states)
     weights = self.gate(_gate_input(self, hidden_states))
     mixture.coef = weights.mean(dim=1 if self.batch_first else 0)
@@ -82,7 +82,7 @@ def forward(self: Any, hidden_states: Tensor) -> Tensor:
     return result if self.batch_first else result.transpose(0, 1)
 
 
-def _check_gate(gate: nn.Module, experts: int) -> None:
+def check_gate(gate: nn.Module, experts: int) -> None:
     """Unsupported unless it makes one weight per expert, which is known before it runs."""
     last = getattr(gate, _LAST.get(type(gate).__name__, ""), None)
     if not isinstance(last, nn.Linear) or last.out_features != experts:
@@ -105,7 +105,7 @@ class _Mixture(TorchFunctionMode):
 
     def __init__(self, base: nn.Module, task_vectors: Sequence[nn.Module], x: Tensor) -> None:
         super().__init__()
-        _check_structure(base)
+        check_structure(base)
         names = [name for name, layer in base.named_modules() if isinstance(layer, nn.Linear)]
         try:
             layers = [[m.get_submodule(name) for m in (base, *task_vectors)] for name in names]
@@ -130,7 +130,7 @@ class _Mixture(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _check_structure(base: nn.Module) -> None:
+def check_structure(base: nn.Module) -> None:
     """Unsupported unless the base is linear layers and functions of single elements or rows."""
     for module in base.modules():
         kind = type(module)

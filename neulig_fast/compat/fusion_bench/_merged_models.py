@@ -1,6 +1,6 @@
-"""AdaMerging's models: LayerWiseMergedModel and TaskWiseMergedModel.
+"""AdaMerging's models, LayerWiseMergedModel and TaskWiseMergedModel, and Pareto merging's modules.
 
-    theta[p] = base[p] + sum_i w[i, p] tau_i[p]          arXiv 2310.02575
+    theta[p] = base[p] + sum_i w[i, p] tau_i[p]          arXiv 2310.02575, 2406.09770
 
 The originals make a new tensor for every addition, and keep N of them per parameter for autograd;
 here it is one blend of the base, with weight 1, and the task vectors, with one pass back.
@@ -24,8 +24,9 @@ Merge = Callable[[Tensor, TensorLists], Sequence[Tensor]]
 
 
 def seams() -> list[Seam]:
-    """Of the two models."""
+    """Of the two models, and of the module whose weights a preference decides."""
     wrappers = "fusion_bench.models.wrappers"
+    pareto = "fusion_bench.method.pwe_moe.module:ParetoWeightEnsemblingModule"
     return [
         Seam(
             f"{wrappers}.layer_wise_fusion:LayerWiseMergedModel.merge_weights",
@@ -37,6 +38,7 @@ def seams() -> list[Seam]:
             _task_wise(without_gradient),
             _task_wise(blend_lists),
         ),
+        Seam(f"{pareto}._merge_state_dict", None, _by_preference),
     ]
 
 
@@ -68,6 +70,21 @@ def _task_wise(merge: Merge) -> Callable[..., Any]:
         return self._merged_state_dict
 
     return merge_weights
+
+
+def _by_preference(self: Any) -> dict[str, Tensor]:
+    """The original adds up task vectors before the base, which rounds otherwise."""
+    if self.preference_vector is None:
+        raise Unsupported("no preference vector")
+    state = self.base_model.state_dict(keep_vars=True)
+    experts = [*zip(*(stack.unbind() for stack in self.expert_params), strict=True)]
+    lists = as_lists([[*state.values()], *experts])
+    weights = self.gate(self.preference_vector)
+    check_plain(weights, grad=True)
+    if weights.shape != (len(experts),):
+        raise Unsupported("weights of another shape than (experts,)")
+    merged = blend_lists(torch.cat([weights.new_ones(1), weights]), lists)
+    return dict(zip(state, merged, strict=True))
 
 
 def _check(model: Any, mask: Any) -> None:

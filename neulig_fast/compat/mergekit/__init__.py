@@ -13,14 +13,15 @@ _METHODS = "mergekit.merge_methods"
 
 
 def _seams() -> list[Seam]:
-    arithmetic = f"{_METHODS}.generalized_task_arithmetic:GeneralizedTaskArithmeticMerge"
+    arithmetic = f"{_METHODS}.generalized_task_arithmetic"
+    mask = _elements.in_columns(importlib.import_module(arithmetic).get_mask)
     neulig, mudsc = _neulig.method(), _mudsc.method()
     ram = importlib.import_module(f"{_METHODS}.ram").ram_merge.implementation
     nearswap = importlib.import_module(f"{_METHODS}.nearswap").nearswap_merge.implementation
     return [
-        Seam(
-            f"{arithmetic}.merge_group", _task_vectors.merge_group_exact, _task_vectors.merge_group
-        ),
+        Seam(f"{arithmetic}:GeneralizedTaskArithmeticMerge.merge_group",
+             _task_vectors.merge_group_exact, _task_vectors.merge_group),
+        Seam(f"{arithmetic}:get_mask", mask, mask),
         Seam("mergekit.sparsify:sparsify", _sparsify.sparsify, _task_vectors.sparsify),
         Seam(f"{_METHODS}.linear:linear_merge.implementation", None, _elements.linear),
         Seam(f"{_METHODS}.slerp:slerp", None, _means.slerp),

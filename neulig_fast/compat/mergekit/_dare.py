@@ -18,10 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...methods._kept import restoring
 from ...ops import magnitude_sums, merge_task_vectors
 from ._rows import tiles
-
-_LEAST = 1e-7  # sums of magnitudes below it are not made up for
 
 
 def dare(settings: Mapping[str, Any], tensors: Sequence[Tensor], elected: bool) -> Tensor:
@@ -57,4 +56,4 @@ def _scales(flat: Sequence[Tensor], seed: int, draws: Mapping[str, Tensor]) -> T
         for x, own in zip(experts, each, strict=True)
     ]
     before, after = torch.cat(sums, -1)[0]
-    return torch.where((before < _LEAST) | (after < _LEAST), 1.0, before / after)
+    return restoring(before, after)

@@ -57,6 +57,23 @@ def in_blocks(original: Callable[..., Tensor], wide: bool = False) -> Callable[.
     return merge
 
 
+def in_columns(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """mergekit's majority of signs, likewise: all of its arithmetic is along the first axis."""
+
+    @functools.wraps(original)
+    def get_mask(delta: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        check_alike([delta])
+        if delta.ndim < 2:
+            raise Unsupported("no axis but that of the models")
+        rows = delta.view(len(delta), -1)
+        mask = torch.empty_like(rows, dtype=torch.bool)
+        for block in blocks(rows.shape[1], BLOCK):
+            mask[:, block] = original(rows[:, block], *args, **kwargs)
+        return mask.view(delta.shape)
+
+    return get_mask
+
+
 # -- RAM ------------------------------------------------------------------------------------------
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...methods import METHODS, Task
 from .._seam import Unsupported
-from .._tensors import check_alike, check_finite
+from .._tensors import check_alike, check_finite, check_ranked
 from . import _sparsify
 from ._dare import dare
 from ._rows import merged, word
@@ -102,7 +102,10 @@ def _merged(name: str, settings: Mapping[str, Any], tensors: list[Tensor]) -> Te
         return dare(settings, tensors, elected=name == "dare_ties")
     if name == "ties":
         settings["density"] = [_at_least_one(d, elements) for d in settings["density"]]
-    return merged(method, Task("", (elements,), len(tensors) - 1, True, settings), tensors)
+    result = merged(method, Task("", (elements,), len(tensors) - 1, True, settings), tensors)
+    if "density" in settings:
+        check_ranked(result)
+    return result
 
 
 def _at_least_one(density: float, elements: int) -> float:
