@@ -44,7 +44,7 @@ def test_too_little_memory_for_a_thread_is_found_before_anything_is_written(
     config = two_models(tmp_path, small=(9,), large=(3, BLOCK))
     # Of each element two rows in fp32, the result and what is converted in bf16.
     needed = BLOCK * (4 + 4 + 2 + 2) + 4 * 128
-    threads = (64 << 20) // needed + 1
+    threads = (64 << 20) // (needed + resources.THREAD) + 1
     options: dict[str, Any] = {"max_ram": "128M", "threads": threads}
     text = refusal(lambda: nf.merge(config, tmp_path / "out", **options))
     assert "merge: 'large' needs 768 KiB of memory in a thread" in text

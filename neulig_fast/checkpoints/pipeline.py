@@ -22,7 +22,7 @@ from ..methods import BLOCK, Method, Statistic, Tile
 from .measured import added, answer, applied
 from .planned import Planned
 from .read import Reader
-from .resources import Resources
+from .resources import Resources, in_pytorch
 from .workspace import Workspace, device_elements, tile_elements
 from .write import Staging
 
@@ -35,10 +35,7 @@ Job: TypeAlias = Sequence[Planned]  # a tensor of every output, from the same so
 
 def _streamed(device: torch.device) -> int:
     """Elements of a tile; a block where formulas in PyTorch take a multiple of it besides."""
-    from ..ops.merge_task_vectors import OP
-
-    native = OP.forced() != "torch" and OP.why_not("cpu", "cpu") is None
-    return _STREAMED if native or device.type != "cpu" else BLOCK
+    return BLOCK if in_pytorch(device) else _STREAMED
 
 
 class Stopped(Exception):
@@ -202,8 +199,8 @@ class _Tiles:
     """A tensor's tiles, read into a workspace and moved to the device.
 
     A tensor that is looked at first and fits as a whole is read once and stays. Tiles are small
-    ones, but where a tensor is looked at on a GPU, or a list of values of tiles was wanted: what is
-    merged are the same tiles then.
+    ones, but where a tensor is looked at on a GPU, or a list of values of tiles is wanted. What is
+    merged are the same tiles then, on a GPU or where they might have cut what the method computes.
     """
 
     def __init__(
@@ -224,7 +221,7 @@ class _Tiles:
         self._rows = self._views.rows
         if device.type != "cpu":
             self._rows = torch.empty_like(self._rows, device=device)
-        self._step = min(self._fits, _streamed(device))
+        self._step = min(self._fits, max(_streamed(device) // planned.grain, 1) * planned.grain)
         self._stays, self._known = False, 0  # how many elements were read to stay
 
     def merged(self) -> Iterator[Tile]:
@@ -270,19 +267,22 @@ class _Tiles:
     def measure(self, statistic: Statistic) -> Any:
         """A statistic of the tensor, as its ``over`` says."""
         if statistic.over == "whole":
-            self._stays = self._fits >= self._elements
+            room = min(self._fits, BLOCK) if in_pytorch(self._device) else self._fits
+            self._stays = room >= self._elements
             return statistic.of(next(self._tiles(self._fits))) if self._stays else None
         return self.answers([statistic])[0]
 
     def answers(self, statistics: Sequence[Statistic]) -> list[Any]:
         """Every statistic of the tensor, or of the tiles that it is of, as its ``over`` says."""
-        self._stays = self._fits >= self._elements
+        self._stays, step = self._fits >= self._elements, self._step
         if self._device.type != "cpu" or any(s.over == "tiles" for s in statistics):
-            self._step = self._fits
+            step = self._fits
+        if self._device.type != "cpu" or self._planned.grain != BLOCK:
+            self._step = step
         found: list[Any] = [[] if s.over == "tiles" else None for s in statistics]
         asked = [statistic.starts for statistic in statistics]
         every = None if None in asked else frozenset().union(*(s for s in asked if s is not None))
-        for tile in self._tiles(self._step, every):
+        for tile in self._tiles(step, every):
             for k, statistic in enumerate(statistics):
                 if statistic.starts is not None and tile.start not in statistic.starts:
                     continue
