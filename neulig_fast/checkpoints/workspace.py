@@ -118,7 +118,8 @@ def _constant_bytes(planned: Planned) -> int:
 def _mapped(memory: int) -> Tensor:
     """Bytes from the system itself, which has them back at once: the C library keeps what is freed
     for a thread's next wish, and once large memory was freed takes small wishes from the like."""
-    return torch.frombuffer(mmap.mmap(-1, max(memory, 1)), dtype=torch.uint8)[:memory]
+    own = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS  # what is shared has no large pages
+    return torch.frombuffer(mmap.mmap(-1, max(memory, 1), flags=own), dtype=torch.uint8)[:memory]
 
 
 class Workspace:
