@@ -17,9 +17,10 @@ from torch import Tensor
 
 import neulig_fast as nf
 from neulig_fast import testing
-from neulig_fast.checkpoints import tiles, workspace
+from neulig_fast.checkpoints import resources, tiles, workspace
 from neulig_fast.checkpoints.checkpoint import open_checkpoint
 from neulig_fast.checkpoints.manifest import verify
+from neulig_fast.checkpoints.prepared import prepare
 from neulig_fast.demo import llamas as samples
 
 State = Mapping[str, Tensor]
@@ -625,7 +626,10 @@ def test_a_merge_takes_the_memory_it_was_given(tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tiles, "tile_elements", spy)
         got = merged(config, tmp_path / "out", max_ram="128M", threads=1)["a"]
-    assert seen == [(min(seen[0][0], 12 * width), 64 << 20)]
+    (one,) = prepare(config)[0].plan.tensors
+    formulas = workspace.beside_bytes(one, resources.in_pytorch(torch.device("cpu")))
+    share = (64 << 20) - resources.THREAD - formulas
+    assert seen == [(min(seen[0][0], 12 * width), share)]
     assert seen[0][0] * 6 <= 64 << 20
     assert seen[0][0] < 12 * width
     whole = merged(config, tmp_path / "again", max_ram="1G")["a"]

@@ -250,6 +250,27 @@ def test_a_folder_with_other_files_is_refused(tmp_path: Path, config: dict[str, 
     assert (tmp_path / "out/thesis.tex").read_text() == "years of work"
 
 
+@pytest.mark.parametrize("several", [False, True])
+def test_two_merges_into_one_folder_do_not_run_at_once(
+    tmp_path: Path, config: dict[str, Any], several: bool
+) -> None:
+    """They would take each other's files for their own."""
+    if several:
+        config = config | {"neulig_fast": {"sweep": {"normalize": [False, True]}}}
+    folder, met = tmp_path / "out", []
+
+    def again(done: int, total: int) -> None:
+        files = sorted(path for path in folder.rglob("*"))
+        with pytest.raises(ValueError, match="out: another merge into it is running"):
+            nf.merge(config, folder, resume=len(met) % 2 == 0)
+        assert sorted(path for path in folder.rglob("*")) == files
+        met.append(done)
+
+    nf.merge(config, folder, threads=1, progress=again)
+    assert met
+    nf.merge(config, folder)  # and let go of it at the end
+
+
 def test_a_model_is_not_merged_into_its_own_folder(tmp_path: Path, config: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="which the merge reads and would replace"):
         nf.merge(config, tmp_path / "m0")

@@ -13,7 +13,7 @@ import torch
 
 import neulig_fast as nf
 from neulig_fast import _native
-from neulig_fast.checkpoints import merging, pipeline, resources, workspace
+from neulig_fast.checkpoints import merging, pipeline, resources, tiles, workspace
 from neulig_fast.checkpoints.headers import Entry
 from neulig_fast.checkpoints.layout import Output
 from neulig_fast.checkpoints.plan import Planned
@@ -44,7 +44,7 @@ def test_too_little_memory_for_a_thread_is_found_before_anything_is_written(
     config = two_models(tmp_path, small=(9,), large=(3, BLOCK))
     # Of each element two rows in fp32, the result and what is converted in bf16.
     needed = BLOCK * (4 + 4 + 2 + 2) + 4 * 128
-    threads = (64 << 20) // needed + 1
+    threads = (64 << 20) // (needed + resources.THREAD) + 1
     options: dict[str, Any] = {"max_ram": "128M", "threads": threads}
     text = refusal(lambda: nf.merge(config, tmp_path / "out", **options))
     assert "merge: 'large' needs 768 KiB of memory in a thread" in text
@@ -158,12 +158,12 @@ def test_the_tiles_of_a_merge_are_the_smaller_ones(
         asked.append(memory)
         return workspace.device_elements(one, memory)
 
-    monkeypatch.setattr(pipeline, "device_elements", spy)
+    monkeypatch.setattr(tiles, "device_elements", spy)
     monkeypatch.setattr(Resources, "device_share", 2 * BLOCK * (4 + 4 + 2))
     nf.merge(config, tmp_path / "tiles", threads=1)
     assert asked == [2 * BLOCK * (4 + 4 + 2)]
-    whole, tiles = (llamas.load(tmp_path / name)["large"] for name in ("whole", "tiles"))
-    assert torch.equal(whole, tiles)
+    whole, parts = (llamas.load(tmp_path / name)["large"] for name in ("whole", "tiles"))
+    assert torch.equal(whole, parts)
 
 
 @pytest.mark.parametrize("elements", [0, 1, BLOCK - 1, BLOCK, 3 * BLOCK + 1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import threading
 from pathlib import Path
@@ -90,6 +91,25 @@ def write_all(handle: int, data: bytes | memoryview, at: int | None = None) -> N
     while done < len(view):
         rest = view[done:]
         done += os.write(handle, rest) if at is None else os.pwrite(handle, rest, at + done)
+
+
+def locked(folder: Path) -> int:
+    """A handle of a folder that no other process works on; the system ends that with the process.
+
+    Raises:
+        ValueError: one does. File systems that have no such locks cannot tell.
+    """
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno == errno.EWOULDBLOCK:
+            os.close(handle)
+            raise ValueError(f"{folder}: another merge into it is running") from error
+        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.EBADF, errno.EINVAL):
+            os.close(handle)
+            raise
+    return handle
 
 
 def sync(path: Path) -> None:

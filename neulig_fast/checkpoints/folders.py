@@ -8,7 +8,9 @@ the next run of the same leaves those as they are. The note is removed when all 
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import resource
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,6 +20,7 @@ from typing import Any, NamedTuple
 from .._checks import raise_all
 from ..state_files import write_json
 from . import sizes
+from .disk import locked
 from .headers import INDEX, SINGLE
 from .layout import Layout
 from .manifest import MANIFEST, Manifest
@@ -53,6 +56,7 @@ class Folders:
         self.complete: tuple[str, ...] = ()
         self.warnings: tuple[str, ...] = ()
         self._several = "" not in stagings
+        self._lock = -1
         self._note = folder / STAGING / _NOTE
 
     def begin(self, resume: bool) -> None:
@@ -62,9 +66,22 @@ class Folders:
             resume: go on with interrupted runs of the same, else begin anew.
 
         Raises:
-            ValueError: a folder holds something else, all of them; nothing was begun.
+            ValueError: a folder holds something else, all of them, or another process is writing
+                there; nothing was begun.
             OSError: the disk is full, or a folder cannot be written.
         """
+        made = not self.folder.exists()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock = locked(self.folder)
+            self._begin(resume)
+        except (ValueError, OSError):
+            if made:
+                with contextlib.suppress(OSError):  # it is not empty
+                    self.folder.rmdir()
+            raise
+
+    def _begin(self, resume: bool) -> None:
         if self._several:
             self._look(resume)
         todo = self.todo()
@@ -102,6 +119,9 @@ class Folders:
         """Close all files; what was written stays for the next run."""
         for staging in self.stagings.values():
             staging.close()
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
 
     # -- several ----------------------------------------------------------------------------------
 

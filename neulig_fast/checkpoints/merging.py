@@ -17,7 +17,7 @@ from .prepared import Prepared, prepare
 from .ranks import Ranks, torchrun
 from .read import Reader
 from .report import MergeReport, OutputReport
-from .resources import Resources, Size, asked_for, capped, check_memory
+from .resources import Resources, Size, asked_for, capped, check_memory, for_tensors
 from .survey import Survey
 from .whole import known
 from .write import Staging
@@ -55,7 +55,8 @@ def merge(
         device: ``auto``, ``cpu``, ``cuda`` (all GPUs), ``cuda:1`` or ``cuda:0,cuda:2``: where
             tensors are merged. Threads are dealt round to several GPUs.
         max_vram: the most memory on each GPU; by default four fifths of what is free.
-        threads: that read, merge and write; by default as many as torch uses.
+        threads: that read, merge and write; by default as many as torch uses, or as there is
+            memory for.
         seed: of methods that drop elements at random.
         resume: go on with an interrupted merge of the same; else begin anew.
         progress: told of bytes done and of all bytes, from any thread.
@@ -162,8 +163,10 @@ def _resources(
     max_vram: Size | None,
 ) -> Resources:
     """What may be used, which is enough."""
+    tensors = [tensor for one in prepared for tensor in one.plan.tensors]
     found = asked_for(max_ram, device, threads, max_vram)
-    check_memory((tensor for one in prepared for tensor in one.plan.tensors), found)
+    found = for_tensors(tensors, found, fewer=threads is None)
+    check_memory(tensors, found)
     return found
 
 

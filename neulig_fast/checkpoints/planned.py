@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Container
 from typing import Any, NamedTuple
 
-from ..methods import Task
+from ..methods import BLOCK, Task
 from .headers import Entry
 from .layout import Output
 
@@ -32,6 +32,7 @@ class Planned(NamedTuple):
         output: its name, dtype and shape in the result.
         known: what was measured of the whole model, where the method's scope is that.
         beside: what is written besides, into a file of its own.
+        piece: of how many elements of each row the method's formulas hold numbers at once.
     """
 
     task: Task | None
@@ -40,6 +41,12 @@ class Planned(NamedTuple):
     output: Output
     known: Known | None = None
     beside: tuple[Output, ...] = ()
+    piece: int = 0
+
+    @property
+    def grain(self) -> int:
+        """Tiles are multiples of so many elements, but for the last."""
+        return self.piece or BLOCK
 
     @property
     def bytes(self) -> int:

@@ -172,9 +172,8 @@ class Planner:
         dtype = dtypes.TO_FORMAT[stored] if stored else like.like or like.dtype
         outputs = self.method.aside.outputs(task) if self.method.aside is not None else ()
         also = tuple(Output(*output) for output in outputs)
-        yield Planned(
-            task, tuple(sources), task.dtype, Output(name, dtype, like.shape), beside=also
-        )
+        output, own = Output(name, dtype, like.shape), self.method.piece(task)
+        yield Planned(task, tuple(sources), task.dtype, output, None, also, own)
 
     def _beside(
         self, like: Entry, piece: Piece, found: Sequence[Entry | None]

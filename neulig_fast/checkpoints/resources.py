@@ -10,12 +10,15 @@ import torch
 
 from .. import config_files
 from .._checks import raise_all
+from .._registry import OPS
 from . import sizes
 from .plan import Planned
-from .workspace import least_bytes, least_device_bytes
+from .workspace import beside_bytes, least_bytes, least_device_bytes
 
 Size = int | str
-OVERHEAD = 64 << 20  # bytes of the ceiling for everything but buffers
+OVERHEAD = 64 << 20  # bytes of the ceiling for everything but threads
+THREAD = 1 << 20  # bytes of a thread besides buffers and formulas: its stack, its small objects
+_OPS = ("magnitude_select", "magnitude_histogram", "magnitude_sums", "merge_task_vectors", "gram")
 _CPU = torch.device("cpu")
 
 
@@ -24,20 +27,22 @@ class Resources(NamedTuple):
 
     Attributes:
         threads: that read, merge and write.
-        memory: bytes of buffers, of all threads.
+        memory: bytes of all threads.
         devices: where tiles are merged, no more than threads.
         vram: bytes on each device, of all its threads; None where devices are not GPUs.
+        beside: bytes of a thread besides its buffers.
     """
 
     threads: int
     memory: int
     devices: tuple[torch.device, ...] = (_CPU,)
     vram: int | None = None
+    beside: int = 0
 
     @property
     def share(self) -> int:
         """Bytes of buffers of a thread."""
-        return self.memory // self.threads
+        return max(self.memory // self.threads - self.beside, 0)
 
     @property
     def device_share(self) -> int | None:
@@ -143,6 +148,29 @@ def capped(resources: Resources) -> Iterator[None]:
             torch.cuda.set_per_process_memory_fraction(fraction, device)
 
 
+def in_pytorch(device: torch.device) -> bool:
+    """Whether ops are formulas in PyTorch on a device, which take memory beside a tile."""
+    ops = [OPS[name] for name in _OPS if device.type == "cpu"]
+    return any(op.forced() == "torch" or op.why_not("cpu", "cpu") is not None for op in ops)
+
+
+def for_tensors(tensors: Sequence[Planned], resources: Resources, fewer: bool) -> Resources:
+    """The same, of which every thread has what its stack and formulas take besides its buffers.
+
+    Args:
+        fewer: whether threads may be fewer, where the memory is too little for all.
+    """
+    most, device = 0, resources.devices[0]
+    if device.type == "cpu":
+        slow = in_pytorch(device)
+        most = max((beside_bytes(planned, slow) for planned in tensors), default=0)
+    threads, beside = resources.threads, THREAD + most
+    if fewer:
+        least = max(map(least_bytes, tensors), default=0) + beside
+        threads = max(min(threads, resources.memory // least), len(resources.devices))
+    return resources._replace(threads=threads, beside=beside)
+
+
 def check_memory(tensors: Iterable[Planned], resources: Resources) -> None:
     """Whether every thread has room for a tile of every tensor.
 
@@ -158,8 +186,9 @@ def _ram_faults(tensors: Sequence[Planned], resources: Resources) -> Iterator[st
     most = max(tensors, key=least_bytes)
     needed = least_bytes(most)
     if needed > resources.share:
-        fewer = resources.memory // needed
-        enough = -(-(needed * resources.threads + OVERHEAD) >> 20)
+        whole = needed + resources.beside
+        fewer = resources.memory // whole
+        enough = -(-(whole * resources.threads + OVERHEAD) >> 20)
         yield (
             f"{most.output.name!r} needs {sizes.text(needed)} of memory in a thread, "
             f"max_ram leaves {sizes.text(resources.share)} to each of {resources.threads}: "

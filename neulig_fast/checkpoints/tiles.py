@@ -11,6 +11,7 @@ from torch import Tensor
 from ..methods import BLOCK, Statistic, Tile
 from .measured import added
 from .planned import Planned
+from .resources import in_pytorch
 from .workspace import Workspace, device_elements, tile_elements
 
 if TYPE_CHECKING:
@@ -26,18 +27,16 @@ _KEPT = 64 << 20
 
 def _streamed(device: torch.device) -> int:
     """Elements of a tile; a block where formulas in PyTorch take a multiple of it besides."""
-    from ..ops.merge_task_vectors import OP
-
-    native = OP.forced() != "torch" and OP.why_not("cpu", "cpu") is None
-    return _STREAMED if native or device.type != "cpu" else BLOCK
+    return BLOCK if in_pytorch(device) else _STREAMED
 
 
 class Tiles:
     """A tensor's tiles, read into a workspace and moved to the device.
 
     Tiles are small ones, but where a tensor is looked at on a GPU, or a list of values of tiles is
-    wanted: what is merged are the same tiles then. A tensor that is looked at as a whole, and one
-    that is looked at first and is not large, is read once and stays.
+    wanted. What is merged are the same tiles then, on a GPU or where they might have cut what the
+    method computes. A tensor that is looked at as a whole, and one that is looked at first and is
+    not large, is read once and stays.
     """
 
     def __init__(
@@ -55,7 +54,7 @@ class Tiles:
         if share is not None:
             self._fits = min(self._fits, device_elements(planned, share))
         self._workspace = workspace
-        self._step = min(self._fits, _streamed(device))
+        self._step = min(self._fits, max(_streamed(device) // planned.grain, 1) * planned.grain)
         self._hold(self._step, stays=False)
 
     def _hold(self, elements: int, stays: bool) -> None:
@@ -114,7 +113,8 @@ class Tiles:
         """A statistic of the tensor, as its ``over`` says."""
         if statistic.over != "whole":
             return self.answers([statistic])[0]
-        if self._fits < self._elements:
+        room = min(self._fits, BLOCK) if in_pytorch(self._device) else self._fits
+        if room < self._elements:
             return None
         if not self._stays:
             self._hold(self._fits, stays=True)
@@ -122,16 +122,18 @@ class Tiles:
 
     def answers(self, statistics: Sequence[Statistic]) -> list[Any]:
         """Every statistic of the tensor, or of the tiles that it is of, as its ``over`` says."""
-        same = self._device.type != "cpu" or any(s.over == "tiles" for s in statistics)
-        if same:
-            self._step = self._fits
+        gpu = self._device.type != "cpu"
+        large = gpu or any(s.over == "tiles" for s in statistics)
+        step = self._fits if large else self._step
+        if gpu or self._planned.grain != BLOCK:
+            self._step = step
         if not self._stays:
-            stays = self._fits >= self._elements and (same or self._is_kept())
-            self._hold(self._fits if stays else self._step, stays)
+            stays = self._fits >= self._elements and (large or self._is_kept())
+            self._hold(self._fits if stays else step, stays)
         found: list[Any] = [[] if s.over == "tiles" else None for s in statistics]
         asked = [statistic.starts for statistic in statistics]
         every = None if None in asked else frozenset().union(*(s for s in asked if s is not None))
-        for tile in self._tiles(self._step, every):
+        for tile in self._tiles(step, every):
             for k, statistic in enumerate(statistics):
                 if statistic.starts is not None and tile.start not in statistic.starts:
                     continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from typing import NamedTuple
 
 import torch
@@ -49,36 +50,36 @@ def _fixed_bytes(planned: Planned) -> int:
 
 
 def tile_elements(planned: Planned, memory: int) -> int:
-    """How many elements fit: whole blocks, but for tensors that fit as a whole.
+    """How many elements fit: whole grains, but for tensors that fit as a whole.
 
     Raises:
-        ValueError: not one block does.
+        ValueError: not one grain does.
     """
     elements = max(planned.output.elements, 1)
     fits = (memory - _constant_bytes(planned)) // element_bytes(planned)
-    if fits < min(BLOCK, elements):
+    if fits < min(planned.grain, elements):
         needed = least_bytes(planned)
         raise ValueError(f"memory of {memory} bytes: {planned.output.name!r} needs {needed}")
-    return elements if fits >= elements else fits // BLOCK * BLOCK
+    return elements if fits >= elements else fits // planned.grain * planned.grain
 
 
 def device_elements(planned: Planned, memory: int) -> int:
     """How many fit on a GPU: the same with its memory.
 
     Raises:
-        ValueError: not one block does.
+        ValueError: not one grain does.
     """
     elements = max(planned.output.elements, 1)
     fits = memory // _device_element_bytes(planned)
-    if fits < min(BLOCK, elements):
+    if fits < min(planned.grain, elements):
         needed = least_device_bytes(planned)
         raise ValueError(f"GPU memory of {memory} bytes: {planned.output.name!r} needs {needed}")
-    return elements if fits >= elements else fits // BLOCK * BLOCK
+    return elements if fits >= elements else fits // planned.grain * planned.grain
 
 
 def least_device_bytes(planned: Planned) -> int:
     """What the smallest tile of a tensor takes on a GPU."""
-    return _device_element_bytes(planned) * min(max(planned.output.elements, 1), BLOCK)
+    return _device_element_bytes(planned) * min(max(planned.output.elements, 1), planned.grain)
 
 
 def _device_element_bytes(planned: Planned) -> int:
@@ -89,13 +90,36 @@ def _device_element_bytes(planned: Planned) -> int:
 
 def least_bytes(planned: Planned) -> int:
     """What the smallest tile of a tensor takes of a workspace."""
-    elements = min(max(planned.output.elements, 1), BLOCK)
+    elements = min(max(planned.output.elements, 1), planned.grain)
     return element_bytes(planned) * elements + _constant_bytes(planned)
+
+
+_ARRAYS = 20  # that formulas hold at once of a piece, and the C library after them
+
+
+def beside_bytes(planned: Planned, in_pytorch: bool) -> int:
+    """What formulas in PyTorch take beside a workspace.
+
+    Args:
+        in_pytorch: whether ops are such formulas too, of a block at a time.
+    """
+    if planned.task is None:
+        return 0
+    piece = max(planned.piece, BLOCK) if in_pytorch else planned.piece
+    item = max(ITEM_BYTES[planned.dtype], 4)
+    return _ARRAYS * item * len(planned.sources) * min(piece, planned.output.elements)
 
 
 def _constant_bytes(planned: Planned) -> int:
     """What a tile takes of a workspace besides its elements."""
     return _ALIGNMENT * (len(planned.sources) + 2) + _fixed_bytes(planned)
+
+
+def _mapped(memory: int) -> Tensor:
+    """Bytes from the system itself, which has them back at once: the C library keeps what is freed
+    for a thread's next wish, and once large memory was freed takes small wishes from the like."""
+    own = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS  # what is shared has no large pages
+    return torch.frombuffer(mmap.mmap(-1, max(memory, 1), flags=own), dtype=torch.uint8)[:memory]
 
 
 class Workspace:
@@ -107,7 +131,11 @@ class Workspace:
     """
 
     def __init__(self, memory: int, pinned: bool = False) -> None:
-        self._memory = large_pages(torch.empty(memory, dtype=torch.uint8, pin_memory=pinned))
+        self._memory = (
+            torch.empty(memory, dtype=torch.uint8, pin_memory=True)
+            if pinned
+            else (large_pages(_mapped(memory)))
+        )
 
     @property
     def bytes(self) -> int:

@@ -2,8 +2,8 @@
 
 A row is along the last dimension. Rows are looked at in *bands*: as many as make up a block, and
 one at least. They are the same bands whatever the tiles, so that nothing computed of one depends on
-tiles. A tile cuts bands at its ends; those are read before and kept, which for a tensor of one
-dimension that does not fit into memory is all of it.
+tiles. A tile cuts bands at its ends; those are read before and kept. A merge has
+tiles of whole bands, so that there are none.
 """
 
 from __future__ import annotations
@@ -46,6 +46,12 @@ class _Span(NamedTuple):
         return (self.start, self.stop) != (self.first, self.last)
 
 
+def of_band(task: Task) -> int:
+    """The piece of methods that compute band by band."""
+    width = max(_width(task), 1)
+    return width * max(1, BLOCK // width)
+
+
 def cut_bands(task: Task) -> Measure:
     """The bands that tiles cut, by their start: (N, R * W) each, on the CPU."""
     parts = yield Statistic(lambda tile: _cut_parts(task, tile), over="tiles")
@@ -71,8 +77,7 @@ def _width(task: Task) -> int:
 
 
 def _spans(task: Task, tile: Tile) -> Iterator[_Span]:
-    width = _width(task)
-    step = width * max(1, BLOCK // width)
+    step = of_band(task)
     end = tile.start + tile.rows.shape[1]
     for start in range(tile.start // step * step, end, step):
         stop = min(start + step, task.elements)

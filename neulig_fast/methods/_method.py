@@ -205,6 +205,8 @@ class Method:
         only: of parameters that not all parities read, those that do.
         faults: what is wrong with a task beyond its parameters' bounds.
         aside: what it writes besides.
+        piece: of how many elements of each row formulas in PyTorch hold numbers at once, beside
+            what ops take; tiles are whole pieces. 0 where a task has no such formulas.
     """
 
     name: str
@@ -223,6 +225,12 @@ class Method:
     only: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     faults: Callable[[Task], Iterable[str]] = lambda task: ()
     aside: type[Aside] | None = None
+    piece: Callable[[Task], int] = lambda task: 0
+
+
+def of_block(task: Task) -> int:
+    """The piece of methods that compute block by block."""
+    return BLOCK
 
 
 def bounds(tile: Tile) -> list[int]:

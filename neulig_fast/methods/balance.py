@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ._blocks import blocks
 from ._largest import magnitudes_of_rank, task_vectors
-from ._method import Apply, Measure, Method, Parameter, Task, Tile, weights_tensor
+from ._method import Apply, Measure, Method, Parameter, Task, Tile, of_block, weights_tensor
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -131,5 +131,6 @@ METHODS = (
         fewest=2,
         most=80,
         parities=("paper",),
+        piece=of_block,
     ),
 )

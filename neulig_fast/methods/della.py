@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ._bands import Band, bands, cut_bands
+from ._bands import Band, bands, cut_bands, of_band
 from ._kept import Kept, restoring
 from ._method import Apply, Measure, Method, Parameter, Statistic, Task, Tile, weights_tensor
 from .task_vectors import dropping, election, merged
@@ -150,6 +150,7 @@ METHODS = (
         base="needed",
         parities=("mergekit", "paper"),
         faults=_beyond_chances,
+        piece=of_band,
     ),
     Method(
         name="della_linear",
@@ -161,5 +162,6 @@ METHODS = (
         base="needed",
         parities=("mergekit", "paper"),
         faults=_beyond_chances,
+        piece=of_band,
     ),
 )

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from ._method import BLOCK, Apply, Method, Parameter, Task, Tile
+from ._method import BLOCK, Apply, Method, Parameter, Task, Tile, of_block
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -61,5 +61,6 @@ METHODS = (
         apply=_fisher,
         beside="fisher",
         faults=_all_zero,
+        piece=of_block,
     ),
 )

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from math import floor, inf
 from typing import TYPE_CHECKING, NamedTuple
 
-from ._bands import Band, bands, cut_bands
+from ._bands import Band, bands, cut_bands, of_band
 from ._largest import magnitudes_of_rank
 from ._method import Apply, Measure, Method, Task, Tile
 
@@ -88,5 +88,6 @@ METHODS = (
         apply=_fusion,
         base="needed",
         most=1,
+        piece=of_band,
     ),
 )

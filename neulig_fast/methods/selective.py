@@ -15,7 +15,18 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ._blocks import blocks
 from ._largest import largest_of
-from ._method import BLOCK, Apply, Measure, Method, Parameter, Statistic, Task, Tile, weights_tensor
+from ._method import (
+    BLOCK,
+    Apply,
+    Measure,
+    Method,
+    Parameter,
+    Statistic,
+    Task,
+    Tile,
+    of_block,
+    weights_tensor,
+)
 from .linear import blended
 
 if TYPE_CHECKING:
@@ -122,6 +133,7 @@ METHODS = (
         apply=_sce,
         base="needed",
         fewest=2,
+        piece=of_block,
     ),
     Method(
         name="nearswap",
@@ -131,6 +143,7 @@ METHODS = (
         apply=_nearswap,
         base="needed",
         most=1,
+        piece=of_block,
     ),
     Method(
         name="wise_ft",

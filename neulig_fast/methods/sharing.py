@@ -25,7 +25,17 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ._blocks import blocks
-from ._method import Apply, Measure, Method, Parameter, Statistic, Task, Tile, weights_tensor
+from ._method import (
+    Apply,
+    Measure,
+    Method,
+    Parameter,
+    Statistic,
+    Task,
+    Tile,
+    of_block,
+    weights_tensor,
+)
 from .masks import Masks
 
 if TYPE_CHECKING:
@@ -138,6 +148,7 @@ METHODS = (
         parameters={"epsilon": _EPSILON},
         apply=_ram,
         base="needed",
+        piece=of_block,
     ),
     Method(
         name="ramplus_tl",
@@ -152,6 +163,7 @@ METHODS = (
         of_model=("epsilon", "r", "alpha"),
         apply=_ramplus,
         base="needed",
+        piece=of_block,
     ),
     Method(
         name="consensus",
@@ -167,6 +179,7 @@ METHODS = (
         base="needed",
         parities=("mergekit", "fusionbench"),
         faults=_more_than_there_are,
+        piece=of_block,
     ),
     Method(
         name="emr",
@@ -177,5 +190,6 @@ METHODS = (
         aside=Masks,
         base="needed",
         parities=("paper", "fusionbench"),
+        piece=of_block,
     ),
 )

@@ -28,8 +28,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ._bands import of_band
 from ._gram import gram
-from ._method import Apply, Measure, Method, Parameter, Task
+from ._method import BLOCK, Apply, Measure, Method, Parameter, Task
 from ._vectors import (
     MOST_COLUMNS,
     columns,
@@ -110,6 +111,12 @@ def _nuslerp(task: Task, found: Any) -> Apply:
     return (columns_on_sphere if by_column else rows_on_sphere)(task, found, between)
 
 
+def _nuslerp_piece(task: Task) -> int:
+    if task.value("nuslerp_flatten"):
+        return 0
+    return BLOCK if task.value("nuslerp_row_wise") else of_band(task)
+
+
 def _nuslerp_faults(task: Task) -> Iterator[str]:
     yield from _sums_to_zero(task)
     by_column = task.value("nuslerp_row_wise") and not task.value("nuslerp_flatten")
@@ -183,6 +190,10 @@ def _model_stock(task: Task, found: Any) -> Apply:
     return _on_rows(task, _in_stock(found.numpy()).tolist())
 
 
+def _stock_piece(task: Task) -> int:
+    return of_band(task) if task.value("filter_wise") else 0
+
+
 def _in_stock(g: np.ndarray) -> np.ndarray:
     """Coefficients (..., N) of task vectors: r / N each, 0 where r has no bounds."""
     import numpy as np
@@ -230,6 +241,7 @@ METHODS = (
         fewest=2,
         most=2,
         faults=_nuslerp_faults,
+        piece=_nuslerp_piece,
     ),
     Method(
         "multislerp",
@@ -264,5 +276,6 @@ METHODS = (
         _measure_model_stock,
         base="needed",
         fewest=2,
+        piece=_stock_piece,
     ),
 )

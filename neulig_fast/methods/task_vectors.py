@@ -45,7 +45,7 @@ from ._kept import (
     tensors,
     without_outliers,
 )
-from ._method import Apply, Method, Parameter, Task, Tile, weights_tensor
+from ._method import BLOCK, Apply, Method, Parameter, Task, Tile, weights_tensor
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -125,6 +125,11 @@ def _majority_of_another(task: Task) -> Iterator[str]:
         )
 
 
+def _signs(task: Task) -> int:
+    """FusionBench's sign of the sum of all signs is counted block by block."""
+    return BLOCK if task.parity == "fusionbench" else 0
+
+
 _MERGE_FUNC = Parameter("sum", kind=str, words=("sum", "mean", "max"))
 _MAJORITY = {"majority_sign_method": Parameter("total", kind=str, words=tuple(_MAJORITIES))}
 _GAMMA = Parameter(0.01, each=True, low=0, high=1)
@@ -156,6 +161,7 @@ METHODS = (
             "merge_func": ("fusionbench",),
             **dict.fromkeys(("normalize", "rescale"), _PARITIES),
         },
+        piece=_signs,
     ),
     Method(
         name="dare_linear",
@@ -189,6 +195,7 @@ METHODS = (
             **dict.fromkeys(("merge_func", "threshold"), ("fusionbench",)),
             "normalize": _PARITIES,
         },
+        piece=_signs,
     ),
     Method(
         name="breadcrumbs",

@@ -27,6 +27,8 @@ from .._registry import Op
 from . import _arena, _magnitudes
 from ._digits import BINS
 
+_BLOCK = 1 << 16  # columns whose keys are in memory at once
+
 
 def magnitude_histogram(
     params: Tensor, prefix: Tensor, digit: int, base: Tensor | None = None
@@ -65,14 +67,17 @@ def _faults(params: Tensor, prefix: Tensor, digit: int, base: Tensor | None = No
 def magnitude_histogram_reference(
     params: Tensor, prefix: Tensor, digit: int, base: Tensor | None = None
 ) -> Tensor:
-    """By sorting out and counting row by row."""
+    """By sorting out and counting row by row, a block of columns at a time."""
     shift, width = _magnitudes.digits(params.dtype)[digit]
-    rows = []
-    for row, above in zip(params, prefix, strict=True):
-        keys = _magnitudes.keys(row, base)
-        keys = keys[(keys >= 0) & (keys >> (shift + width) == above)]
-        rows.append(torch.bincount(keys >> shift & (1 << width) - 1, minlength=BINS))
-    return torch.stack(rows)
+    counts = _fake(params, prefix, digit, base).zero_()
+    for left in range(0, params.shape[1], _BLOCK):
+        columns = slice(left, left + _BLOCK)
+        start = None if base is None else base[columns]
+        for row, above, count in zip(params[:, columns], prefix, counts, strict=True):
+            keys = _magnitudes.keys(row, start)
+            keys = keys[(keys >= 0) & (keys >> (shift + width) == above)]
+            count += torch.bincount(keys >> shift & (1 << width) - 1, minlength=BINS)
+    return counts
 
 
 def _fake(params: Tensor, prefix: Tensor, digit: int, base: Tensor | None = None) -> Tensor:
