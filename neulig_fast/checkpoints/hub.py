@@ -109,7 +109,7 @@ def _shards(index: Path) -> list[str]:
 def _fetched(model: ModelRef, revision: str | None, files: Iterable[str]) -> Path:
     """The cache's folder of a revision, after what is missing of it was fetched."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub.utils import HfHubHTTPError, HFValidationError
 
     # Of httpx or of requests: what ends a connection, too, is of the library's own.
     of_http: type[Exception] = HfHubHTTPError.__bases__[0]
@@ -128,17 +128,17 @@ def _fetched(model: ModelRef, revision: str | None, files: Iterable[str]) -> Pat
 
 
 def _why_not(model: ModelRef, error: Exception) -> str:
-    from huggingface_hub import constants, errors
+    from huggingface_hub import constants, utils
 
-    if isinstance(error, errors.GatedRepoError):
+    if isinstance(error, utils.GatedRepoError):
         page = f"{constants.ENDPOINT}/{model.path}"
         return f"Hugging Face gives it to some alone; ask for access at {page}, and set HF_TOKEN"
-    if isinstance(error, errors.RepositoryNotFoundError):
+    if isinstance(error, utils.RepositoryNotFoundError):
         return (
             "no folder here, and no repository of Hugging Face's, or a private one, which asks for "
             "HF_TOKEN"
         )
-    if isinstance(error, errors.RevisionNotFoundError):
+    if isinstance(error, utils.RevisionNotFoundError):
         return f"Hugging Face has {model.path}, but no revision {model.revision!r} of it"
     if constants.HF_HUB_OFFLINE:
         return (
