@@ -206,4 +206,4 @@ def test_formulas_in_pytorch_see_a_block_at_a_time(backend: str, most: int) -> N
     if backend == "cpu" and not _native.has("merge_task_vectors", "CPU"):
         pytest.skip("without the extension there is nothing to force")
     with nf.use_backend(merge_task_vectors=backend):
-        assert pipeline._streamed(torch.device("cpu")) == most
+        assert tiles._streamed(torch.device("cpu")) == most
