@@ -11,6 +11,7 @@ import importlib
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
+from importlib import metadata
 from typing import Any
 
 import pytest
@@ -56,7 +57,7 @@ def everything_is_large() -> Iterator[None]:
 
 
 def needs(name: str) -> pytest.MarkDecorator:
-    there = importlib.util.find_spec(name) is not None
+    there = any(metadata.distributions(name=name))
     return pytest.mark.skipif(not there, reason=f"{name} is not installed")
 
 

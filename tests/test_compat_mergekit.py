@@ -172,6 +172,26 @@ def test_nearswap_by_hand() -> None:
     assert got.tolist() == [1, 2, 6, 1]  # no further than t, or all the way
 
 
+@pytest.mark.parametrize("parity", ["exact", "accurate"])
+@pytest.mark.parametrize("name", ["ties", "dare_ties"])
+def test_methods_of_our_names_are_accurate_in_either_parity(name: str, parity: str) -> None:
+    tensors = family(500, dtype=torch.bfloat16)
+    torch.manual_seed(4)
+    with nf.patch("mergekit"):
+        expected = merge(name, tensors, **DROPPED)
+    broken = [x.clone() for x in tensors]
+    broken[1][3] = torch.nan
+    with nf.patch("mergekit", parity) as patch:
+        torch.manual_seed(4)
+        assert same(merge(f"nf_{name}", tensors, **DROPPED), expected)
+        assert counts(patch, ARITHMETIC) == (0, {})
+        assert merge(f"nf_{name}", broken, **DROPPED)[3].isnan() or name == "dare_ties"
+        assert sum(counts(patch, ARITHMETIC)[1].values()) == (name == "ties")
+        with pytest.raises(TypeError, match=f"parameter weight for nf_{name}"):
+            merge(f"nf_{name}", tensors)
+    assert f"nf_{name}" not in registry._METHODS
+
+
 def test_ties_by_hand() -> None:
     base = torch.zeros(4)
     experts = [torch.tensor([4.0, -3, 1, 0.5]), torch.tensor([-1.0, -2, 5, 3])]

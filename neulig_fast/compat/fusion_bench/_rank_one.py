@@ -70,6 +70,10 @@ class _Mixture(TorchFunctionMode):
             if {(t.dtype, t.device) for t in tensors} != {(x.dtype, x.device)}:
                 raise Unsupported("tensors of several dtypes, or on several devices")
             self._add(layer, u, v, model.init_lambda * biases.sum(0), model.num_experts)
+        ranks = {len(u) for _, u, _ in self._layers.values()}
+        if len(ranks) > 1:
+            raise Unsupported("experts of several ranks")
+        (self.ranks,) = ranks
         if x.dtype.itemsize < 4:
             raise Unsupported("16-bit tensors, whose products of low rank are rounded twice")
 
@@ -79,7 +83,6 @@ class _Mixture(TorchFunctionMode):
         if {len(u), len(v)} != {experts} or len({len(part) for part in (*u, *v)}) > 1:
             raise Unsupported("experts of several ranks")
         self._layers[id(layer.weight)] = layer.bias + bias, torch.cat(u), torch.cat(v)
-        self.ranks = len(self._layers[id(layer.weight)][1])
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None

@@ -7,7 +7,7 @@ import importlib
 from packaging.specifiers import SpecifierSet
 
 from .._seam import Host, Seam
-from . import _elements, _means, _mudsc, _neulig, _sparsify, _task_vectors
+from . import _elements, _means, _mudsc, _named, _neulig, _sparsify, _task_vectors
 
 _METHODS = "mergekit.merge_methods"
 
@@ -16,6 +16,7 @@ def _seams() -> list[Seam]:
     arithmetic = f"{_METHODS}.generalized_task_arithmetic"
     mask = _elements.in_columns(importlib.import_module(arithmetic).get_mask)
     neulig, mudsc = _neulig.method(), _mudsc.method()
+    named = [_named.method(name) for name in ("ties", "dare_ties")]
     ram = importlib.import_module(f"{_METHODS}.ram").ram_merge.implementation
     nearswap = importlib.import_module(f"{_METHODS}.nearswap").nearswap_merge.implementation
     return [
@@ -36,6 +37,7 @@ def _seams() -> list[Seam]:
              _elements.in_blocks(nearswap), _elements.in_blocks(nearswap, wide=True)),
         Seam(f"{_METHODS}.registry:_METHODS[neulig]", neulig, neulig),
         Seam(f"{_METHODS}.registry:_METHODS[mudsc]", mudsc, mudsc),
+        *(Seam(f"{_METHODS}.registry:_METHODS[{m.method_name}]", m, m) for m in named),
     ]  # fmt: skip
 
 
