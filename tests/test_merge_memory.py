@@ -148,3 +148,23 @@ def test_threads_are_as_many_as_memory_is_for(tmp_path: Path) -> None:
         nf.merge(config, tmp_path / "out", max_ram="128M", threads=64)
     assert not (tmp_path / "out").exists()
     merging.foresee(config, tmp_path / "out", max_ram="128M")
+
+
+def test_the_plan_of_many_tensors_counts(tmp_path: Path) -> None:
+    write(tmp_path, *({"x": normal(50, seed=i)} for i in range(3)))
+    config = recipe(tmp_path, "linear", [{"weight": 1}] * 3, base=False)
+    write(tmp_path / "more", {"x": normal(50)}, {"x": normal(50)})
+    config["models"][2]["model"] = str(tmp_path / "more/base")
+    (one,) = prepare(config)[0].plan.tensors
+    given = resources.Resources(1, 64 << 20)
+    free = resources.for_tensors([one] * 5000, given, fewer=False)
+    assert free.plan == 0 and free.share == (64 << 20) - free.beside
+    many = resources.for_tensors([one] * 20_000, given, fewer=False)
+    assert many.plan == (60_000 - (1 << 14)) * 1536
+    assert many.share == 0
+    with pytest.raises(ValueError, match=r"max_ram leaves 0 bytes to each of 1: max_ram at l") as e:
+        resources.check_memory([one] * 20_000, many)
+    least = int(str(e.value).split("at least ")[1][:-1]) << 20
+    enough = resources.Resources(1, least - resources.OVERHEAD)
+    tensors = [one] * 20_000
+    resources.check_memory(tensors, resources.for_tensors(tensors, enough, fewer=False))

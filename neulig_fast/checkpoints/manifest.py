@@ -14,7 +14,9 @@ from .._checks import listed, raise_all
 from .headers import read_header
 
 MANIFEST = "merge_manifest.json"
+_OWN = "xxh3"  # in the file: a checksum of the rest of it
 _READ_BYTES = 16 << 20
+_LOADED = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json")
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,9 @@ class Manifest:
         if not path.exists():
             return None
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            text = path.read_text(encoding="utf-8")
+            content = json.loads(text)
+            own = content.pop(_OWN, None)
             found = cls(**content)
             sizes = [entry["bytes"] for entry in found.files.values()]
             texts = [entry["xxh3"] for entry in [*found.files.values(), *found.tensors.values()]]
@@ -56,16 +60,25 @@ class Manifest:
             raise ValueError(f"{path}: no merge wrote this ({error})") from error
         if not right:
             raise ValueError(f"{path}: no merge wrote this")
+        if own is not None and text != found.text():
+            raise ValueError(f"{path}: differs from its own checksum")
         return found
 
     def text(self) -> str:
-        """The file's content."""
-        return json.dumps(asdict(self), indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+        """The file's content, with a checksum of itself."""
+        return _as_text({**asdict(self), _OWN: self._own()})
+
+    def _own(self) -> str:
+        return checksum(_as_text(asdict(self)).encode())
 
     @property
     def bytes(self) -> int:
         """Of all files."""
         return sum(entry["bytes"] for entry in self.files.values())
+
+
+def _as_text(content: Mapping[str, Any]) -> str:
+    return json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
 
 
 def verify(folder: Path, advance: Callable[[int], Any] = int) -> Manifest:
@@ -126,6 +139,8 @@ def _differences(folder: Path, manifest: Manifest, advance: Callable[[int], Any]
         elif (folder / wanted["file"]).is_file():
             yield f"{name!r} is missing"
     yield from (f"{name!r} is not of this merge" for name in where if name not in manifest.tensors)
+    loaded = {path.name for pattern in _LOADED for path in folder.glob(pattern)}
+    yield from (f"{name} is not of this merge" for name in sorted(loaded - {*manifest.files}))
 
 
 def _checksum(path: Path, start: int, stop: int, advance: Callable[[int], Any]) -> str:

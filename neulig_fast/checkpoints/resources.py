@@ -17,6 +17,8 @@ from .workspace import beside_bytes, least_bytes, least_device_bytes
 
 Size = int | str
 OVERHEAD = 64 << 20  # bytes of the ceiling for everything but threads
+_PLANNED = 1 << 14  # tensors of models whose plan is in the overhead
+_PLAN = 1536  # bytes of the plan of every other
 THREAD = 1 << 20  # bytes of a thread besides buffers and formulas: its stack, its small objects
 _OPS = ("magnitude_select", "magnitude_histogram", "magnitude_sums", "merge_task_vectors", "gram")
 _CPU = torch.device("cpu")
@@ -27,10 +29,11 @@ class Resources(NamedTuple):
 
     Attributes:
         threads: that read, merge and write.
-        memory: bytes of all threads.
+        memory: bytes of all threads, and of the plan.
         devices: where tiles are merged, no more than threads.
         vram: bytes on each device, of all its threads; None where devices are not GPUs.
         beside: bytes of a thread besides its buffers.
+        plan: bytes of the plan, of models of many tensors.
     """
 
     threads: int
@@ -38,11 +41,12 @@ class Resources(NamedTuple):
     devices: tuple[torch.device, ...] = (_CPU,)
     vram: int | None = None
     beside: int = 0
+    plan: int = 0
 
     @property
     def share(self) -> int:
         """Bytes of buffers of a thread."""
-        return max(self.memory // self.threads - self.beside, 0)
+        return max((self.memory - self.plan) // self.threads - self.beside, 0)
 
     @property
     def device_share(self) -> int | None:
@@ -155,7 +159,7 @@ def in_pytorch(device: torch.device) -> bool:
 
 
 def for_tensors(tensors: Sequence[Planned], resources: Resources, fewer: bool) -> Resources:
-    """The same, of which every thread has what its stack and formulas take besides its buffers.
+    """The same, without what the plan takes, and a thread's stack and formulas besides its buffers.
 
     Args:
         fewer: whether threads may be fewer, where the memory is too little for all.
@@ -165,10 +169,11 @@ def for_tensors(tensors: Sequence[Planned], resources: Resources, fewer: bool) -
         slow = in_pytorch(device)
         most = max((beside_bytes(planned, slow) for planned in tensors), default=0)
     threads, beside = resources.threads, THREAD + most
+    plan = _PLAN * max(sum(len(planned.sources) for planned in tensors) - _PLANNED, 0)
     if fewer:
         least = max(map(least_bytes, tensors), default=0) + beside
-        threads = max(min(threads, resources.memory // least), len(resources.devices))
-    return resources._replace(threads=threads, beside=beside)
+        threads = max(min(threads, (resources.memory - plan) // least), len(resources.devices))
+    return resources._replace(threads=threads, beside=beside, plan=plan)
 
 
 def check_memory(tensors: Iterable[Planned], resources: Resources) -> None:
@@ -187,8 +192,8 @@ def _ram_faults(tensors: Sequence[Planned], resources: Resources) -> Iterator[st
     needed = least_bytes(most)
     if needed > resources.share:
         whole = needed + resources.beside
-        fewer = resources.memory // whole
-        enough = -(-(whole * resources.threads + OVERHEAD) >> 20)
+        fewer = max(resources.memory - resources.plan, 0) // whole
+        enough = -(-(whole * resources.threads + resources.plan + OVERHEAD) >> 20)
         yield (
             f"{most.output.name!r} needs {sizes.text(needed)} of memory in a thread, "
             f"max_ram leaves {sizes.text(resources.share)} to each of {resources.threads}: "
