@@ -106,7 +106,7 @@ def peak(folder: Path, text: str, max_ram: str) -> int:
 
 
 @pytest.mark.parametrize(
-    ("method", "count", "million"), [("sce", 3, 8), ("arcee_fusion", 1, 8), ("model_stock", 3, 16)]
+    ("method", "count", "million"), [("sce", 3, 8), ("arcee_fusion", 1, 8), ("model_stock", 3, 8)]
 )
 def test_what_is_computed_of_elements_or_blocks_takes_no_memory(
     tmp_path: Path, method: str, count: int, million: int

@@ -64,7 +64,7 @@ class Forecast(NamedTuple):
 
     def __str__(self) -> str:
         rates = f"read {_rate(self.read)}, write {_rate(self.write)}, merge {_rate(self.merge)}"
-        again = f" (the whole model {self.passes} times)" if self.passes > 1 else ""
+        again = f" (the whole model {self.passes} times)" if self.passes > 1 else " in one pass"
         if self.bytes_again:
             size = sizes.text(self.bytes_again)
             again = f" and up to {size} again, of tensors that do not fit into memory at once"

@@ -11,6 +11,7 @@ from typing import Any
 import xxhash
 
 from .._checks import listed, raise_all
+from .counter import Counter
 from .headers import read_header
 
 MANIFEST = "merge_manifest.json"
@@ -81,12 +82,12 @@ def _as_text(content: Mapping[str, Any]) -> str:
     return json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
 
 
-def verify(folder: Path, advance: Callable[[int], Any] = int) -> Manifest:
+def verify(folder: Path, progress: Callable[[int, int], Any] | None = None) -> Manifest:
     """Read a merged checkpoint and compare every byte's checksum with its manifest.
 
     Args:
         folder: of the checkpoint.
-        advance: told of bytes that were read.
+        progress: told of bytes read and of all bytes.
 
     Raises:
         FileNotFoundError: no such folder; no manifest: it is not a merge, or one that did not end.
@@ -95,7 +96,7 @@ def verify(folder: Path, advance: Callable[[int], Any] = int) -> Manifest:
     manifest = Manifest.find(folder)
     if manifest is None:
         raise FileNotFoundError(f"{folder}: {_why_none(folder)}")
-    raise_all(str(folder), _differences(folder, manifest, advance))
+    raise_all(str(folder), differences(folder, manifest, Counter(manifest.bytes, progress)))
     return manifest
 
 
@@ -108,7 +109,8 @@ def _why_none(folder: Path) -> str:
     return f"has no {MANIFEST}: not a merge, or an unfinished one"
 
 
-def _differences(folder: Path, manifest: Manifest, advance: Callable[[int], Any]) -> Iterator[str]:
+def differences(folder: Path, manifest: Manifest, advance: Callable[[int], Any]) -> Iterator[str]:
+    """What of a merge is not as its manifest says, in words."""
     where = {}
     for name, wanted in manifest.files.items():
         path = folder / name

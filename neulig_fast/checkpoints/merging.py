@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from .companions import all_companions
+from .counter import Counter
 from .folders import Folders, State, check_space
 from .forecast import Forecast, forecast, passes
+from .inputs import check
 from .manifest import Manifest, checksum
 from .pipeline import Job, Pipeline
 from .prepared import Prepared, prepare
@@ -36,6 +38,7 @@ def merge(
     threads: int | None = None,
     seed: int = 0,
     resume: bool = True,
+    check_inputs: bool = False,
     progress: Callable[[int, int], Any] | None = None,
     foreseen: Callable[[Forecast], Any] | None = None,
     distributed: bool = False,
@@ -59,6 +62,8 @@ def merge(
             memory for.
         seed: of methods that drop elements at random.
         resume: go on with an interrupted merge of the same; else begin anew.
+        check_inputs: read all inputs first whose checksums are known, and compare: earlier merges
+            and downloads from Hugging Face.
         progress: told of bytes done and of all bytes, from any thread.
         foreseen: told before the work, if there is more than a GiB of it, what will bound it; its
             rates take a second to measure.
@@ -67,7 +72,7 @@ def merge(
 
     Raises:
         ValueError: everything that is wrong with recipe, models, options or folder; a file that
-            changes while it is read.
+            changes while it is read, or differs from its checksum (``check_inputs``).
         RuntimeError: another process failed.
         OSError: no such file; the disk is full or the like. The old result is untouched.
     """
@@ -79,6 +84,7 @@ def merge(
         _agree(prepared, ranks)
         limits = (max_ram, ranks.device(device), threads, max_vram)
         resources = ranks.here(lambda: _resources(prepared, *limits))
+        unchecked = _checked(prepared, progress, ranks) if check_inputs else []
         stagings = {
             one.name: Staging(out_dir / one.name, one.plan.layout, one.identity())
             for one in prepared
@@ -91,7 +97,11 @@ def merge(
             todo = [one for one in prepared if one.name not in folders.complete]
             moved = _run(todo, folders, resources, progress, ranks)
             ranks.all(lambda: _finish(todo, texts, folders) if ranks.first else None)
-    warned = [*(text for one in prepared for text in one.plan.warnings), *folders.warnings]
+    warned = [
+        *unchecked,
+        *(text for one in prepared for text in one.plan.warnings),
+        *folders.warnings,
+    ]
     return _report(out_dir, started, moved, outputs, warned)
 
 
@@ -122,6 +132,14 @@ def _agree(prepared: Sequence[Prepared], ranks: Ranks) -> None:
             f"merge: processes {', '.join(others)} have another recipe, seed or other models than "
             "process 0: all must see the same files"
         )
+
+
+def _checked(
+    prepared: Sequence[Prepared], progress: Callable[[int, int], Any] | None, ranks: Ranks
+) -> list[str]:
+    """Of inputs, by one process; which could not be."""
+    models = prepared[0].models.values()
+    return ranks.all(lambda: check(models, progress) if ranks.first else [])[0]
 
 
 def _begin(folders: Folders, resume: bool, ranks: Ranks) -> None:
@@ -178,18 +196,6 @@ def _foresee(
         told(forecast(plans, out_dir, resources))
 
 
-class _Counter:
-    """Adds up bytes that are done, and tells of them and of all."""
-
-    def __init__(self, total: int, progress: Callable[[int, int], Any] | None) -> None:
-        self.done, self.total, self._progress = 0, total, progress
-
-    def __call__(self, count: int) -> None:
-        self.done += count
-        if self._progress is not None:
-            self._progress(self.done, self.total)
-
-
 def _output(prepared: Prepared, staging: Staging, folders: Folders) -> OutputReport:
     tensors = len(prepared.plan.tensors)
     resumed = sum(planned.is_in(staging.sums) for planned in prepared.plan.tensors)
@@ -215,7 +221,7 @@ def _run(
         bytes_in = sum(job[0].bytes for job in jobs)
         bytes_out = sum(p.bytes_out for job in jobs for _, p in pipeline.missing(job))
         ahead = _ahead(todo) if jobs else 0
-        counter = _Counter((ahead + bytes_in + bytes_out) // ranks.count, progress)
+        counter = Counter((ahead + bytes_in + bytes_out) // ranks.count, progress)
         pipeline.advance = counter
         if jobs:
             every, read = _surveyed(todo, pipeline, every, ranks)

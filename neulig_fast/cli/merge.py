@@ -18,6 +18,7 @@ MaxVram = Annotated[str | None, typer.Option(help="Of each GPU. Default: 80 % of
 Threads = Annotated[int | None, typer.Option(help="Default: as many as torch uses.")]
 Seed = Annotated[int, typer.Option(help="Of methods that drop elements at random.", min=0)]
 Resume = Annotated[bool, typer.Option(help="Go on with an interrupted merge, or begin anew.")]
+CheckInputs = Annotated[bool, typer.Option("--check-inputs", help="Compare checksums first.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check and plan, but do not merge.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress.")]
 
@@ -37,6 +38,7 @@ def merge(
     threads: Threads = None,
     seed: Seed = 0,
     resume: Resume = True,
+    check_inputs: CheckInputs = False,
     dry_run: DryRun = False,
     quiet: Quiet = False,
 ) -> None:
@@ -67,6 +69,7 @@ def merge(
                 **options,
                 seed=seed,
                 resume=resume,
+                check_inputs=check_inputs,
                 progress=shown.advance if shown else None,
                 foreseen=shown.foreseen if shown else None,
                 distributed=True,

@@ -9,19 +9,23 @@ import typer
 
 from ._errors import reported
 
+Folder = Annotated[Path, typer.Argument(help="What `neulig-fast merge` wrote.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress.")]
+
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
     app.command()(verify)
 
 
-def verify(folder: Annotated[Path, typer.Argument(help="What `neulig-fast merge` wrote.")]) -> None:
+def verify(folder: Folder, quiet: Quiet = False) -> None:
     """Read a merged checkpoint and compare all its bytes with the checksums of its merge."""
     with reported():
-        from ..checkpoints import sizes
+        from ..checkpoints import report, sizes
         from ..checkpoints.manifest import verify as verified
 
-        manifest = verified(folder)
+        with report.progress_bar(quiet) as shown:
+            manifest = verified(folder, shown.advance if shown else None)
         models = ", ".join(manifest.recipe["models"])
         typer.echo(
             f"{folder}: {len(manifest.tensors)} tensors, {sizes.text(manifest.bytes)}, all as "
