@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -269,6 +270,32 @@ def test_two_merges_into_one_folder_do_not_run_at_once(
     nf.merge(config, folder, threads=1, progress=again)
     assert met
     nf.merge(config, folder)  # and let go of it at the end
+
+
+def test_nor_do_one_of_several_results_and_a_merge_of_it_alone(
+    tmp_path: Path, config: dict[str, Any]
+) -> None:
+    several = config | {"neulig_fast": {"sweep": {"normalize": [False, True]}}}
+    (own, other), met = [tmp_path / f"out/normalize={word}" for word in ("true", "false")], []
+
+    def again(merge: dict[str, Any], folder: Path) -> Callable[[int, int], None]:
+        def meanwhile(done: int, total: int) -> None:
+            files = sorted(path for path in tmp_path.rglob("*"))
+            with pytest.raises(ValueError, match="normalize=true: another merge into it is runn"):
+                nf.merge(merge, folder)
+            assert sorted(path for path in tmp_path.rglob("*")) == files
+            met.append(done)
+
+        return meanwhile
+
+    nf.merge(several, tmp_path / "out", threads=1, progress=again(config, own))
+    began = len(met)
+    shutil.rmtree(own)
+    nf.merge(config, own, threads=1, progress=again(several, tmp_path / "out"))
+    assert 0 < began < len(met)
+    shutil.rmtree(own)
+    nf.merge(several, tmp_path / "out")
+    assert llamas.contents(own).keys() == llamas.contents(other).keys()
 
 
 def test_a_model_is_not_merged_into_its_own_folder(tmp_path: Path, config: dict[str, Any]) -> None:

@@ -407,6 +407,6 @@ def test_open_files_are_counted_before_the_work(
     tmp_path: Path, config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(resource, "getrlimit", lambda which: (205, 4096))
-    with pytest.raises(ValueError, match="3 results have 6 files, this process may open 205"):
+    with pytest.raises(ValueError, match="3 results have 9 files, this process may open 205"):
         nf.merge(config, tmp_path / "out")
     assert not (tmp_path / "out").exists()

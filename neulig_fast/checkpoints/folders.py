@@ -56,7 +56,7 @@ class Folders:
         self.complete: tuple[str, ...] = ()
         self.warnings: tuple[str, ...] = ()
         self._several = "" not in stagings
-        self._lock = -1
+        self._locks: dict[Path, int] = {}
         self._note = folder / STAGING / _NOTE
 
     def begin(self, resume: bool) -> None:
@@ -73,7 +73,7 @@ class Folders:
         made = not self.folder.exists()
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
-            self._lock = locked(self.folder)
+            self._hold(self.folder)
             self._begin(resume)
         except (ValueError, OSError):
             if made:
@@ -83,11 +83,21 @@ class Folders:
 
     def _begin(self, resume: bool) -> None:
         if self._several:
+            for staging in self.stagings.values():
+                if staging.folder.is_dir():  # one merge alone may write into it
+                    self._hold(staging.folder)
             self._look(resume)
         todo = self.todo()
         check_space(self.folder, {name: staging.layout for name, staging in todo.items()})
         for staging in todo.values():
+            staging.folder.mkdir(exist_ok=True)
+            self._hold(staging.folder)
             staging.begin(resume)
+
+    def _hold(self, folder: Path) -> None:
+        """No other process writes into a folder until :meth:`close`."""
+        if folder not in self._locks:
+            self._locks[folder] = locked(folder)
 
     def state(self) -> State:
         """What :meth:`begin` has found, for other processes."""
@@ -119,9 +129,8 @@ class Folders:
         """Close all files; what was written stays for the next run."""
         for staging in self.stagings.values():
             staging.close()
-        if self._lock >= 0:
-            os.close(self._lock)
-            self._lock = -1
+        while self._locks:
+            os.close(self._locks.popitem()[1])
 
     # -- several ----------------------------------------------------------------------------------
 
@@ -218,7 +227,7 @@ def check_space(folder: Path, layouts: Mapping[str, Layout]) -> None:
 
 
 def _check_open_files(layouts: Sequence[Layout]) -> None:
-    needed = sum(len(layout.shards) + 1 for layout in layouts)
+    needed = sum(len(layout.shards) + 2 for layout in layouts)  # a journal, the folder itself
     allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if allowed != resource.RLIM_INFINITY and needed + _OTHER_FILES > allowed:
         raise ValueError(
