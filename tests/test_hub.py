@@ -399,6 +399,12 @@ def test_an_index_of_strangers_fetches_nothing_else(
     assert "large.gguf" not in hub.given
 
 
+def test_a_file_whose_name_no_system_could_have(hub: Hub, merge: Callable[..., str]) -> None:
+    hub.push("org/one", {**as_safetensors(1), "a\0b.json": b"{}"})
+    said = "refused: merge: org/one: no folder here, and Hugging Face did not give it: embedded nul"
+    assert merge("org/one").startswith(said)
+
+
 def test_a_file_that_ends_too_early_is_not_taken_for_one(
     tmp_path: Path, hub: Hub, merge: Callable[..., str]
 ) -> None:

@@ -467,6 +467,23 @@ def test_a_wrong_recipe_and_missing_folders_come_together(
     assert "org/code" not in text and not asked
 
 
+@pytest.mark.parametrize(
+    ("name", "alone", "beside"),
+    [
+        ("~nobody-of-that-name/m", ["no such folder"], ["no such folder"]),
+        (f"./{'a' * 300}", ["File name too long"], ["no such folder"]),
+        (f"org/{'a' * 300}", ["no id of Hugging Face's"], []),  # not asked for
+    ],
+)
+def test_folders_that_no_system_could_have(
+    tmp_path: Path, models: Any, name: str, alone: list[str], beside: list[str]
+) -> None:
+    for method, said in (("linear", alone), ("liner", beside)):
+        text = refused_file(tmp_path, f"merge_method: {method}\nmodels: [{{model: {name}}}]\n")
+        assert (method == "liner") == ("merge_method: there is no" in text)
+        assert all(part in text for part in said)
+
+
 def test_missing_folders_and_wrong_settings_come_together(tmp_path: Path, models: Any) -> None:
     text = refused_file(
         tmp_path,

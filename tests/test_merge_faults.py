@@ -166,7 +166,7 @@ def test_a_journal_is_not_believed(
         data[-40:] = b"\xff" * 40
         shard.write_bytes(data)
     journal = tmp_path / "out" / STAGING / "journal.jsonl"
-    journal.write_bytes(journal.read_bytes() + b'{"tensor": "lm_hea')
+    journal.write_bytes(journal.read_bytes() + b"[" * 100_000 + b'\n{"tensor": "lm_hea')
     nf.merge(config, tmp_path / "out", shard_size=8000)
     assert llamas.contents(tmp_path / "out") == wanted
 
@@ -379,6 +379,20 @@ def test_an_input_that_shrinks_is_an_error(
     with pytest.raises(ValueError, match="ends within"):
         nf.merge(config, tmp_path / "out", threads=1, progress=cut)
     assert not loadable(tmp_path / "out")
+
+
+def test_what_no_merge_wrote_is_no_manifest(tmp_path: Path, config: dict[str, Any]) -> None:
+    out = tmp_path / "out"
+    nf.merge(config, out)
+    content = json.loads((out / MANIFEST).read_text())
+    del content["xxh3"]
+    for entry in content["tensors"].values():
+        del entry["file"]
+    for text in ("[]", "null", "[" * 100_000, json.dumps(content)):
+        (out / MANIFEST).write_text(text)
+        for act in (verify, lambda folder: nf.merge(config, folder)):
+            with pytest.raises(ValueError, match=r"merge_manifest.json: no merge wrote this"):
+                act(out)
 
 
 @pytest.mark.parametrize(

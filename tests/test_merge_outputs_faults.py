@@ -368,7 +368,7 @@ def test_one_result_and_several_are_not_mixed(tmp_path: Path, config: dict[str, 
 def test_a_note_that_no_merge_wrote(tmp_path: Path, config: dict[str, Any]) -> None:
     note = tmp_path / "out" / STAGING / "complete.json"
     note.parent.mkdir(parents=True)
-    for text in ("[]", "{", '"\\ud800'):
+    for text in ("[]", "{", '"\\ud800', "[" * 100_000):
         note.write_text(text)
         with pytest.raises(ValueError, match=r"complete\.json: no merge wrote this"):
             nf.merge(config, tmp_path / "out")

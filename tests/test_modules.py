@@ -277,6 +277,16 @@ def test_a_base_of_a_module_is_read_and_said_to_be(models: Path) -> None:
         torch.testing.assert_close(tensor, base[name])  # m0 and all of the difference to it
 
 
+def test_keys_of_a_module_that_say_nothing(models: Path) -> None:
+    config = modules("t5_")
+    nf.merge(config, models / "wanted")
+    for part in config["modules"].values():
+        part |= {"merge_method": None, "base_model": None}
+    assert nf.merge({**config, "base_model": "t5_base"}, models / "out").warnings == ()
+    got, wanted = llamas.load(models / "out"), llamas.load(models / "wanted")
+    assert all(torch.equal(got[name], tensor) for name, tensor in wanted.items())
+
+
 # -- what is refused ------------------------------------------------------------------------------
 
 

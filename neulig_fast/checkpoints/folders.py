@@ -176,7 +176,7 @@ class Folders:
             return {}
         try:
             found = json.loads(self._note.read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{self._note}: no merge wrote this ({error})") from error
         if not isinstance(found, dict):
             raise ValueError(f"{self._note}: no merge wrote this")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -51,12 +52,22 @@ def absent(models: Iterable[ModelRef], base: Path) -> list[str]:
     found = []
     for model in models:
         for part in (model, *([model.lora] if model.lora is not None else [])):
-            path = Path(part.path).expanduser()
-            near = [base / path, path]
-            inside = len(path.parts) > 1 and any(_is_model(place.parent) for place in near)
-            if not any(place.exists() for place in near) and (inside or _is_no_id(part)):
+            near = _places(part, base)
+            inside = len(Path(part.path).parts) > 1 and any(
+                _is_model(place.parent) for place in near
+            )
+            if not any(map(os.path.exists, near)) and (inside or _is_no_id(part)):
                 found.append(f"{part}: no such folder")
     return list(dict.fromkeys(found))
+
+
+def _places(model: ModelRef, base: Path) -> list[Path]:
+    """Where a folder of that name may be; none in the home of somebody who is not known."""
+    try:
+        path = Path(model.path).expanduser()
+    except RuntimeError:
+        return []
+    return [base / path, path]
 
 
 def _is_model(folder: Path) -> bool:
@@ -76,7 +87,7 @@ def folder_of(model: ModelRef, base: Path, weights: Iterable[str] = _WEIGHTS) ->
     Raises:
         ValueError: neither a folder nor an id whose files can be had.
     """
-    for path in (base / Path(model.path).expanduser(), Path(model.path).expanduser()):
+    for path in _places(model, base):
         if path.exists():
             if model.revision is not None:
                 raise ValueError(f"{model}: {path} is a folder here, which has no revisions")
@@ -122,7 +133,7 @@ def _fetched(model: ModelRef, revision: str | None, files: Iterable[str]) -> Pat
         )
     except HFValidationError as error:
         raise ValueError(f"{model}: no folder here, and no id of Hugging Face's") from error
-    except (of_http, OSError) as error:
+    except (of_http, OSError, ValueError) as error:
         raise ValueError(f"{model}: {_why_not(model, error)}") from error
     return Path(folder)
 

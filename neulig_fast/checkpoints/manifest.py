@@ -54,10 +54,11 @@ class Manifest:
             found = cls(**content)
             sizes = [entry["bytes"] for entry in found.files.values()]
             texts = [entry["xxh3"] for entry in [*found.files.values(), *found.tensors.values()]]
+            texts += [entry["file"] for entry in found.tensors.values()]
             inside = all(Path(name).name == name for name in found.files)
             right = inside and all(type(size) is int for size in sizes)
             right = right and all(isinstance(text, str) for text in texts)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path}: no merge wrote this ({error})") from error
         if not right:
             raise ValueError(f"{path}: no merge wrote this")

@@ -178,7 +178,7 @@ class _Reader:
         """Of what is of the whole merge: another method, another base in one module."""
         section = value if isinstance(value, Mapping) else {}
         outer = {key: content.get(key) for key in ("merge_method", "base_model")}
-        own = {key: section[key] for key in outer if section.get(key, outer[key]) != outer[key]}
+        own = {key: section[key] for key in outer if section.get(key) not in (None, outer[key])}
         if "merge_method" in own:
             self.faults.append(
                 f"{place}.merge_method: all modules have one method, {outer['merge_method']!r} "
