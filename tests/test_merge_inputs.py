@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import neulig_fast as nf
+from neulig_fast.checkpoints import merging
 from neulig_fast.checkpoints.manifest import verify
 from neulig_fast.cli import app
 from neulig_fast.demo import llamas
@@ -98,8 +100,20 @@ def test_files_without_a_checksum_are_told(models: Path) -> None:
         config(models / "input", models / "base"), models / "out", check_inputs=True, threads=1
     )
     (text,) = report.warnings
+    (note / "model-00001-of-00002.safetensors.metadata").write_bytes(b"\xff\n\xff\n")
+    assert merging.foresee(
+        config(models / "input", models / "base"), models / "x", check_inputs=True
+    ).warnings == (text,)
     assert text.startswith("inputs without checksums were not checked: ")
     assert text.count("base/model-0000") == 2 and "input" not in text.partition(": ")[2]
+
+
+def test_a_file_beside_an_earlier_merge_is_not_taken_for_one_of_it(models: Path) -> None:
+    merged = as_merge(models)
+    other = merged.with_name("weights.ckpt")
+    torch.save(llamas.load(models / "base"), other)
+    report = nf.merge(config(merged.parent, other), models / "out", check_inputs=True)
+    assert report.warnings == (f"inputs without checksums were not checked: {other}",)
 
 
 def test_on_the_command_line(models: Path) -> None:
@@ -110,9 +124,10 @@ def test_on_the_command_line(models: Path) -> None:
     command = ["merge", str(recipe), str(models / "out"), "--check-inputs", "--quiet"]
     assert CliRunner().invoke(app, command).exit_code == 0
     flip(file)
-    done = CliRunner().invoke(app, command)
-    assert done.exit_code == 2
-    assert "differs, says merge_manifest.json" in done.output
+    for more in ([], ["--dry-run"]):
+        done = CliRunner().invoke(app, command + more)
+        assert done.exit_code == 2
+        assert "differs, says merge_manifest.json" in done.output
 
 
 def test_verifying_tells_how_far_it_is(models: Path) -> None:

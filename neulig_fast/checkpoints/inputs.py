@@ -40,7 +40,8 @@ def check(
     files = sorted({file for model in models for file in model.files})
     merged = {folder: Manifest.find(folder) for folder in {file.parent for file in files}}
     merges = {folder: found for folder, found in merged.items() if found is not None}
-    sums = {file: _noted(file) for file in files if file.parent not in merges}
+    listed_in = {folder / name for folder, found in merges.items() for name in found.files}
+    sums = {file: _noted(file) for file in files if file not in listed_in}
     known = {file: text for file, text in sums.items() if text is not None}
     total = sum(found.bytes for found in merges.values())
     total += sum(file.stat().st_size for file in known)
@@ -65,7 +66,7 @@ def _noted(file: Path) -> str | None:
     if blob.parent.name == "blobs" and _SHA256.fullmatch(blob.name):
         return blob.name
     note = file.parent / _NOTES / f"{file.name}.metadata"
-    lines = note.read_text(encoding="utf-8").splitlines() if note.is_file() else []
+    lines = note.read_text("utf-8", "replace").splitlines() if note.is_file() else []
     return lines[1] if len(lines) > 1 and _SHA256.fullmatch(lines[1]) else None
 
 

@@ -162,14 +162,17 @@ def foresee(
     device: str = "auto",
     max_vram: Size | None = None,
     threads: int | None = None,
+    check_inputs: bool = False,
+    progress: Callable[[int, int], Any] | None = None,
 ) -> Forecast:
     """What :func:`merge` would do with these arguments: all its checks, and how long it takes."""
     prepared = prepare(config, shard_size=shard_size)
     all_companions(prepared, Path(out_dir))
     check_space(Path(out_dir), {one.name: one.plan.layout for one in prepared})
     resources = _resources(prepared, max_ram, device, threads, max_vram)
+    unchecked = check(prepared[0].models.values(), progress) if check_inputs else []
     found = forecast([one.plan for one in prepared], Path(out_dir), resources)
-    warnings = (text for one in prepared for text in one.plan.warnings)
+    warnings = [*unchecked, *(text for one in prepared for text in one.plan.warnings)]
     return found._replace(warnings=tuple(dict.fromkeys(warnings)))
 
 

@@ -15,7 +15,7 @@ MaxRam = Annotated[str, typer.Option(help="Ceiling of memory, such as 512M or 8G
 ShardSize = Annotated[str, typer.Option(help="Of each file of weights, at most.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda (all GPUs), or such as cuda:0,cuda:1.")]
 MaxVram = Annotated[str | None, typer.Option(help="Of each GPU. Default: 80 % of what is free.")]
-Threads = Annotated[int | None, typer.Option(help="Default: as many as torch uses.")]
+Threads = Annotated[int | None, typer.Option(help="Default: as torch uses, or memory is for.")]
 Seed = Annotated[int, typer.Option(help="Of methods that drop elements at random.", min=0)]
 Resume = Annotated[bool, typer.Option(help="Go on with an interrupted merge, or begin anew.")]
 CheckInputs = Annotated[bool, typer.Option("--check-inputs", help="Compare checksums first.")]
@@ -59,20 +59,12 @@ def merge(
             "max_vram": max_vram,
             "threads": threads,
         }
-        if dry_run:
-            typer.echo(merging.foresee(config, folder, **options))
-            return
         with report.progress_bar(quiet or not speaks()) as shown:
-            done = merging.merge(
-                config,
-                folder,
-                **options,
-                seed=seed,
-                resume=resume,
-                check_inputs=check_inputs,
-                progress=shown.advance if shown else None,
-                foreseen=shown.foreseen if shown else None,
-                distributed=True,
-            )
-        if speaks():
+            options |= {"check_inputs": check_inputs, "progress": shown.advance if shown else None}
+            if dry_run:
+                done: object = merging.foresee(config, folder, **options)
+            else:
+                options |= {"foreseen": shown.foreseen if shown else None, "distributed": True}
+                done = merging.merge(config, folder, **options, seed=seed, resume=resume)
+        if dry_run or speaks():
             typer.echo(done)
