@@ -97,11 +97,8 @@ def merge(
             todo = [one for one in prepared if one.name not in folders.complete]
             moved = _run(todo, folders, resources, progress, ranks)
             ranks.all(lambda: _finish(todo, texts, folders) if ranks.first else None)
-    warned = [
-        *unchecked,
-        *(text for one in prepared for text in one.plan.warnings),
-        *folders.warnings,
-    ]
+    planned = (text for one in prepared for text in one.plan.warnings)
+    warned = [*unchecked, *planned, *folders.warnings]
     return _report(out_dir, started, moved, outputs, warned)
 
 
