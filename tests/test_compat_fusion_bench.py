@@ -8,9 +8,11 @@ import importlib
 import io
 import os
 import sys
+import threading
 import types
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -644,6 +646,30 @@ def test_a_file_is_opened_once(
     before = len(_readers._OPEN)
     del lazy
     assert len(_readers._OPEN) == before - 1
+
+
+def test_threads_read_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fusion_bench.utils.lazy_state_dict import LazyStateDict
+
+    from neulig_fast.compat.fusion_bench import _readers
+
+    state, both = checkpoint(tmp_path), threading.Barrier(2, timeout=10)
+
+    class Waiting:
+        def __init__(self, path: str, **how: Any) -> None:
+            self.file = safe_open(path, **how)
+
+        def get_tensor(self, key: str) -> Tensor:
+            both.wait()
+            return self.file.get_tensor(key)
+
+    safe_open = _readers.safe_open
+    monkeypatch.setattr(_readers, "safe_open", Waiting)
+    names = list(state)[:2]
+    with nf.patch("fusion_bench"), ThreadPoolExecutor(2) as pool:
+        lazy = LazyStateDict(str(tmp_path))
+        read = list(pool.map(lazy.__getitem__, names))
+    assert same(read, [state[name] for name in names])
 
 
 def test_a_file_that_has_changed_is_read_anew(tmp_path: Path) -> None:

@@ -34,9 +34,10 @@ def load_tensor(self: Any, checkpoint_file: str, key: str, update_cache: bool = 
     if not checkpoint_file.endswith(".safetensors"):
         raise Unsupported("a file that is no safetensors file")
     with _lock:
-        read = _opened(self, checkpoint_file).get_tensor(key)
-        kind = read.dtype if self._torch_dtype is None else self._torch_dtype
-        tensor: Tensor = read.to(kind, copy=True)
+        file = _opened(self, checkpoint_file)
+    read = file.get_tensor(key)  # several threads may read at once
+    kind = read.dtype if self._torch_dtype is None else self._torch_dtype
+    tensor: Tensor = read.to(kind, copy=True)
     if update_cache and self._state_dict_cache is not None:
         self._state_dict_cache[key] = tensor
     return tensor
