@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import neulig_fast as nf
-from neulig_fast.checkpoints import pipeline
+from neulig_fast.checkpoints import tiles
 from neulig_fast.checkpoints.forecast import passes
 from neulig_fast.checkpoints.prepared import prepare
 from neulig_fast.demo import llamas
@@ -102,7 +102,7 @@ def test_bits_depend_on_neither_threads_nor_tiles(
         wanted = merged(tmp_path, config, threads=1)
         with monkeypatch.context() as patch:
             patch.setattr(
-                pipeline,
+                tiles,
                 "tile_elements",
                 lambda planned, memory: min(BLOCK, planned.output.elements),
             )
