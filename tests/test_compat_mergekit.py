@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import pickle
 import shutil
 import sys
 import types
@@ -189,6 +190,8 @@ def test_methods_of_our_names_are_accurate_in_either_parity(name: str, parity: s
         assert sum(counts(patch, ARITHMETIC)[1].values()) == (name == "ties")
         with pytest.raises(TypeError, match=f"parameter weight for nf_{name}"):
             merge(f"nf_{name}", tensors)
+        copied = pickle.loads(pickle.dumps(registry._METHODS[f"nf_{name}"]))
+    assert copied.method_name == f"nf_{name}" and "(neulig_fast)" in copied.method_pretty_name
     assert f"nf_{name}" not in registry._METHODS
 
 

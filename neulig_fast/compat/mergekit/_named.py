@@ -29,7 +29,9 @@ def method(name: str) -> Any:
         merged: Tensor = kind.merge_group(self, group, **parameters)
         return merged
 
-    ours = type(f"Fused{kind.__name__}", (kind,), {"merge_group": merge})
+    # A class that no module has by name: who unpickles one in another process makes it anew.
+    own = {"merge_group": merge, "__module__": __name__, "__reduce__": lambda _: (method, (name,))}
+    ours = type(f"Fused{kind.__name__}", (kind,), own)
     fields = {field.name: getattr(theirs, field.name) for field in dataclasses.fields(theirs)}
     title = f"{theirs.method_pretty_name} (neulig_fast)"
     return ours(**{**fields, "method_name": f"nf_{name}", "method_pretty_name": title})
