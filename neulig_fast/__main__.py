@@ -1,5 +1,5 @@
 """``python -m neulig_fast`` is the program ``neulig-fast``."""
 
-from .cli import app
+from .cli import main
 
-app(prog_name="neulig-fast")
+main()

@@ -217,7 +217,7 @@ def test_factors_count_as_memory(tmp_path: Path) -> None:
     fixed = 4 * (4 * 512 + 4 * 128 + BLOCK)
     least = fixed + BLOCK * (4 + 2 + 2) + 3 * 128
     assert workspace.tile_elements(planned, least) == BLOCK
-    views = workspace.Workspace(least).views(planned, BLOCK)
+    views = workspace.Workspace(least, least).views(planned, BLOCK)
     assert views.scratch.numel() >= fixed
     with pytest.raises(ValueError, match=f"'q.weight' needs {least}"):
         workspace.tile_elements(planned, least - 1)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -122,6 +125,47 @@ def test_what_is_computed_of_elements_or_blocks_takes_no_memory(
     least = million * (2 * (count + 1) + 2)  # MiB of its rows and the result
     # Beside it what a merge takes for itself, and pages of 2 MiB at the end of every row.
     assert least * 3 // 4 <= peak(tmp_path, text, "512M") <= least + 64 + 2 * (count + 2)
+
+
+def test_the_cards_command_gives_the_same_bytes(tmp_path: Path) -> None:
+    llamas.family(tmp_path, 1)
+    text = f"merge_method: dare_linear\nbase_model: {tmp_path}/base\n"
+    text += f"models: [{{model: {tmp_path}/m0, parameters: {{weight: 1, density: 0.5}}}}]\n"
+    (tmp_path / "c.yml").write_text(text)
+    out = tmp_path / "out"
+    assert RUN.invoke(app, ["merge", f"{tmp_path}/c.yml", str(out), "--seed", "7"]).exit_code == 0
+    card = (out / "README.md").read_text()
+    (command,) = re.findall(r"^`neulig-fast (merge .*)` makes it", card, re.MULTILINE)
+    words = command.replace("mergekit_config.yml", f"{out}/mergekit_config.yml").split()
+    again = [str(tmp_path / "again") if word == "FOLDER" else word for word in words]
+    assert RUN.invoke(app, again).exit_code == 0
+    assert llamas.contents(tmp_path / "again") == llamas.contents(out)
+    assert "seed 7" in RUN.invoke(app, ["verify", str(out)]).output
+
+
+def test_a_full_disk_and_ctrl_c_say_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from neulig_fast import cli
+    from neulig_fast.checkpoints import merging
+
+    def run(error: BaseException) -> None:
+        def fails(*_: object, **__: object) -> None:
+            raise error
+
+        monkeypatch.setattr(merging, "merge", fails)
+        monkeypatch.setattr(sys, "argv", ["neulig-fast", "merge", "a.yml", str(tmp_path)])
+        cli.main()
+
+    with pytest.raises(SystemExit) as ended:
+        run(OSError(errno.ENOSPC, "No space left on device", "out/x"))
+    assert ended.value.code == 2
+    told = "error: out/x: No space left on device; what is done is kept: repeat the command"
+    assert told in capsys.readouterr().err
+    codes: list[int] = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+    run(KeyboardInterrupt())
+    assert codes == [130]
 
 
 @pytest.mark.parametrize("command", [["merge", "a.yml", "out"], ["demo", "--toy"]])

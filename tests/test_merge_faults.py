@@ -221,11 +221,22 @@ def test_a_full_disk_leaves_the_old_state(
                 nf.merge(config, folder, shard_size=8000, threads=1)
             except OSError as error:
                 assert error.errno == errno.ENOSPC
+                if call == "pwrite" and after > 3:  # of weights
+                    assert ".merging/model-0000" in str(error.filename)
                 assert llamas.contents(folder) == old
             else:
                 break
     nf.merge(config, folder, shard_size=8000)
     assert llamas.contents(folder) == wanted
+
+
+def test_a_file_is_no_folder_for_results(tmp_path: Path, config: dict[str, Any]) -> None:
+    (tmp_path / "file").touch()
+    for place in ("file", "file/below"):
+        with pytest.raises(OSError, match=r"file: is a file, not a folder$"):
+            nf.merge(config, tmp_path / place)
+        with pytest.raises(OSError, match=r"file: is a file, not a folder$"):
+            foresee(config, tmp_path / place)
 
 
 def test_a_disk_that_is_too_small_is_found_before_the_work(

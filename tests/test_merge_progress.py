@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import neulig_fast as nf
-from neulig_fast.checkpoints import merging
+from neulig_fast.checkpoints import merging, sizes
 from neulig_fast.checkpoints.forecast import Forecast
 from neulig_fast.checkpoints.report import Progress, progress_text
 from neulig_fast.demo import llamas
@@ -78,3 +78,31 @@ def test_a_merge_foresees_what_is_long(tmp_path: Path, monkeypatch: pytest.Monke
     # Karcher's inner products read what does not fit once more: 64 MiB hold 5 M elements of it.
     assert [found.bytes_again for found in told] == [2 * 4 << 23]
     assert told[0].bytes_in == 2 * 4 * ((1 << 23) + 100)
+
+
+def test_slips_of_the_pen_are_warned_of(tmp_path: Path) -> None:
+    llamas.family(tmp_path, 2)
+    own = {"weight": [{"filter": "mpl", "value": 0.5}, {"filter": "mlp", "value": 1}, {"value": 2}]}
+    config = {
+        "merge_method": "task_arithmetic",
+        "base_model": str(tmp_path / "base"),
+        "models": [{"model": str(tmp_path / name), "parameters": own} for name in ("m0", "m1")],
+        "parameters": {"lambda": [{"filter": "*", "value": 1.0}]},
+        "neulig_fast": {"outputs": {"a": {"parameters": {"lambda": {"filter": "x_", "value": 1}}}}},
+    }
+    report = nf.merge(config, tmp_path / "out", max_ram="900G", threads=1, shard_size=1000)
+    memory, *others = report.warnings
+    assert memory.startswith("max_ram is 900 GiB, this machine has ")
+    assert others == [
+        "lambda: the filter 'x_' is part of no tensor's name",
+        "weight: the filter 'mpl' is part of no tensor's name",
+        "shard_size is 1000 bytes: the result has 18 files of weights",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [(1023, "1023 bytes"), (1 << 20, "1 MiB"), (1023 << 20, "1023 MiB"), (1000 << 20, "1000 MiB")],
+)
+def test_sizes_have_no_exponents(size: int, text: str) -> None:
+    assert sizes.text(size) == text

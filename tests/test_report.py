@@ -174,7 +174,7 @@ def test_verdict_says_routing_or_mixing(sharpness, words):
             16,
             50,
             0.9,
-            "per data set is 17.0 points below it, beyond that error: here mixing costs.",
+            "17.0 points below it, beyond that error: here mixing per data set costs.",
         ),
         (16, 6, 0.9, "merging per data set is 5.0 points above it, beyond that error."),
     ],

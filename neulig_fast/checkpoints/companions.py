@@ -13,7 +13,7 @@ from .checkpoint import json_object
 from .dtypes import TO_FORMAT
 from .headers import INDEX
 from .plan import Plan
-from .recipe import ModelRef, Recipe
+from .recipe import ModelRef
 from .tokens import FILE
 from .vocabularies import Vocabulary
 
@@ -94,7 +94,7 @@ def _companions(
         found = {name: text for name, text in found.items() if name not in _WORDS}
         found[FILE] = vocabulary.text
     found[RECIPE] = one.source
-    found[_CARD] = _card(one.recipe, one.source, plan, fetched).encode()
+    found[_CARD] = _card(one, fetched).encode()
     return found
 
 
@@ -133,7 +133,9 @@ def _tell(content: dict[str, Any], keys: Sequence[str], number: int, anew: bool 
         inner[last] = number
 
 
-def _card(recipe: Recipe, source: bytes, plan: Plan, fetched: Set[str]) -> str:
+def _card(one: Prepared, fetched: Set[str]) -> str:
+    recipe, method = one.recipe, one.plan.method
+    command = f"neulig-fast merge {RECIPE} FOLDER" + (f" --seed {one.seed}" if one.seed else "")
     models = "\n".join(f"* {_linked(model, fetched)}" for model in recipe.models())
     named = [part for model in recipe.models() for part in (model, model.lora) if part is not None]
     pages = dict.fromkeys(f"- {part.path}\n" for part in named if _has_page(part, fetched))
@@ -146,7 +148,7 @@ tags:
 ---
 # A merge of {len(recipe.models())} models
 
-Made by neulig-fast with **{plan.method.title}** ({plan.method.source}).
+Made by neulig-fast with **{method.title}** ({method.source}).
 
 ## Models
 
@@ -154,10 +156,10 @@ Made by neulig-fast with **{plan.method.title}** ({plan.method.source}).
 
 ## Recipe
 
-`neulig-fast merge {RECIPE} FOLDER` makes it again.
+`{command}` makes it again.
 
 ```yaml
-{source.decode("utf-8", "replace").rstrip()}
+{one.source.decode("utf-8", "replace").rstrip()}
 ```
 """
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 _FLUSH_BYTES = 64 << 20
@@ -82,6 +84,15 @@ def reserve(handle: int, length: int, path: Path) -> None:
         if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
             raise OSError(error.errno, f"{path}: {error.strerror} ({length} bytes)") from error
     os.ftruncate(handle, length)
+
+
+@contextlib.contextmanager
+def named(path: Path) -> Iterator[None]:
+    """Errors of a handle tell whose it is."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def write_all(handle: int, data: bytes | memoryview, at: int | None = None) -> None:

@@ -214,10 +214,12 @@ def check_space(folder: Path, layouts: Mapping[str, Layout]) -> None:
     Raises:
         OSError: it is too small.
     """
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        raise NotADirectoryError(f"{nearest}: is a file, not a folder")
     needed = sum(layout.bytes for layout in layouts.values())
     shards = [p for name in layouts for p in (folder / name).glob(f"{STAGING}/*.safetensors")]
     reserved = sum(path.stat().st_blocks * 512 for path in shards)
-    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(nearest).free
     if free + reserved < needed:
         what = "the result has" if "" in layouts else f"{len(layouts)} results have"

@@ -38,8 +38,9 @@ class Forecast(NamedTuple):
         passes: over the whole model; 1 where nothing is looked for in it first.
         peak: bytes of memory, above those of ``import torch``.
         read, write, merge: bytes a second, of inputs or, for ``write``, of the result.
-        seconds: predicted, of reading, merging and writing; start-up and checks come on top.
-        bound: what takes them.
+        seconds: predicted, of reading, merging and writing one after the other; start-up and checks
+            come on top.
+        bound: what takes most of them.
         warnings: what is worth knowing, in words.
     """
 
@@ -113,7 +114,7 @@ def forecast(plans: Sequence[Plan], folder: Path, resources: Resources) -> Forec
         read,
         write,
         merge,
-        needed[bound],
+        sum(needed.values()),
         bound,
         passes=1 if plan.whole is None else 1 + looks,
     )
@@ -204,7 +205,8 @@ def _write_rate(folder: Path) -> float:
     with tempfile.TemporaryFile(dir=nearest) as file:
 
         def step() -> int:
-            written = os.pwrite(file.fileno(), data, 0)
+            """Where nothing was before: the system has new memory to find for it."""
+            written = os.write(file.fileno(), data)
             os.fdatasync(file.fileno())
             return written
 

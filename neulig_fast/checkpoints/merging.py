@@ -19,7 +19,7 @@ from .prepared import Prepared, prepare
 from .ranks import Ranks, torchrun
 from .read import Reader
 from .report import MergeReport, OutputReport
-from .resources import Resources, Size, asked_for, capped, check_memory, for_tensors
+from .resources import Resources, Size, asked_for, capped, check_memory, for_tensors, notes
 from .survey import Survey
 from .whole import known
 from .write import Staging
@@ -98,7 +98,7 @@ def merge(
             moved = _run(todo, folders, resources, progress, ranks)
             ranks.all(lambda: _finish(todo, texts, folders) if ranks.first else None)
     planned = (text for one in prepared for text in one.plan.warnings)
-    warned = [*unchecked, *planned, *folders.warnings]
+    warned = [*unchecked, *notes(resources), *planned, *folders.warnings]
     return _report(out_dir, started, moved, outputs, warned)
 
 
@@ -169,7 +169,11 @@ def foresee(
     resources = _resources(prepared, max_ram, device, threads, max_vram)
     unchecked = check(prepared[0].models.values(), progress) if check_inputs else []
     found = forecast([one.plan for one in prepared], Path(out_dir), resources)
-    warnings = [*unchecked, *(text for one in prepared for text in one.plan.warnings)]
+    warnings = [
+        *unchecked,
+        *notes(resources),
+        *(text for one in prepared for text in one.plan.warnings),
+    ]
     return found._replace(warnings=tuple(dict.fromkeys(warnings)))
 
 

@@ -78,6 +78,14 @@ def values(setting: Any) -> Iterator[Scalar]:
         yield setting
 
 
+def filters(setting: Any) -> Iterator[str]:
+    """Parts of names that a setting without :func:`faults` asks for."""
+    entries = [setting] if isinstance(setting, Mapping) else setting
+    for entry in entries if isinstance(entries, list) else ():
+        if isinstance(entry, Mapping) and entry.get("filter") not in (None, "*"):
+            yield entry["filter"]
+
+
 def interpolate(points: Sequence[float], at: float) -> float:
     """Linear between equally spaced ``points`` over 0 to 1."""
     place = at * (len(points) - 1)

@@ -24,7 +24,7 @@ from .planned import Planned
 from .read import Reader
 from .resources import Resources
 from .tiles import Tiles
-from .workspace import Workspace
+from .workspace import Workspace, whole_bytes
 from .write import Staging
 
 Job: TypeAlias = Sequence[Planned]  # a tensor of every output, from the same sources
@@ -56,6 +56,7 @@ class Pipeline:
         self.method, self.reader, self.stagings = method, reader, stagings
         self.resources, self.advance = resources, advance
         self._stopped = threading.Event()
+        self.needed = 0  # bytes of a thread's buffers that there is use for
 
     def run(self, jobs: Iterable[Job]) -> None:
         """Do the jobs that the stagings do not have yet.
@@ -74,6 +75,7 @@ class Pipeline:
     def each(self, jobs: Iterable[Job], act: Callable[[Worker, Job], None]) -> None:
         """Have a worker act on every job, all threads at once; raises as :meth:`run`."""
         todo = deque(jobs)
+        self.needed = max((whole_bytes(planned) for job in todo for planned in job), default=0)
         count = self.resources.threads
         before = torch.get_num_threads()
         self._stopped.clear()
@@ -121,7 +123,7 @@ class Worker:
     def __init__(self, pipeline: Pipeline, device: torch.device) -> None:
         self._pipeline, self._method, self._device = pipeline, pipeline.method, device
         gpu = device.type == "cuda"
-        self._workspace = Workspace(pipeline.resources.share, pinned=gpu)
+        self._workspace = Workspace(pipeline.resources.share, pipeline.needed, pinned=gpu)
         self._stream = torch.cuda.Stream(device) if gpu else None
 
     def merge(self, missing: Sequence[tuple[Staging, Planned]]) -> None:

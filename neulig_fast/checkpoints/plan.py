@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from .._checks import one_line_each, raise_all
 from ..methods import Method
-from . import names
+from . import names, parameters, sizes
 from .layout import Beside, Layout, lay_out
 from .modules import ANY, Models, Own, split
 from .pieces import scope_of
@@ -85,9 +85,25 @@ def make_plan(
         tensors, whole = as_one(method, tensors)
     layout = lay_out([t.output for t in tensors], shard_bytes, _aside(method, planners, tensors))
     layers = (found for own, made in zip(owns, each, strict=True) for found in _layers(own, made))
-    warned = tuple(dict.fromkeys([*(w for p in planners for w in p.warnings), *left_out]))
-    donor = planners[0].donor
-    return Plan(method, tuple(tensors), layout, donor, tuple(layers), warned, whole)
+    warned = [*(w for p in planners for w in p.warnings), *left_out]
+    warned += [*_idle(recipe, tensors), *_small(layout, shard_bytes)]
+    donor, told = planners[0].donor, tuple(dict.fromkeys(warned))
+    return Plan(method, tuple(tensors), layout, donor, tuple(layers), told, whole)
+
+
+def _idle(recipe: Recipe, tensors: Sequence[Planned]) -> Iterator[str]:
+    """Filters that no tensor's name has: slips of the pen, mostly."""
+    for scope, _ in recipe.scopes():
+        for key, setting in scope.items():
+            for part in parameters.filters(setting):
+                if not any(part in tensor.output.name for tensor in tensors):
+                    yield f"{key}: the filter {part!r} is part of no tensor's name"
+
+
+def _small(layout: Layout, shard_bytes: int) -> Iterator[str]:
+    if shard_bytes < 1 << 20 and len(layout.shards) > 1:
+        text = sizes.text(shard_bytes)
+        yield f"shard_size is {text}: the result has {len(layout.shards)} files of weights"
 
 
 def _layers(own: Own, tensors: Sequence[Planned]) -> Iterator[Layers]:

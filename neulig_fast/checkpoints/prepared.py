@@ -119,12 +119,8 @@ def _prepared(
 
 def _setting_faults(recipe: Recipe, method: Method) -> Iterator[str]:
     """What of a recipe's settings the method does not take, whichever tensors they are for."""
-    parts = recipe.parts.values()
-    pieces = [piece for part in parts for piece in part.slices]
-    scopes = [recipe.parameters, *(part.parameters for part in parts)]
-    scopes = [*scopes, *(piece.parameters for piece in pieces)]
-    own = [(s.parameters, f" for {s.model}") for piece in pieces for s in piece.sources]
-    for scope, whom in (*((scope, "") for scope in scopes), *own):
+    for scope, model in recipe.scopes():
+        whom = f" for {model}" if model is not None else ""
         for name in (key for key in scope if key in method.parameters):
             for value in parameters.values(scope[name]):
                 yield from (f"{name}{whom} {f}" for f in method.parameters[name].faults(value))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -102,6 +102,15 @@ class Recipe:
     variants: Mapping[str, Variant] = field(default_factory=dict)
     beside: Mapping[str, Any] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+
+    def scopes(self) -> Iterator[tuple[Parameters, ModelRef | None]]:
+        """Everything under ``parameters``, and of which model it is, if of one."""
+        yield self.parameters, None
+        for part in self.parts.values():
+            yield part.parameters, None
+            for piece in part.slices:
+                yield piece.parameters, None
+                yield from ((source.parameters, source.model) for source in piece.sources)
 
     def models(self) -> list[ModelRef]:
         """Every model that is read, each once, in the order of the file; the base last."""

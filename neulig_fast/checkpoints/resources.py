@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -89,6 +90,14 @@ def asked_for(
     free = {str(device): torch.cuda.mem_get_info(device)[0] for device in devices}
     asked = None if max_vram is None else sizes.parse("max_vram", max_vram)
     return Resources(count, memory - OVERHEAD, devices, vram_of(asked, free))
+
+
+def notes(resources: Resources) -> Iterator[str]:
+    """What is worth knowing of them, in words."""
+    asked = resources.memory + OVERHEAD
+    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if asked > there:
+        yield f"max_ram is {sizes.text(asked)}, this machine has {sizes.text(there)}"
 
 
 def _usable(name: str) -> str:

@@ -27,5 +27,6 @@ def text(size: int) -> str:
     """``1.4 GiB``."""
     for unit, factor in (("TiB", 1 << 40), ("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
         if size >= factor:
-            return f"{size / factor:.3g} {unit}"
+            number = f"{size / factor:.3g}"
+            return f"{number if 'e' not in number else round(size / factor)} {unit}"
     return f"{size} bytes"

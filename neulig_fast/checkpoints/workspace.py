@@ -110,6 +110,11 @@ def beside_bytes(planned: Planned, in_pytorch: bool) -> int:
     return _ARRAYS * item * len(planned.sources) * min(piece, planned.output.elements)
 
 
+def whole_bytes(planned: Planned) -> int:
+    """What a tensor takes of a workspace as a whole."""
+    return element_bytes(planned) * max(planned.output.elements, 1) + _constant_bytes(planned)
+
+
 def _constant_bytes(planned: Planned) -> int:
     """What a tile takes of a workspace besides its elements."""
     return _ALIGNMENT * (len(planned.sources) + 2) + _fixed_bytes(planned)
@@ -126,21 +131,21 @@ class Workspace:
     """Memory of one thread.
 
     Args:
-        memory: bytes.
+        memory: bytes that it may have.
+        needed: bytes that there is use for.
         pinned: for copies to a GPU that do not wait.
+
+    Attributes:
+        bytes: that it may have.
     """
 
-    def __init__(self, memory: int, pinned: bool = False) -> None:
+    def __init__(self, memory: int, needed: int, pinned: bool = False) -> None:
+        self.bytes, taken = memory, min(memory, needed)
         self._memory = (
-            torch.empty(memory, dtype=torch.uint8, pin_memory=True)
+            torch.empty(taken, dtype=torch.uint8, pin_memory=True)
             if pinned
-            else (large_pages(_mapped(memory)))
+            else large_pages(_mapped(taken))
         )
-
-    @property
-    def bytes(self) -> int:
-        """Of its memory."""
-        return self._memory.numel()
 
     def views(self, planned: Planned, elements: int) -> Views:
         """Memory for a tile, which was a tile before."""

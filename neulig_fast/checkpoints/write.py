@@ -24,7 +24,7 @@ import xxhash
 
 from ..state_files import sync_folder, write_text
 from . import journal
-from .disk import Flusher, reserve, sync, write_all
+from .disk import Flusher, named, reserve, sync, write_all
 from .headers import INDEX, SINGLE
 from .layout import Layout, Place
 from .manifest import MANIFEST, Manifest, checksum
@@ -186,7 +186,8 @@ class Staging:
 
     def write(self, file: str, at: int, data: memoryview) -> None:
         """Bytes of a shard."""
-        write_all(self._handles[file], data, at)
+        with named(self._stage / file):
+            write_all(self._handles[file], data, at)
         if self._flusher is not None:
             self._flusher.wrote(self._handles[file], len(data))
 

@@ -7,11 +7,14 @@ A command's module has a function ``register(app)`` and imports what it needs wh
 from __future__ import annotations
 
 import importlib
+import os
 import pkgutil
+import sys
 
 import typer
 
 from .. import __version__
+from ._errors import INTERRUPTED
 
 app = typer.Typer(
     name="neulig-fast",
@@ -27,6 +30,19 @@ def _version(wanted: bool) -> None:
     if wanted:
         typer.echo(f"neulig-fast {__version__}")
         raise typer.Exit
+
+
+def main() -> None:
+    """The program. After Ctrl-C it leaves at once: threads of PyTorch's may still compute, and the
+    interpreter's end, which frees what they use, has aborted instead."""
+    try:
+        app(prog_name="neulig-fast")
+    except SystemExit as ended:
+        if ended.code != INTERRUPTED:
+            raise
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(INTERRUPTED)
 
 
 @app.callback()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 from collections.abc import Iterator
 
 import typer
@@ -19,12 +20,15 @@ def reported(resume: str = "") -> Iterator[None]:
     bug and keeps its traceback.
 
     Args:
-        resume: what to tell the user after Ctrl-C.
+        resume: what to tell the user after Ctrl-C, or when the disk is full.
     """
     try:
         yield
     except (ValueError, OSError) as error:
-        typer.echo(f"error: {_told(error)}", err=True)
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        typer.echo(
+            f"error: {_told(error)}{'; ' if full and resume else ''}{resume * full}", err=True
+        )
         raise typer.Exit(BAD_INPUT) from error
     except KeyboardInterrupt as error:
         typer.echo(f"interrupted{'; ' if resume else ''}{resume}", err=True)

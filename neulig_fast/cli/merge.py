@@ -66,5 +66,5 @@ def merge(
             else:
                 options |= {"foreseen": shown.foreseen if shown else None, "distributed": True}
                 done = merging.merge(config, folder, **options, seed=seed, resume=resume)
-        if dry_run or speaks():
+        if speaks():
             typer.echo(done)

@@ -27,8 +27,9 @@ def verify(folder: Folder, quiet: Quiet = False) -> None:
         with report.progress_bar(quiet) as shown:
             manifest = verified(folder, shown.advance if shown else None)
         models = ", ".join(manifest.recipe["models"])
+        seed = f", seed {manifest.recipe['seed']}" if manifest.recipe.get("seed") else ""
         typer.echo(
             f"{folder}: {len(manifest.tensors)} tensors, {sizes.text(manifest.bytes)}, all as "
             f"written by neulig-fast {manifest.version}\n"
-            f"{manifest.recipe['method']} of {models}"
+            f"{manifest.recipe['method']} of {models}{seed}"
         )

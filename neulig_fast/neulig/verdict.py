@@ -97,12 +97,13 @@ def _routing_sentence(report: Report) -> str:
         f"{'within' if abs(points) <= noise else 'beyond'} that error"
         for row, points in above.items()
     ]
+    costly = [_MERGED[row] for row, points in above.items() if points < -noise]
     text = (
         f"Hard routing, one expert as it is per data set, reaches {hard:.1f} % (standard error "
         f"{noise:.1f} points); {', and '.join(found)}"
     )
-    if min(above.values()) < -noise:
-        return f"{text}: here mixing costs."
+    if costly:
+        return f"{text}: here mixing {' and '.join(costly)} costs."
     alike = max(above.values()) <= noise and _routes(report) and not _astray(report)
     return text + (": here merging is in effect routing." if alike else ".")
 
