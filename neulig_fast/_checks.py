@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -80,3 +81,20 @@ def device_fault(device: torch.device | str) -> str | None:
     except TypeError:  # of MPS
         return f"{device} has no float64, in which sums are kept: use another device"
     return None
+
+
+def usable_device(value: str) -> str:
+    """The name of a device that is here; ``auto`` is ``cuda`` where there is one, else ``cpu``.
+
+    Raises:
+        ValueError: no such device.
+    """
+    if value == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"(cpu|cuda|mps|xpu)(:\d+)?", value):
+        raise ValueError(f"must be auto, cpu, cuda, cuda:1 or xpu, got {value!r}")
+    try:
+        torch.empty(0, device=value)
+    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
+        raise ValueError(f"there is no {value} here: {str(error).splitlines()[0]}") from error
+    return value

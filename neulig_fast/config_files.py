@@ -1,8 +1,8 @@
 """YAML files of the commands: the types of their values, and everything that is wrong with one.
 
-Read by YAML's safe loader into pydantic models that know every key. Nothing in them is evaluated.
-All faults are found before any work and listed in one error, each under its place in the file
-(``fit.epochs``), with the nearest known key where one is unknown.
+Read into pydantic models that know every key. All faults are found before any work and listed in
+one error, each under its place in the file (``fit.epochs``), with the nearest known key where one
+is unknown.
 """
 
 from __future__ import annotations
@@ -13,8 +13,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args
 
-import torch
-import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -27,9 +25,9 @@ from pydantic import (
     field_validator,
 )
 
-from ._checks import device_fault, did_you_mean, raise_all
+from ._checks import device_fault, did_you_mean, raise_all, usable_device
+from .yaml_files import read
 
-_MOST = 1_000_000  # values of a file: a few lines of aliases of aliases have billions
 # Names end up in file names, in figures and as keys of reports.
 _NAME = re.compile(r"[A-Za-z0-9_][\w.+-]*")
 
@@ -89,23 +87,6 @@ def _usable(value: str) -> str:
     return value
 
 
-def usable_device(value: str) -> str:
-    """The name of a device that is here; ``auto`` is ``cuda`` where there is one, else ``cpu``.
-
-    Raises:
-        ValueError: no such device.
-    """
-    if value == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if not re.fullmatch(r"(cpu|cuda|mps|xpu)(:\d+)?", value):
-        raise ValueError(f"must be auto, cpu, cuda, cuda:1 or xpu, got {value!r}")
-    try:
-        torch.empty(0, device=value)
-    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
-        raise ValueError(f"there is no {value} here: {str(error).splitlines()[0]}") from error
-    return value
-
-
 def _summing(device: str) -> str:
     fault = device_fault(device)
     if fault is not None:
@@ -158,40 +139,6 @@ class Section(BaseModel):
 Config = TypeVar("Config", bound=Section)
 
 
-def read(path: str | Path) -> Any:
-    """The content of a YAML file.
-
-    Raises:
-        OSError: no such file, or not readable.
-        ValueError: broken YAML, with line and column; a key that appears twice; aliases that make
-            more of the file than anybody can read.
-    """
-    path = Path(path)
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-        count = _count(content, {})
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not a text file in UTF-8 (byte {error.start})") from error
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: {_why_broken(error)}") from error
-    except (ValueError, RecursionError) as error:  # no number, no date; too deep
-        raise ValueError(f"{path}: {error}") from error
-    if count > _MOST:
-        raise ValueError(f"{path}: has more than {_MOST} values, as its aliases are written out")
-    return content
-
-
-def _count(content: Any, known: dict[int, int]) -> int:
-    """Values of YAML, with its aliases written out; what holds itself has more than any."""
-    if not isinstance(content, (dict, list, tuple, set)):
-        return 1
-    if id(content) not in known:
-        known[id(content)] = _MOST + 1
-        below = content.values() if isinstance(content, dict) else content
-        known[id(content)] = 1 + sum(_count(value, known) for value in below)
-    return known[id(content)]
-
-
 def load(path: str | Path, kind: type[Config]) -> Config:
     """Read and check a configuration file.
 
@@ -217,30 +164,6 @@ def load(path: str | Path, kind: type[Config]) -> Config:
         raise AssertionError("unreachable: a validation error has details") from error
     config._source = str(path)
     return config
-
-
-class _Loader(yaml.SafeLoader):
-    """The safe loader, and a key that appears twice is an error instead of overwriting."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
-                if key.value in seen:
-                    raise yaml.constructor.ConstructorError(
-                        None, None, f"the key {key.value!r} appears twice", key.start_mark
-                    )
-                seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-def _why_broken(error: yaml.YAMLError) -> str:
-    mark = getattr(error, "problem_mark", None)
-    problem = getattr(error, "problem", None) or " ".join(str(error).split())
-    where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-    if "could not determine a constructor" in problem:
-        problem += "; tags such as !!python are not allowed"
-    return f"{where}{problem}"
 
 
 def _fault(detail: Mapping[str, Any], kind: type[Section]) -> str:

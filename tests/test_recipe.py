@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from neulig_fast import config_files
+from neulig_fast import yaml_files
 from neulig_fast.checkpoints.recipe import ModelRef, Recipe
 from neulig_fast.checkpoints.recipe_file import parse
 from neulig_fast.methods import METHODS
@@ -175,7 +175,7 @@ def test_what_is_no_recipe(text: str, said: str) -> None:
 def test_hostile_files_are_refused_by_name(tmp_path: Path, text: str, said: str) -> None:
     (tmp_path / "r.yml").write_text(text)
     with pytest.raises(ValueError, match=rf"r.yml: .*{said}"):
-        config_files.read(tmp_path / "r.yml")
+        yaml_files.read(tmp_path / "r.yml")
 
 
 def test_all_faults_come_at_once() -> None:

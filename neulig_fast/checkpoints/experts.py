@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import config_files
+from .. import yaml_files
 from .._checks import did_you_mean, raise_all
 from ..methods.masks import MEANS, Masks
 from . import dtypes
@@ -95,7 +95,7 @@ def _number(path: Path, expert: str | int, experts: Sequence[str]) -> int:
 
 
 def _base(folder: Path, base: str | Path | None) -> Path:
-    recipe: Mapping[str, Any] = config_files.read(folder / RECIPE)
+    recipe: Mapping[str, Any] = yaml_files.read(folder / RECIPE)
     if recipe.get("models") is None:
         raise ValueError(f"{folder}: experts of a recipe of slices cannot be made again")
     if base is not None:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from .. import config_files
+from .. import yaml_files
 from .._checks import raise_all
 from ..methods import METHODS, Method
 from . import parameters, recipe_file, sizes, variants
@@ -147,4 +147,4 @@ def _read(config: str | Path | Mapping[str, Any]) -> tuple[Any, bytes, Path]:
         text = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
         return config, text.encode(), Path()
     path = Path(config)
-    return config_files.read(path), path.read_bytes(), path.resolve().parent
+    return yaml_files.read(path), path.read_bytes(), path.resolve().parent

@@ -9,8 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from .. import config_files
-from .._checks import raise_all
+from .._checks import raise_all, usable_device
 from .._registry import OPS
 from . import sizes
 from .plan import Planned
@@ -102,7 +101,7 @@ def notes(resources: Resources) -> Iterator[str]:
 
 def _usable(name: str) -> str:
     try:
-        return config_files.usable_device(name)
+        return usable_device(name)
     except ValueError as error:
         raise ValueError(f"merge: device: {error}") from error
 
