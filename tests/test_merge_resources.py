@@ -17,6 +17,7 @@ from neulig_fast.checkpoints import merging, pipeline, resources, tiles, workspa
 from neulig_fast.checkpoints.headers import Entry
 from neulig_fast.checkpoints.layout import Output
 from neulig_fast.checkpoints.plan import Planned
+from neulig_fast.checkpoints.prepared import prepare
 from neulig_fast.checkpoints.resources import Resources
 from neulig_fast.demo import llamas
 from neulig_fast.methods import BLOCK
@@ -44,7 +45,10 @@ def test_too_little_memory_for_a_thread_is_found_before_anything_is_written(
     config = two_models(tmp_path, small=(9,), large=(3, BLOCK))
     # Of each element two rows in fp32, the result and what is converted in bf16.
     needed = BLOCK * (4 + 4 + 2 + 2) + 4 * 128
-    threads = (64 << 20) // (needed + resources.THREAD) + 1
+    tensors = prepare(config)[0].plan.tensors
+    slow = resources.in_pytorch(torch.device("cpu"))
+    formulas = max(workspace.beside_bytes(tensor, slow) for tensor in tensors)
+    threads = (64 << 20) // (needed + resources.THREAD + formulas) + 1
     options: dict[str, Any] = {"max_ram": "128M", "threads": threads}
     text = refusal(lambda: nf.merge(config, tmp_path / "out", **options))
     assert "merge: 'large' needs 768 KiB of memory in a thread" in text

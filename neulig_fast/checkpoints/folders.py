@@ -70,6 +70,7 @@ class Folders:
                 there; nothing was begun.
             OSError: the disk is full, or a folder cannot be written.
         """
+        _nearest(self.folder)
         made = not self.folder.exists()
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
@@ -212,11 +213,9 @@ def check_space(folder: Path, layouts: Mapping[str, Layout]) -> None:
     """Whether the disk can take what is to be written into ``folder``, or below it, by name.
 
     Raises:
-        OSError: it is too small.
+        OSError: it is too small; a file is in the folder's place.
     """
-    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not nearest.is_dir():
-        raise NotADirectoryError(f"{nearest}: is a file, not a folder")
+    nearest = _nearest(folder)
     needed = sum(layout.bytes for layout in layouts.values())
     shards = [p for name in layouts for p in (folder / name).glob(f"{STAGING}/*.safetensors")]
     reserved = sum(path.stat().st_blocks * 512 for path in shards)
@@ -226,6 +225,18 @@ def check_space(folder: Path, layouts: Mapping[str, Layout]) -> None:
         raise OSError(
             f"{folder}: {what} {sizes.text(needed)}, the disk has {sizes.text(free)} free"
         )
+
+
+def _nearest(folder: Path) -> Path:
+    """The folder, or what it will be made in.
+
+    Raises:
+        NotADirectoryError: that is a file.
+    """
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        raise NotADirectoryError(f"{nearest}: is a file, not a folder")
+    return nearest
 
 
 def _check_open_files(layouts: Sequence[Layout]) -> None:

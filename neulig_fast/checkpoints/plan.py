@@ -21,6 +21,8 @@ from .planner import Planner
 from .recipe import ModelRef, Recipe
 from .whole import Whole, as_one
 
+_FILES = 16  # of weights: many more, each below a MiB, are a slip of the pen
+
 
 class Layers(NamedTuple):
     """Their number, for ``config.json``.
@@ -101,7 +103,7 @@ def _idle(recipe: Recipe, tensors: Sequence[Planned]) -> Iterator[str]:
 
 
 def _small(layout: Layout, shard_bytes: int) -> Iterator[str]:
-    if shard_bytes < 1 << 20 and len(layout.shards) > 1:
+    if shard_bytes < 1 << 20 and len(layout.shards) > _FILES:
         text = sizes.text(shard_bytes)
         yield f"shard_size is {text}: the result has {len(layout.shards)} files of weights"
 
