@@ -86,6 +86,18 @@ def reserve(handle: int, length: int, path: Path) -> None:
     os.ftruncate(handle, length)
 
 
+def nearest(folder: Path) -> Path:
+    """The folder, or what it will be made in.
+
+    Raises:
+        NotADirectoryError: that is a file.
+    """
+    found = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not found.is_dir():
+        raise NotADirectoryError(f"{found}: is a file, not a folder")
+    return found
+
+
 @contextlib.contextmanager
 def named(path: Path) -> Iterator[None]:
     """Errors of a handle tell whose it is."""

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from .._checks import raise_all
 from ..state_files import write_json
 from . import sizes
-from .disk import locked
+from .disk import locked, nearest
 from .headers import INDEX, SINGLE
 from .layout import Layout
 from .manifest import MANIFEST, Manifest
@@ -70,7 +70,7 @@ class Folders:
                 there; nothing was begun.
             OSError: the disk is full, or a folder cannot be written.
         """
-        _nearest(self.folder)
+        nearest(self.folder)
         made = not self.folder.exists()
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
@@ -215,28 +215,16 @@ def check_space(folder: Path, layouts: Mapping[str, Layout]) -> None:
     Raises:
         OSError: it is too small; a file is in the folder's place.
     """
-    nearest = _nearest(folder)
+    place = nearest(folder)
     needed = sum(layout.bytes for layout in layouts.values())
     shards = [p for name in layouts for p in (folder / name).glob(f"{STAGING}/*.safetensors")]
     reserved = sum(path.stat().st_blocks * 512 for path in shards)
-    free = shutil.disk_usage(nearest).free
+    free = shutil.disk_usage(place).free
     if free + reserved < needed:
         what = "the result has" if "" in layouts else f"{len(layouts)} results have"
         raise OSError(
             f"{folder}: {what} {sizes.text(needed)}, the disk has {sizes.text(free)} free"
         )
-
-
-def _nearest(folder: Path) -> Path:
-    """The folder, or what it will be made in.
-
-    Raises:
-        NotADirectoryError: that is a file.
-    """
-    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not nearest.is_dir():
-        raise NotADirectoryError(f"{nearest}: is a file, not a folder")
-    return nearest
 
 
 def _check_open_files(layouts: Sequence[Layout]) -> None:

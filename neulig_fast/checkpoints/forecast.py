@@ -14,6 +14,7 @@ import torch
 
 from ..methods import BLOCK, Method, Statistic, Task, Tile
 from . import dtypes, sizes
+from .disk import nearest
 from .measured import answer, applied
 from .pipeline import Job, merged_alone
 from .plan import Plan
@@ -200,9 +201,8 @@ def _read_rate(plan: Plan) -> float:
 
 
 def _write_rate(folder: Path) -> float:
-    nearest = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
     data = bytes(_PIECE)
-    with tempfile.TemporaryFile(dir=nearest) as file:
+    with tempfile.TemporaryFile(dir=nearest(folder)) as file:
 
         def step() -> int:
             """Where nothing was before: the system has new memory to find for it."""

@@ -22,16 +22,15 @@ def reported(resume: str = "") -> Iterator[None]:
     Args:
         resume: what to tell the user after Ctrl-C, or when the disk is full.
     """
+    advice = f"; {resume}" if resume else ""
     try:
         yield
     except (ValueError, OSError) as error:
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        typer.echo(
-            f"error: {_told(error)}{'; ' if full and resume else ''}{resume * full}", err=True
-        )
+        typer.echo(f"error: {_told(error)}{advice if full else ''}", err=True)
         raise typer.Exit(BAD_INPUT) from error
     except KeyboardInterrupt as error:
-        typer.echo(f"interrupted{'; ' if resume else ''}{resume}", err=True)
+        typer.echo(f"interrupted{advice}", err=True)
         raise typer.Exit(INTERRUPTED) from error
 
 

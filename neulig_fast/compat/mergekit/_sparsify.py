@@ -11,12 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...methods._kept import restoring
 from ...ops import magnitude_select, merge_task_vectors
 from .._seam import Unsupported
 from .._tensors import check_alike, check_finite
 from ._rows import word
-
-_LEAST = 1e-7  # sums of magnitudes below it are not made up for
 
 
 def sparsify(
@@ -68,10 +67,7 @@ def _select(row: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 def _rescaled(tensor: Tensor, masked: Tensor) -> Tensor:
     """With the sum of magnitudes that there was before, as torch adds them up."""
-    before, after = tensor.abs().sum(), masked.abs().sum()
-    if before < _LEAST or after < _LEAST:
-        return masked
-    return masked.mul_(before / after)
+    return masked.mul_(restoring(tensor.abs().sum(), masked.abs().sum()))
 
 
 def _della(tensor: Tensor, density: float, epsilon: float, rescale: bool) -> Tensor:
